@@ -1,0 +1,1 @@
+"""Layers over the expert op: tables, router, and the two together."""

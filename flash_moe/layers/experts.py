@@ -1,0 +1,71 @@
+"""The two tables of experts."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from flash_moe.ops.flash_expert import triton_flash_expert_func
+
+ExpertFunc = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+class FlashExperts(nn.Module):
+    """Experts of one row each in `down_weights` and `up_weights`, both (num_experts, hidden_size).
+
+    The forward pass calls `self.expert_func`, by default `triton_flash_expert_func`. A parallel
+    style may put another function of the same arguments in its place, on the instance.
+
+    Args:
+        num_experts: E, the rows of each table.
+        hidden_size: H, the length of a row.
+        device, dtype: of the tables.
+    """
+
+    expert_func: ExpertFunc = staticmethod(triton_flash_expert_func)
+
+    def __init__(
+        self,
+        num_experts: int,
+        hidden_size: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_experts = num_experts
+        self.hidden_size = hidden_size
+        shape = (num_experts, hidden_size)
+        self.down_weights = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        self.up_weights = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Normal values: a score <x, d> of unit variance for x of unit variance, and unit u."""
+        nn.init.normal_(self.down_weights, std=self.hidden_size**-0.5)
+        nn.init.normal_(self.up_weights, std=1.0)
+
+    def forward(self, hidden_states: Tensor, indices: Tensor, routing_weights: Tensor) -> Tensor:
+        """Weighted sum of the chosen experts.
+
+        Args:
+            hidden_states: (..., H).
+            indices: (..., K) int64 or int32, -1 for an empty slot.
+            routing_weights: (..., K).
+
+        Returns:
+            (..., H) in the dtype of `hidden_states`.
+
+        Raises:
+            TypeError, ValueError: as `triton_flash_expert_func`.
+        """
+        out = self.expert_func(
+            hidden_states.reshape(-1, hidden_states.shape[-1]),
+            self.down_weights,
+            self.up_weights,
+            indices.reshape(-1, indices.shape[-1]),
+            routing_weights.reshape(-1, routing_weights.shape[-1]),
+        )
+        return out.view(hidden_states.shape)
+
+    def extra_repr(self) -> str:
+        return f"num_experts={self.num_experts}, hidden_size={self.hidden_size}"

@@ -1,0 +1,118 @@
+"""Routing by product keys: the best of E experts from two scores of about sqrt(E) keys each."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+class ProductKeyRouter(nn.Module):
+    """Scores an expert (i, j) of a key grid by the sum of two log-probabilities.
+
+    Expert i * grid[1] + j has log-probability log_softmax(x A)_i + log_softmax(x B)_j, so the
+    probabilities of all experts sum to one. The K best sums are found without forming all
+    of them: with both lists of keys sorted, the pair at places (i, j), counted from 0, has at
+    least (i + 1)(j + 1) - 1 pairs no worse than itself, so only pairs with
+    (i + 1)(j + 1) <= K can be among the K best, about K ln K of them. Memory is
+    O(T K ln K) for T tokens. (Product keys: Lample et al. 2019, arXiv:1907.05242.)
+
+    Args:
+        hidden_size: H.
+        num_experts: E.
+        num_experts_per_tok: K, at most E.
+        norm_topk_prob: scale the K probabilities of a token to sum to one.
+        key_grid: the two numbers of keys, with product E; if None, the most nearly square.
+        device, dtype: of the parameters.
+
+    Raises:
+        ValueError: K is not in [1, E], or the grid does not hold E experts.
+    """
+
+    candidates_first: Tensor
+    candidates_second: Tensor
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        num_experts_per_tok: int,
+        norm_topk_prob: bool = False,
+        key_grid: tuple[int, int] | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if not 1 <= num_experts_per_tok <= num_experts:
+            raise ValueError(
+                f"num_experts_per_tok must lie in [1, num_experts = {num_experts}], "
+                f"got {num_experts_per_tok}"
+            )
+        self.key_grid = key_grid or squarest_grid(num_experts)
+        if math.prod(self.key_grid) != num_experts:
+            raise ValueError(
+                f"key_grid must have a product of num_experts = {num_experts}, got {self.key_grid}"
+            )
+        self.hidden_size = hidden_size
+        self.num_experts = num_experts
+        self.num_experts_per_tok = num_experts_per_tok
+        self.norm_topk_prob = norm_topk_prob
+        self.keys = nn.Linear(
+            hidden_size, sum(self.key_grid), bias=False, device=device, dtype=dtype
+        )
+        first, second = _candidate_places(num_experts_per_tok, self.key_grid)
+        self.register_buffer("candidates_first", first.to(device), persistent=False)
+        self.register_buffer("candidates_second", second.to(device), persistent=False)
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        """Choose experts.
+
+        Args:
+            hidden_states: (..., H).
+
+        Returns:
+            indices (..., K) int64, best first, and routing_weights (..., K), the experts'
+            probabilities (of sum one if `norm_topk_prob`) in the dtype of the key scores.
+        """
+        log_probs = (
+            scores.log_softmax(dim=-1)
+            for scores in self.keys(hidden_states).split(self.key_grid, dim=-1)
+        )
+        (best_first, first_keys), (best_second, second_keys) = (
+            axis.topk(min(self.num_experts_per_tok, axis.shape[-1]), dim=-1) for axis in log_probs
+        )
+        candidates = (
+            best_first[..., self.candidates_first] + best_second[..., self.candidates_second]
+        )
+        scores, chosen = candidates.topk(self.num_experts_per_tok, dim=-1)
+        first = first_keys.gather(-1, self.candidates_first[chosen])
+        second = second_keys.gather(-1, self.candidates_second[chosen])
+        indices = first * self.key_grid[1] + second
+        # exp and division by the sum in one: stable where all K probabilities are tiny.
+        weights = scores.softmax(dim=-1) if self.norm_topk_prob else scores.exp()
+        return indices, weights
+
+    def extra_repr(self) -> str:
+        return (
+            f"num_experts={self.num_experts}, num_experts_per_tok={self.num_experts_per_tok}, "
+            f"key_grid={self.key_grid}, norm_topk_prob={self.norm_topk_prob}"
+        )
+
+
+def squarest_grid(num_experts: int) -> tuple[int, int]:
+    """The factors (a, b) of `num_experts` with a <= b that are nearest to each other."""
+    smaller = next(a for a in range(math.isqrt(num_experts), 0, -1) if num_experts % a == 0)
+    return smaller, num_experts // smaller
+
+
+def _candidate_places(count: int, key_grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Places (i, j) in the two sorted lists with (i + 1)(j + 1) <= count, as two (C,) tensors.
+
+    With count 3 and a large grid: (0, 0), (0, 1), (0, 2), (1, 0), (2, 0).
+    """
+    places = [
+        (i, j)
+        for i in range(min(count, key_grid[0]))
+        for j in range(min(count // (i + 1), key_grid[1]))
+    ]
+    first, second = torch.tensor(places, device="cpu").unbind(1)
+    return first, second

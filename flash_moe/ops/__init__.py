@@ -1,0 +1,1 @@
+"""The expert op and the primitives that it is made of."""

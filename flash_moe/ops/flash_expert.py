@@ -1,0 +1,319 @@
+"""The expert op: public functions, custom ops and autograd formulas over three primitives.
+
+T tokens, H hidden size, E experts, K experts per token, N (token, expert) pairs; an expert is
+one row d of `down_weights` and one row u of `up_weights`, g its routing weight for a token.
+
+    forward    s = <x, d>       a = silu(s) g      y = sum over the token's experts of a u
+    backward   da = <dy, u>     dg = da silu(s)    ds = da g silu'(s)
+               dx = sum of ds d over the token's experts
+               dd = sum of ds x and du = sum of a dy over the expert's tokens
+
+Every dot product is an `sddmm`, every sum for tokens an `spmm`, every sum for experts an
+`spmm_t` (see `flash_moe.ops.backends`). The scores s are kept for the backward pass.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flash_moe.ops.backends import (
+    accumulator_dtype,
+    check_backend,
+    default_backend,
+    load_backend,
+)
+from flash_moe.ops.checks import check_expert_inputs, check_ragged_inputs
+from flash_moe.ops.index_range import checked_expert_ids, poll_index_errors
+from flash_moe.ops.pairs import Pairs, uniform_row_offsets
+
+
+def triton_flash_expert_func(
+    hidden_states: Tensor,
+    down_weights: Tensor,
+    up_weights: Tensor,
+    indices: Tensor,
+    routing_weights: Tensor,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """Mixture of experts of which each is one row of two tables.
+
+    For token t: sum over k of silu(<x_t, d_e>) * g_tk * u_e, with e = indices[t, k]. Sums are
+    kept in float32 and rounded once. Results are bitwise repeatable. An index of -1 marks an
+    empty slot, which contributes nothing and gets zero gradient.
+
+    Args:
+        hidden_states: (T, H) float16, bfloat16, float32 (or float64).
+        down_weights: (E, H), a float dtype.
+        up_weights: (E, H), a float dtype.
+        indices: (T, K) int64 or int32, each in [-1, E).
+        routing_weights: (T, K), a float dtype.
+        backend: "gather" (Triton; CUDA tensors), "torch_sparse" (CPU tensors) or "reference"
+            (any). Chosen by device if None; the environment variable FLASH_MOE_BACKEND
+            overrides that choice.
+
+    Returns:
+        (T, H) in the dtype of `hidden_states`. Gradients flow to all arguments but `indices`,
+        each in its argument's dtype.
+
+    Raises:
+        TypeError: an argument has a dtype that is not listed above.
+        ValueError: a shape or device does not fit, or an index is out of range. On CUDA the
+            ids are never followed out of range, and the error comes without waiting for the
+            device: at the next call or backward pass, from
+            `flash_moe.ops.index_range.raise_index_errors`, or at once when
+            FLASH_MOE_STRICT_INDICES=1.
+    """
+    check_expert_inputs(hidden_states, down_weights, up_weights, indices, routing_weights)
+    num_tokens, slots = indices.shape
+    return _flash_expert(
+        hidden_states,
+        down_weights,
+        up_weights,
+        uniform_row_offsets(num_tokens, slots, indices.device),
+        indices.reshape(-1),
+        routing_weights.reshape(-1),
+        slots,
+        1.0,
+        backend,
+    )
+
+
+def ragged_flash_expert_func(
+    hidden_states: Tensor,
+    down_weights: Tensor,
+    up_weights: Tensor,
+    row_offsets: Tensor,
+    expert_ids: Tensor,
+    routing_weights: Tensor,
+    *,
+    weight_grad_scale: float = 1.0,
+    backend: str | None = None,
+) -> Tensor:
+    """`triton_flash_expert_func` with a different number of experts for each token.
+
+    Fastest on a GPU when the ids of each token are sorted: all tokens then sweep the tables
+    in the same order and find rows in cache.
+
+    Args:
+        hidden_states: (T, H), down_weights: (E, H), up_weights: (E, H), as there.
+        row_offsets: (T + 1,) int64 or int32, ascending from 0 to N: the pairs of token t are
+            row_offsets[t]:row_offsets[t + 1]. Its values are trusted.
+        expert_ids: (N,) int64 or int32, each in [-1, E).
+        routing_weights: (N,), a float dtype.
+        weight_grad_scale: factor on the gradients of the two tables, applied before their one
+            rounding. Expert parallelism averages over ranks with it.
+        backend: as there.
+
+    Returns and raises: as there.
+    """
+    check_ragged_inputs(
+        hidden_states, down_weights, up_weights, row_offsets, expert_ids, routing_weights
+    )
+    return _flash_expert(
+        hidden_states,
+        down_weights,
+        up_weights,
+        row_offsets,
+        expert_ids,
+        routing_weights,
+        0,
+        weight_grad_scale,
+        backend,
+    )
+
+
+def _flash_expert(
+    hidden_TH: Tensor,
+    down_EH: Tensor,
+    up_EH: Tensor,
+    row_offsets: Tensor,
+    expert_ids_N: Tensor,
+    weights_N: Tensor,
+    slots: int,
+    weight_grad_scale: float,
+    backend: str | None,
+) -> Tensor:
+    name = backend or default_backend(hidden_TH.device)
+    check_backend(name, hidden_TH.device)
+    sort_slots = slots if name == "gather" else 0
+    ids_N, order_N = _arrange_pairs(expert_ids_N, down_EH.shape[0], sort_slots)
+    out_TH, _ = _expert_forward(
+        hidden_TH,
+        down_EH,
+        up_EH,
+        row_offsets,
+        ids_N,
+        order_N,
+        weights_N,
+        weight_grad_scale,
+        name,
+    )
+    return out_TH
+
+
+@torch.library.custom_op("flash_moe::arrange_pairs", mutates_args=())
+def _arrange_pairs(
+    expert_ids_N: Tensor, num_experts: int, sort_slots: int
+) -> tuple[Tensor, Tensor]:
+    """Ids as int32, checked, and sorted within each run of `sort_slots` of them (if > 0).
+
+    Returns the ids (N,) and, when sorted, the position (N,) each came from (else empty).
+    """
+    ids_N = checked_expert_ids(expert_ids_N, num_experts)
+    if sort_slots == 0:
+        return ids_N, torch.empty(0, device=ids_N.device, dtype=torch.int64)
+    ids_TK, slot_TK = ids_N.view(-1, sort_slots).sort(dim=1)
+    row_begin_T = uniform_row_offsets(ids_TK.shape[0], sort_slots, ids_N.device)[:-1]
+    return ids_TK.view(-1), slot_TK.add_(row_begin_T.unsqueeze(1)).view(-1)
+
+
+@_arrange_pairs.register_fake
+def _(expert_ids_N: Tensor, num_experts: int, sort_slots: int) -> tuple[Tensor, Tensor]:
+    num_pairs = expert_ids_N.shape[0]
+    return (
+        expert_ids_N.new_empty(num_pairs, dtype=torch.int32),
+        expert_ids_N.new_empty(num_pairs if sort_slots else 0, dtype=torch.int64),
+    )
+
+
+@torch.library.custom_op("flash_moe::expert_forward", mutates_args=())
+def _expert_forward(
+    hidden_TH: Tensor,
+    down_EH: Tensor,
+    up_EH: Tensor,
+    row_offsets: Tensor,
+    expert_ids_N: Tensor,
+    order_N: Tensor,
+    weights_N: Tensor,
+    weight_grad_scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """Output (T, H) and the scores (N,) in the order of `expert_ids_N`."""
+    primitives = load_backend(backend)
+    pairs = Pairs(row_offsets, expert_ids_N, down_EH.shape[0])
+    scores_N = primitives.sddmm(hidden_TH, down_EH, pairs)
+    activations_N = torch.nn.functional.silu(scores_N) * _in_pair_order(weights_N, order_N)
+    return primitives.spmm(activations_N, up_EH, pairs, hidden_TH.dtype), scores_N
+
+
+@_expert_forward.register_fake
+def _(
+    hidden_TH: Tensor,
+    down_EH: Tensor,
+    up_EH: Tensor,
+    row_offsets: Tensor,
+    expert_ids_N: Tensor,
+    order_N: Tensor,
+    weights_N: Tensor,
+    weight_grad_scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    dtype = accumulator_dtype(hidden_TH.dtype, down_EH.dtype)
+    return (
+        hidden_TH.new_empty(hidden_TH.shape),
+        hidden_TH.new_empty(expert_ids_N.shape, dtype=dtype),
+    )
+
+
+@torch.library.custom_op("flash_moe::expert_backward", mutates_args=())
+def _expert_backward(
+    grad_TH: Tensor,
+    hidden_TH: Tensor,
+    down_EH: Tensor,
+    up_EH: Tensor,
+    row_offsets: Tensor,
+    expert_ids_N: Tensor,
+    order_N: Tensor,
+    weights_N: Tensor,
+    scores_N: Tensor,
+    needed: list[bool],
+    weight_grad_scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of hidden states, down table, up table, routing weights; empty if not needed."""
+    poll_index_errors(hidden_TH.device)
+    hidden_needed, down_needed, up_needed, weights_needed = needed
+    nothing = hidden_TH.new_empty(0)
+    hidden_grad, down_grad, up_grad, weights_grad = nothing, nothing, nothing, nothing
+    primitives = load_backend(backend)
+    pairs = Pairs(row_offsets, expert_ids_N, down_EH.shape[0])
+    pair_weights_N = _in_pair_order(weights_N, order_N)
+    sigmoid_N = torch.sigmoid(scores_N)
+    silu_N = scores_N * sigmoid_N
+    if hidden_needed or down_needed or weights_needed:
+        activation_grad_N = primitives.sddmm(grad_TH, up_EH, pairs)
+        if weights_needed:
+            weights_grad = _in_slot_order(activation_grad_N * silu_N, order_N, weights_N.dtype)
+        if hidden_needed or down_needed:
+            silu_slope_N = sigmoid_N * (1 + scores_N * (1 - sigmoid_N))
+            score_grad_N = activation_grad_N * pair_weights_N * silu_slope_N
+            if hidden_needed:
+                hidden_grad = primitives.spmm(score_grad_N, down_EH, pairs, hidden_TH.dtype)
+            if down_needed:
+                down_grad = primitives.spmm_t(
+                    score_grad_N * weight_grad_scale, hidden_TH, pairs, down_EH.dtype
+                )
+    if up_needed:
+        activations_N = silu_N * pair_weights_N * weight_grad_scale
+        up_grad = primitives.spmm_t(activations_N, grad_TH, pairs, up_EH.dtype)
+    return hidden_grad, down_grad, up_grad, weights_grad
+
+
+@_expert_backward.register_fake
+def _(
+    grad_TH: Tensor,
+    hidden_TH: Tensor,
+    down_EH: Tensor,
+    up_EH: Tensor,
+    row_offsets: Tensor,
+    expert_ids_N: Tensor,
+    order_N: Tensor,
+    weights_N: Tensor,
+    scores_N: Tensor,
+    needed: list[bool],
+    weight_grad_scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    hidden, down, up, weights = (
+        like.new_empty(like.shape if wanted else 0)
+        for like, wanted in zip((hidden_TH, down_EH, up_EH, weights_N), needed, strict=True)
+    )
+    return hidden, down, up, weights
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, weight_grad_scale, backend = inputs
+    scores_N = output[1]
+    ctx.mark_non_differentiable(scores_N)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, scores_N)
+    ctx.weight_grad_scale, ctx.backend = weight_grad_scale, backend
+
+
+def _backward(ctx: Any, grad_TH: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    hidden, down, up, _, _, _, weights, _, _ = ctx.needs_input_grad
+    needed = [hidden, down, up, weights]
+    grads: list[Tensor | None] = [None] * 4
+    if grad_TH is not None:
+        computed = _expert_backward(
+            grad_TH, *ctx.saved_tensors, needed, ctx.weight_grad_scale, ctx.backend
+        )
+        grads = [grad if wanted else None for grad, wanted in zip(computed, needed, strict=True)]
+    hidden_grad, down_grad, up_grad, weights_grad = grads
+    return hidden_grad, down_grad, up_grad, None, None, None, weights_grad, None, None
+
+
+_expert_forward.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+def _in_pair_order(values_N: Tensor, order_N: Tensor) -> Tensor:
+    return values_N if order_N.shape[0] == 0 else values_N.index_select(0, order_N)
+
+
+def _in_slot_order(values_N: Tensor, order_N: Tensor, dtype: torch.dtype) -> Tensor:
+    values_N = values_N.to(dtype)
+    if order_N.shape[0] == 0:
+        return values_N
+    return torch.empty_like(values_N).index_copy_(0, order_N, values_N)

@@ -1,0 +1,29 @@
+"""The expert op as gather and matrix product, differentiated by autograd.
+
+It shares no code with the op: it is the oracle of the tests and the first peer of every
+benchmark. It builds two (T, K, H) tensors, which is why the op exists.
+"""
+
+import torch
+from torch import Tensor
+
+
+def naive_expert_func(
+    hidden_states: Tensor,
+    down_weights: Tensor,
+    up_weights: Tensor,
+    indices: Tensor,
+    routing_weights: Tensor,
+) -> Tensor:
+    """Same arguments and result as `triton_flash_expert_func`; ids of -1 contribute nothing.
+
+    All floating-point arguments must share one dtype, in which everything is computed.
+    """
+    empty = indices < 0
+    ids = indices.masked_fill(empty, 0).long()
+    down_TKH = down_weights[ids].masked_fill(empty.unsqueeze(-1), 0)
+    up_TKH = up_weights[ids].masked_fill(empty.unsqueeze(-1), 0)
+    scores_TK = torch.matmul(down_TKH, hidden_states.unsqueeze(-1)).squeeze(-1)
+    weights_TK = routing_weights.masked_fill(empty, 0)
+    activations_TK = torch.nn.functional.silu(scores_TK) * weights_TK
+    return torch.matmul(activations_TK.unsqueeze(-2), up_TKH).squeeze(-2)

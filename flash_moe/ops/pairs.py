@@ -1,0 +1,92 @@
+"""The pattern of (token, expert) pairs that the three primitives work over.
+
+T tokens, E experts, N pairs. The pattern is ragged: a token may have any number of pairs.
+
+    row_offsets     (T+1,) int64   pairs of token t are row_offsets[t]:row_offsets[t+1]
+    expert_ids      (N,)   int32   expert of each pair; -1 marks an empty slot
+    token_ids       (N,)   int32   token of each pair (int64 from 2^31 tokens on)
+    expert_order    (N,)   int64   pair positions sorted by expert, stable; empty slots first
+    expert_offsets  (E+1,) int64   pairs of expert e are
+                                   expert_order[expert_offsets[e]:expert_offsets[e+1]]
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Which experts each token uses, with the orders derived from that when first asked for.
+
+    Ids must already lie in [-1, num_experts).
+
+    Example, two tokens of which the second has an empty slot:
+
+        >>> pairs = Pairs(torch.tensor([0, 1, 4]), torch.tensor([2, 0, -1, 2]).int(), 3)
+        >>> pairs.token_ids.tolist()
+        [0, 1, 1, 1]
+        >>> pairs.expert_order.tolist(), pairs.expert_offsets.tolist()
+        ([2, 1, 0, 3], [1, 2, 2, 4])
+    """
+
+    row_offsets: Tensor
+    expert_ids: Tensor
+    num_experts: int
+
+    @classmethod
+    def from_slots(cls, expert_ids_TK: Tensor, num_experts: int) -> "Pairs":
+        """The pattern in which every token has K slots, given as a (T, K) tensor of ids."""
+        num_tokens, slots = expert_ids_TK.shape
+        offsets = uniform_row_offsets(num_tokens, slots, expert_ids_TK.device)
+        return cls(offsets, expert_ids_TK.reshape(-1).to(torch.int32), num_experts)
+
+    @property
+    def num_tokens(self) -> int:
+        return self.row_offsets.shape[0] - 1
+
+    @property
+    def num_pairs(self) -> int:
+        return self.expert_ids.shape[0]
+
+    @cached_property
+    def token_ids(self) -> Tensor:
+        dtype = torch.int32 if self.num_tokens < 2**31 else torch.int64
+        tokens = torch.arange(self.num_tokens, device=self.row_offsets.device, dtype=dtype)
+        # The output size is given, so that nothing is read back from the device.
+        return tokens.repeat_interleave(self.row_offsets.diff(), output_size=self.num_pairs)
+
+    @cached_property
+    def _by_expert(self) -> tuple[Tensor, Tensor]:
+        return torch.sort(self.expert_ids, stable=True)
+
+    @cached_property
+    def expert_order(self) -> Tensor:
+        return self._by_expert[1]
+
+    @cached_property
+    def expert_offsets(self) -> Tensor:
+        sorted_ids = self._by_expert[0]
+        experts = torch.arange(
+            self.num_experts + 1, device=sorted_ids.device, dtype=sorted_ids.dtype
+        )
+        return torch.searchsorted(sorted_ids, experts)
+
+    @cached_property
+    def occupied(self) -> "tuple[Pairs, Tensor | None]":
+        """The same pattern without empty slots, and the positions kept (None: all of them).
+
+        Reads from the device how many slots are empty: for CPU backends only.
+        """
+        kept = (self.expert_ids >= 0).nonzero().squeeze(1)
+        if kept.shape[0] == self.num_pairs:
+            return self, None
+        offsets = torch.searchsorted(kept, self.row_offsets)
+        return Pairs(offsets, self.expert_ids[kept], self.num_experts), kept
+
+
+def uniform_row_offsets(num_tokens: int, slots: int, device: torch.device) -> Tensor:
+    """Row offsets (T+1,) of a pattern in which every token has the same number of slots."""
+    return torch.arange(num_tokens + 1, device=device) * slots

@@ -1,0 +1,39 @@
+"""One rank's bad input becomes the same error on every rank, so that none is left waiting."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch.distributed as dist
+
+InputError = ValueError | TypeError | RuntimeError
+
+
+@contextmanager
+def same_error_on_all_ranks(group: dist.ProcessGroup | None = None) -> Iterator[None]:
+    """Wait for all ranks at the end of the block; if it failed on any, raise on all.
+
+    Every rank must enter it. Covers ValueError, TypeError, RuntimeError and OSError.
+    """
+    error: Exception | None = None
+    try:
+        yield
+    except (ValueError, TypeError, RuntimeError, OSError) as caught:
+        error = caught
+    raise_same_error(error, group)
+
+
+def raise_same_error(error: Exception | None, group: dist.ProcessGroup | None = None) -> None:
+    """Exchange what went wrong on each rank of `group`; raise the lowest rank's error on all.
+
+    Returns if nothing went wrong anywhere. Every rank must call it.
+    """
+    size = dist.get_world_size(group)
+    mine = None if error is None else (type(error).__name__, str(error))
+    reports: list[tuple[str, str] | None] = [None] * size
+    dist.all_gather_object(reports, mine, group=group)
+    for rank, report in enumerate(reports):
+        if report is not None:
+            name, message = report
+            kind = {"TypeError": TypeError, "ValueError": ValueError}.get(name, RuntimeError)
+            where = f"rank {rank}: " if size > 1 else ""
+            raise kind(where + message) from error

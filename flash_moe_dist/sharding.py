@@ -1,0 +1,19 @@
+"""Which rank owns which expert.
+
+Experts are rows of tables sharded on dim 0 over the ranks of `ep_mesh`, so a rank owns a
+contiguous range of them. The arithmetic is that of `torch.chunk`, hence of DTensor's Shard(0):
+the last ranks may own fewer experts than the others, or none.
+
+    5 experts over 3 ranks: 0 1 | 2 3 | 4        2 experts over 3 ranks: 0 | 1 | none
+"""
+
+
+def experts_per_rank(num_experts: int, ep_size: int) -> int:
+    """Experts that each rank owns, but for the last ranks; 1 if there are none at all."""
+    return max(1, -(-num_experts // ep_size))
+
+
+def local_expert_range(num_experts: int, ep_size: int, ep_rank: int) -> range:
+    """Ids of the experts that `ep_rank` owns."""
+    size = experts_per_rank(num_experts, ep_size)
+    return range(min(ep_rank * size, num_experts), min((ep_rank + 1) * size, num_experts))

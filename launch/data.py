@@ -1,0 +1,146 @@
+"""Token streams for training: text as bytes, or a .bin of uint16 token ids."""
+
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+BYTE_VOCAB = 256
+VALIDATION_SHARE = 0.05
+TEXT_SUFFIXES = (".py", ".txt", ".md", ".rst", ".json", ".c", ".h", ".html", ".csv")
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Tokens for training and for validation, each one long stream.
+
+    `is_text`: tokens are bytes. `source`: where they came from, for a log line.
+    """
+
+    train: np.ndarray
+    validation: np.ndarray
+    vocab_size: int
+    is_text: bool
+    source: str
+
+    def single_token_entropy(self) -> float:
+        """Entropy of single validation tokens, in nats: the loss of a model without context."""
+        counts = np.bincount(self.validation, minlength=self.vocab_size)
+        shares = counts[counts > 0] / counts.sum()
+        return float(-(shares * np.log(shares)).sum())
+
+
+def load_corpus(path: Path | None, seq_len: int) -> Corpus:
+    """Read a corpus.
+
+    Args:
+        path: a text file; a folder, whose text files (.py, .txt, .md and the like) are read in
+            the order of their paths; a .bin file of uint16 token ids; or a folder with train.bin
+            and val.bin. None reads the source of Python's standard library.
+        seq_len: tokens that a training sequence needs, and one more for its last target.
+
+    The last twentieth of the tokens is for validation (every twentieth file of a folder of
+    text), but for val.bin.
+
+    Raises:
+        ValueError: nothing readable at `path`, or too few tokens for one sequence.
+    """
+    if path is None:
+        stdlib = Path(sysconfig.get_paths()["stdlib"])
+        corpus = _text_folder(stdlib, exclude=("site-packages", "dist-packages"), suffixes=(".py",))
+    elif not path.exists():
+        raise ValueError(f"--data must name a file or a folder, found nothing at {path}")
+    elif path.is_dir():
+        corpus = _bin_folder(path) if (path / "train.bin").is_file() else _text_folder(path)
+    elif path.suffix == ".bin":
+        corpus = _token_corpus(*_split(_read_tokens(path)), source=str(path))
+    else:
+        corpus = _byte_corpus(*_split(_read_bytes(path)), source=str(path))
+    for name, tokens in (("training", corpus.train), ("validation", corpus.validation)):
+        if len(tokens) < seq_len + 1:
+            raise ValueError(
+                f"--data must give at least --seq-len + 1 = {seq_len + 1} tokens for {name}, "
+                f"got {len(tokens)} from {corpus.source}"
+            )
+    return corpus
+
+
+def batch_at(
+    tokens: np.ndarray, step: int, seed: int, batch_size: int, seq_len: int, part: slice
+) -> tuple[Tensor, Tensor]:
+    """Inputs and targets of one step, each (b, seq_len) int64.
+
+    The whole batch follows from `seed` and `step` alone; `part` says which of its sequences
+    to return, so that any number of ranks trains on the same batches.
+    """
+    draw = np.random.default_rng((seed, step))
+    starts = draw.integers(0, len(tokens) - seq_len, size=batch_size)[part]
+    rows = np.stack([tokens[start : start + seq_len + 1] for start in starts])
+    sequences = torch.from_numpy(rows.astype(np.int64))
+    return sequences[:, :-1], sequences[:, 1:]
+
+
+def _bin_folder(folder: Path) -> Corpus:
+    train, validation = _read_tokens(folder / "train.bin"), _read_tokens(folder / "val.bin")
+    return _token_corpus(train, validation, source=str(folder))
+
+
+def _text_folder(
+    folder: Path,
+    exclude: tuple[str, ...] = (),
+    suffixes: tuple[str, ...] = TEXT_SUFFIXES,
+) -> Corpus:
+    files = [
+        file
+        for file in sorted(folder.rglob("*"))
+        if file.suffix in suffixes and file.is_file() and not set(exclude) & set(file.parts)
+    ]
+    if not files:
+        raise ValueError(
+            f"--data must hold text files ({', '.join(suffixes)}) or train.bin and val.bin, "
+            f"found none in {folder}"
+        )
+    every = round(1 / VALIDATION_SHARE)
+    held_out = [file for i, file in enumerate(files) if i % every == every - 1]
+    kept = [file for i, file in enumerate(files) if i % every != every - 1]
+    if not held_out:
+        return _byte_corpus(*_split(_concatenated(kept)), source=str(folder))
+    return _byte_corpus(_concatenated(kept), _concatenated(held_out), source=str(folder))
+
+
+def _concatenated(files: list[Path]) -> np.ndarray:
+    return np.concatenate([_read_bytes(file) for file in files])
+
+
+def _split(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    cut = len(tokens) - int(len(tokens) * VALIDATION_SHARE)
+    return tokens[:cut], tokens[cut:]
+
+
+def _byte_corpus(train: np.ndarray, validation: np.ndarray, source: str) -> Corpus:
+    return Corpus(train, validation, BYTE_VOCAB, is_text=True, source=source)
+
+
+def _token_corpus(train: np.ndarray, validation: np.ndarray, source: str) -> Corpus:
+    largest = max((int(part.max()) for part in (train, validation) if len(part)), default=0)
+    return Corpus(train, validation, largest + 1, is_text=False, source=source)
+
+
+def _read_bytes(path: Path) -> np.ndarray:
+    try:
+        return np.frombuffer(path.read_bytes(), dtype=np.uint8)
+    except OSError as error:
+        raise ValueError(f"--data must be readable, got {error}") from error
+
+
+def _read_tokens(path: Path) -> np.ndarray:
+    try:
+        size = path.stat().st_size
+        if size == 0 or size % 2:
+            raise ValueError(f"--data must hold uint16 token ids, got {size} bytes in {path}")
+        return np.memmap(path, dtype=np.uint16, mode="r")
+    except OSError as error:
+        raise ValueError(f"--data must be readable, got {error}") from error

@@ -1,0 +1,117 @@
+"""A small decoder-only transformer with FlashMoE feed-forward layers."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from flash_moe import FlashMoE
+
+ROTARY_BASE = 10_000.0
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes of the model; `num_experts` is for each layer."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_experts: int
+    num_experts_per_tok: int
+
+    def __post_init__(self) -> None:
+        head_size, rest = divmod(self.hidden_size, self.num_heads)
+        if rest or head_size % 2:
+            raise ValueError(
+                f"hidden_size must be an even multiple of num_heads = {self.num_heads} "
+                f"(rotary attention turns pairs), got {self.hidden_size}"
+            )
+
+
+class Attention(nn.Module):
+    """Causal self-attention with rotary positions (Su et al. 2021, arXiv:2104.09864)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.qkv_proj = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=False)
+        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+
+    def forward(self, x_BSH: Tensor) -> Tensor:
+        batch, seq_len, hidden_size = x_BSH.shape
+        qkv = self.qkv_proj(x_BSH).view(batch, seq_len, 3, self.num_heads, -1)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(rotate(query), rotate(key), value, is_causal=True)
+        return self.out_proj(mixed.transpose(1, 2).reshape(batch, seq_len, hidden_size))
+
+
+class Block(nn.Module):
+    """Attention, then experts, each on a normed copy and added to the residual stream."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(config.hidden_size)
+        self.attention = Attention(config)
+        self.moe_norm = nn.RMSNorm(config.hidden_size)
+        self.moe = FlashMoE(
+            config.hidden_size,
+            config.intermediate_size,
+            config.num_experts,
+            config.num_experts_per_tok,
+            norm_topk_prob=True,
+        )
+
+    def forward(self, x_BSH: Tensor) -> Tensor:
+        x_BSH = x_BSH + self.attention(self.attention_norm(x_BSH))
+        return x_BSH + self.moe(self.moe_norm(x_BSH))
+
+
+class Transformer(nn.Module):
+    """Token ids (B, S) to logits (B, S, vocab_size)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.final_norm = nn.RMSNorm(config.hidden_size)
+        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        nn.init.normal_(self.head.weight, std=0.02)
+
+    def forward(self, tokens_BS: Tensor) -> Tensor:
+        x_BSH = self.embedding(tokens_BS)
+        for layer in self.layers:
+            x_BSH = layer(x_BSH)
+        return self.head(self.final_norm(x_BSH))
+
+    @torch.no_grad()
+    def generate(self, prompt_S: Tensor, num_tokens: int, context: int, seed: int) -> Tensor:
+        """Continue a prompt (S,) by sampling `num_tokens` more tokens, one at a time.
+
+        Sees the last `context` tokens. Under expert parallelism every rank must call it with
+        the same arguments, and gets the same tokens.
+        """
+        draw = torch.Generator().manual_seed(seed)
+        tokens_S = prompt_S
+        for _ in range(num_tokens):
+            logits_V = self(tokens_S[-context:].unsqueeze(0))[0, -1]
+            probabilities = logits_V.double().softmax(0).cpu()
+            following = torch.multinomial(probabilities, 1, generator=draw)
+            tokens_S = torch.cat([tokens_S, following.to(tokens_S.device)])
+        return tokens_S
+
+
+def rotate(x_BNSD: Tensor) -> Tensor:
+    """Rotate feature pairs (i, i + D/2) of each head by position / ROTARY_BASE^(2i/D)."""
+    seq_len, head_size = x_BNSD.shape[-2:]
+    positions = torch.arange(seq_len, device=x_BNSD.device, dtype=torch.float32)
+    pairs = torch.arange(0, head_size, 2, device=x_BNSD.device, dtype=torch.float32)
+    angles_SD2 = torch.outer(positions, ROTARY_BASE ** (-pairs / head_size))
+    cos, sin = angles_SD2.cos().to(x_BNSD.dtype), angles_SD2.sin().to(x_BNSD.dtype)
+    first, second = x_BNSD.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)

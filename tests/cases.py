@@ -1,0 +1,97 @@
+"""Inputs of the expert op, its float64 oracle, and how far a result may be from it."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flash_moe.ops.naive import naive_expert_func
+
+# Twice the root-mean-square error of one rounding in the dtype; float32 sums add a few more.
+TOLERANCES = {
+    torch.float64: 1e-14,
+    torch.float32: 1e-6,
+    torch.float16: 5e-4,
+    torch.bfloat16: 4e-3,
+}
+
+
+@dataclass
+class Case:
+    """Arguments of `triton_flash_expert_func`, the gradient of its result, and the backend."""
+
+    hidden_states: Tensor
+    down_weights: Tensor
+    up_weights: Tensor
+    indices: Tensor
+    routing_weights: Tensor
+    grad: Tensor
+
+    def args(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        return (
+            self.hidden_states,
+            self.down_weights,
+            self.up_weights,
+            self.indices,
+            self.routing_weights,
+        )
+
+    def differentiable(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.hidden_states, self.down_weights, self.up_weights, self.routing_weights
+
+
+def make_case(
+    num_tokens: int,
+    hidden_size: int,
+    num_experts: int,
+    slots: int,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+    indices: Tensor | None = None,
+) -> Case:
+    """Random inputs drawn on the CPU; ids are uniform and may repeat, unless given."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=draw, dtype=torch.float64).to(device, dtype)
+
+    scale = max(1, hidden_size) ** -0.5
+    if indices is None:
+        indices = torch.randint(num_experts, (num_tokens, slots), generator=draw)
+    return Case(
+        normal(num_tokens, hidden_size).requires_grad_(),
+        (normal(num_experts, hidden_size) * scale).requires_grad_(),
+        normal(num_experts, hidden_size).requires_grad_(),
+        indices.to(device),
+        normal(num_tokens, slots).requires_grad_(),
+        normal(num_tokens, hidden_size),
+    )
+
+
+def oracle(case: Case) -> tuple[Tensor, ...]:
+    """Output and gradients (hidden states, down, up, routing weights) in float64."""
+    leaves = [tensor.detach().double().requires_grad_() for tensor in case.differentiable()]
+    hidden_states, down_weights, up_weights, routing_weights = leaves
+    out = naive_expert_func(
+        hidden_states, down_weights, up_weights, case.indices, routing_weights
+    )
+    return out.detach(), *torch.autograd.grad(out, leaves, case.grad.double())
+
+
+def relative_error(result: Tensor, expected: Tensor) -> float:
+    """||result - expected|| / ||expected||, and not a number if any element is not."""
+    distance = torch.linalg.vector_norm(result.detach().double() - expected.double())
+    return float(distance / torch.linalg.vector_norm(expected.double()).clamp(min=1e-300))
+
+
+def assert_close(result: Tensor, expected: Tensor, tolerance: float, what: str) -> None:
+    assert result.shape == expected.shape, what
+    if expected.count_nonzero() == 0:
+        assert result.count_nonzero() == 0, what
+    else:
+        error = relative_error(result, expected)
+        assert error <= tolerance, f"{what}: relative error {error:.2e} over {tolerance:.2e}"
+
+
+RESULTS = ("output", "hidden_states", "down_weights", "up_weights", "routing_weights")

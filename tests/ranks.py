@@ -1,0 +1,112 @@
+"""Groups of processes, started once, in which tests run a function on every rank."""
+
+import os
+import tempfile
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+TIMEOUT = timedelta(seconds=60)
+
+
+@dataclass
+class Failure:
+    """An exception on a rank."""
+
+    kind: str
+    message: str
+    trace: str
+
+
+class RankPools:
+    """Runs functions on any number of ranks, with one group of processes for each number."""
+
+    def __init__(self) -> None:
+        self._pools: dict[tuple[int, str], _Pool] = {}
+
+    def run(
+        self, world_size: int, function: Callable[..., Any], *args: Any, backend: str = "gloo"
+    ) -> list[Any]:
+        """Call `function(*args)` on every rank; return the results by rank.
+
+        Raises AssertionError with the traceback if a rank failed.
+        """
+        results = self.outcomes(world_size, function, *args, backend=backend)
+        for rank, result in enumerate(results):
+            assert not isinstance(result, Failure), f"rank {rank}: {result.trace}"
+        return results
+
+    def outcomes(
+        self, world_size: int, function: Callable[..., Any], *args: Any, backend: str = "gloo"
+    ) -> list[Any]:
+        """As `run`, but what a rank raised is returned as a `Failure`."""
+        key = (world_size, backend)
+        if key not in self._pools:
+            self._pools[key] = _Pool(world_size, backend)
+        try:
+            return self._pools[key].run(function, args)
+        except TimeoutError:
+            self._pools.pop(key).kill()
+            raise
+
+    def close(self) -> None:
+        for pool in self._pools.values():
+            pool.kill()
+
+
+class _Pool:
+    def __init__(self, world_size: int, backend: str) -> None:
+        context = mp.get_context("spawn")
+        store = tempfile.mktemp(prefix="flash-moe-test-store-")
+        self.connections: list[Connection] = []
+        self.processes = []
+        # Ranks use the backends that users get; interpreted kernels have tests of their own.
+        interpret = os.environ.pop("TRITON_INTERPRET", None)
+        for rank in range(world_size):
+            here, there = context.Pipe()
+            process = context.Process(
+                target=_serve, args=(rank, world_size, backend, store, there), daemon=True
+            )
+            process.start()
+            self.connections.append(here)
+            self.processes.append(process)
+        if interpret is not None:
+            os.environ["TRITON_INTERPRET"] = interpret
+
+    def run(self, function: Callable[..., Any], args: tuple[Any, ...]) -> list[Any]:
+        for connection in self.connections:
+            connection.send((function, args))
+        results = []
+        for rank, connection in enumerate(self.connections):
+            if not connection.poll(2 * TIMEOUT.total_seconds()):
+                raise TimeoutError(f"rank {rank} did not answer")
+            results.append(connection.recv())
+        return results
+
+    def kill(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.join()
+
+
+def _serve(rank: int, world_size: int, backend: str, store: str, connection: Connection) -> None:
+    torch.set_num_threads(1)
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
+    dist.init_process_group(
+        backend, init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=TIMEOUT
+    )
+    while True:
+        function, args = connection.recv()
+        try:
+            result = function(*args)
+        except Exception as error:
+            result = Failure(type(error).__name__, str(error), traceback.format_exc())
+        connection.send(result)

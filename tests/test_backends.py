@@ -1,0 +1,76 @@
+"""The three primitives against dense matrix products, in every backend."""
+
+import pytest
+import torch
+from cases import TOLERANCES, assert_close
+from torch import Tensor
+
+from flash_moe.ops.backends import check_backend, load_backend
+from flash_moe.ops.pairs import Pairs
+
+NUM_EXPERTS, HIDDEN_SIZE = 11, 37
+ROW_OFFSETS = [0, 3, 3, 12, 13]
+EXPERT_IDS = [4, -1, 4, 0, 1, 2, 3, -1, 9, 8, 7, 0, 10]
+
+
+def pattern(device: torch.device) -> tuple[Pairs, Tensor]:
+    """A ragged pattern with an empty row, duplicates and empty slots; token of each pair."""
+    pairs = Pairs(
+        torch.tensor(ROW_OFFSETS, device=device),
+        torch.tensor(EXPERT_IDS, device=device, dtype=torch.int32),
+        NUM_EXPERTS,
+    )
+    return pairs, torch.repeat_interleave(torch.tensor(ROW_OFFSETS).diff()).to(device)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("backend", ["reference", "torch_sparse", "gather"])
+def test_primitives(backend: str, dtype: torch.dtype, device: torch.device) -> None:
+    where = device if backend == "gather" else torch.device("cpu")
+    primitives = load_backend(backend)
+    pairs, tokens_N = pattern(where)
+    draw = torch.Generator().manual_seed(0)
+    rows_TH = torch.randn(4, HIDDEN_SIZE, generator=draw).to(where, dtype)
+    table_EH = torch.randn(NUM_EXPERTS, HIDDEN_SIZE, generator=draw).to(where, dtype)
+    values_N = torch.randn(len(EXPERT_IDS), generator=draw).to(where)
+    occupied = pairs.expert_ids >= 0
+    ids_N = pairs.expert_ids.long().clamp(min=0)
+    matrix_TE = torch.zeros(4, NUM_EXPERTS, dtype=torch.float64, device=where)
+    matrix_TE.index_put_((tokens_N, ids_N), (values_N * occupied).double(), accumulate=True)
+
+    products_TE = rows_TH.double() @ table_EH.double().t()
+    scores_N = primitives.sddmm(rows_TH, table_EH, pairs)
+    assert_close(scores_N, products_TE[tokens_N, ids_N] * occupied, 1e-6, "sddmm")
+    summed_TH = primitives.spmm(values_N, table_EH, pairs, dtype)
+    assert summed_TH.dtype == dtype
+    assert_close(summed_TH, matrix_TE @ table_EH.double(), TOLERANCES[dtype], "spmm")
+    summed_EH = primitives.spmm_t(values_N, rows_TH, pairs, dtype)
+    assert summed_EH.dtype == dtype
+    assert_close(summed_EH, matrix_TE.t() @ rows_TH.double(), TOLERANCES[dtype], "spmm_t")
+
+
+def test_sparse_backend_without_mkl_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    primitives = load_backend("torch_sparse")
+    pairs, _ = pattern(torch.device("cpu"))
+    table_EH, values_N = torch.randn(NUM_EXPERTS, HIDDEN_SIZE), torch.randn(len(EXPERT_IDS))
+    rows_TH = torch.randn(4, HIDDEN_SIZE)
+
+    def results() -> list[Tensor]:
+        return [
+            primitives.sddmm(rows_TH, table_EH, pairs),
+            primitives.spmm(values_N, table_EH, pairs, torch.float32),
+            primitives.spmm_t(values_N, rows_TH, pairs, torch.float32),
+        ]
+
+    with_mkl = results()
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
+    for one, other in zip(with_mkl, results(), strict=True):
+        assert_close(one, other, 1e-6, "without MKL")
+
+
+def test_backend_must_fit_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match="'gather' takes CUDA tensors"):
+        check_backend("gather", torch.device("cpu"))
+    with pytest.raises(ValueError, match="'torch_sparse' takes tensors on the CPU, got cuda"):
+        check_backend("torch_sparse", torch.device("cuda"))

@@ -1,0 +1,333 @@
+"""The expert op against float64 autograd, in every backend."""
+
+import pytest
+import torch
+from cases import RESULTS, TOLERANCES, Case, assert_close, make_case, oracle
+from torch import Tensor
+
+from flash_moe import ragged_flash_expert_func, triton_flash_expert_func
+
+BACKENDS = ("reference", "torch_sparse", "gather")
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+# T, H, E, K, and what breaks there and nowhere else.
+SHAPES = {
+    "odd sizes, no power of two anywhere": (13, 7, 57, 5),
+    "one of everything": (1, 1, 1, 1),
+    "a hidden size with a ragged end in its last block": (5, 1000, 33, 9),
+    "more pairs in a token than a program takes": (3, 16, 301, 150),
+    "more slots than experts: duplicates in every token": (17, 8, 3, 12),
+    "no tokens": (0, 8, 5, 3),
+    "no slots": (4, 8, 5, 0),
+    "no features": (3, 0, 5, 2),
+}
+
+
+def place(backend: str, device: torch.device) -> torch.device:
+    return device if backend == "gather" else torch.device("cpu")
+
+
+def run(case: Case, backend: str | None) -> tuple[Tensor, ...]:
+    out = triton_flash_expert_func(*case.args(), backend=backend)
+    return out.detach(), *torch.autograd.grad(out, case.differentiable(), case.grad)
+
+
+def check(case: Case, backend: str, tolerance: float) -> None:
+    for name, result, expected in zip(RESULTS, run(case, backend), oracle(case), strict=True):
+        assert_close(result, expected, tolerance, name)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_output_and_gradients_match_float64(
+    backend: str, dtype: torch.dtype, device: torch.device
+) -> None:
+    case = make_case(29, 96, 61, 11, dtype, place(backend, device))
+    results = run(case, backend)
+    for name, result, expected in zip(RESULTS, results, oracle(case), strict=True):
+        assert result.dtype == dtype, name
+        assert_close(result, expected, TOLERANCES[dtype], name)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_shapes(backend: str, shape: tuple[int, int, int, int], device: torch.device) -> None:
+    check(make_case(*shape, device=place(backend, device)), backend, TOLERANCES[torch.float32])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64], ids=str)
+def test_empty_slots_contribute_nothing_and_get_zero_gradient(
+    backend: str, index_dtype: torch.dtype, device: torch.device
+) -> None:
+    indices = torch.randint(-1, 9, (12, 6), generator=torch.Generator().manual_seed(3))
+    indices[4] = -1
+    where = place(backend, device)
+    case = make_case(12, 20, 9, 6, device=where, indices=indices.to(index_dtype))
+    # Row 0 is what an empty slot would read if it were taken for a row.
+    case.indices[case.indices == 0] = 1
+    with torch.no_grad():
+        case.down_weights[0], case.up_weights[0] = float("nan"), float("nan")
+        case.routing_weights[case.indices < 0] = float("nan")
+    out, _, down_grad, _, weights_grad = run(case, backend)
+    assert out[4].count_nonzero() == 0
+    assert down_grad[0].count_nonzero() == 0
+    assert weights_grad[case.indices < 0].count_nonzero() == 0
+    with torch.no_grad():
+        case.down_weights[0], case.up_weights[0] = 0.0, 0.0
+        case.routing_weights[case.indices < 0] = 0.0
+    check(case, backend, TOLERANCES[torch.float32])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_hot_expert(backend: str, device: torch.device) -> None:
+    indices = torch.full((70, 3), 2)
+    case = make_case(70, 24, 40, 3, device=place(backend, device), indices=indices)
+    check(case, backend, TOLERANCES[torch.float32])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_non_contiguous_and_broadcast_arguments(backend: str, device: torch.device) -> None:
+    where = place(backend, device)
+    plain = make_case(10, 12, 30, 4, device=where)
+    strided = Case(
+        plain.hidden_states.detach().t().contiguous().t().requires_grad_(),
+        plain.down_weights.detach().repeat(1, 2)[:, :12].requires_grad_(),
+        plain.up_weights.detach().t().contiguous().t().requires_grad_(),
+        plain.indices.t().contiguous().t(),
+        torch.ones(1, 1, device=where).expand(10, 4).detach().requires_grad_(),
+        plain.grad[:1].expand(10, 12),
+    )
+    assert not any(tensor.is_contiguous() for tensor in strided.args())
+    check(strided, backend, TOLERANCES[torch.float32])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_arguments_of_different_dtypes(backend: str, device: torch.device) -> None:
+    case = make_case(16, 32, 20, 5, torch.bfloat16, place(backend, device))
+    case.down_weights = case.down_weights.detach().float().requires_grad_()
+    case.routing_weights = case.routing_weights.detach().float().requires_grad_()
+    results = run(case, backend)
+    dtypes = [torch.bfloat16, torch.bfloat16, torch.float32, torch.bfloat16, torch.float32]
+    assert [result.dtype for result in results] == dtypes
+    for name, result, expected in zip(RESULTS, results, oracle(case), strict=True):
+        assert_close(result, expected, TOLERANCES[result.dtype], name)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_only_for_what_requires_them(
+    backend: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flash_moe.ops.backends import load_backend
+
+    case = make_case(8, 16, 20, 3, device=place(backend, device))
+    expected = dict(zip(RESULTS, oracle(case), strict=True))
+    frozen = [case.down_weights, case.up_weights]
+    for table in frozen:
+        table.requires_grad_(False)
+
+    def unwanted(*_: object) -> Tensor:
+        raise AssertionError("gradient of a frozen table was computed")
+
+    monkeypatch.setattr(load_backend(backend), "spmm_t", unwanted)
+    out = triton_flash_expert_func(*case.args(), backend=backend)
+    wanted = (case.hidden_states, case.routing_weights)
+    for name, grad in zip(
+        ("hidden_states", "routing_weights"),
+        torch.autograd.grad(out, wanted, case.grad),
+        strict=True,
+    ):
+        assert_close(grad, expected[name], TOLERANCES[torch.float32], name)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_repeats_are_bitwise_equal(backend: str, device: torch.device) -> None:
+    hot = torch.randint(6, (64, 8), generator=torch.Generator().manual_seed(1)) ** 2
+    case = make_case(64, 64, 40, 8, device=place(backend, device), indices=hot)
+    first = run(case, backend)
+    for _ in range(5):
+        for name, once, again in zip(RESULTS, first, run(case, backend), strict=True):
+            assert torch.equal(once, again), name
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_ragged_rows(backend: str, device: torch.device) -> None:
+    where = place(backend, device)
+    case = make_case(6, 16, 25, 7, device=where)
+    lengths = torch.tensor([0, 7, 1, 0, 3, 5])
+    slots = torch.arange(7) < lengths.unsqueeze(1)
+    case.indices[~slots.to(where)] = -1
+    out, *grads = oracle(case)
+    leaves = [tensor.detach().requires_grad_() for tensor in case.differentiable()]
+    hidden_states, down_weights, up_weights, routing_weights = leaves
+    kept = slots.to(where)
+    result = ragged_flash_expert_func(
+        hidden_states,
+        down_weights,
+        up_weights,
+        torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(where),
+        case.indices[kept],
+        routing_weights[kept],
+        weight_grad_scale=0.25,
+        backend=backend,
+    )
+    result_grads = torch.autograd.grad(result, leaves, case.grad)
+    scaled = [grads[0], grads[1] * 0.25, grads[2] * 0.25, grads[3]]
+    results, expected = (result, *result_grads), (out, *scaled)
+    for name, one, other in zip(RESULTS, results, expected, strict=True):
+        assert_close(one, other, TOLERANCES[torch.float32], name)
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch_sparse"])
+def test_gradcheck(backend: str) -> None:
+    case = make_case(3, 4, 5, 2, torch.float64)
+
+    def func(*leaves: Tensor) -> Tensor:
+        return triton_flash_expert_func(*leaves[:3], case.indices, leaves[3], backend=backend)
+
+    assert torch.autograd.gradcheck(func, case.differentiable())
+
+
+def test_default_backend_follows_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    from flash_moe.ops.backends import default_backend
+
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.delenv("FLASH_MOE_BACKEND", raising=False)
+    assert default_backend(torch.device("cuda")) == "gather"
+    assert default_backend(torch.device("cpu")) == "torch_sparse"
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert default_backend(torch.device("cpu")) == "gather"
+    monkeypatch.setenv("FLASH_MOE_BACKEND", "reference")
+    assert default_backend(torch.device("cpu")) == "reference"
+
+
+def replaced(**changes: object) -> dict[str, object]:
+    case = make_case(4, 8, 6, 3)
+    names = ("hidden_states", "down_weights", "up_weights", "indices", "routing_weights")
+    return dict(zip(names, case.args(), strict=True)) | changes
+
+
+BAD_INPUTS = {
+    "hidden_states is 3-d": (
+        replaced(hidden_states=torch.zeros(1, 4, 8)),
+        ValueError,
+        r"hidden_states must have shape \(num_tokens, hidden_size\), got \(1, 4, 8\)",
+    ),
+    "down_weights of another hidden size": (
+        replaced(down_weights=torch.zeros(6, 9)),
+        ValueError,
+        r"down_weights must have rows of hidden_size = 8 .* got shape \(6, 9\)",
+    ),
+    "up_weights of another shape": (
+        replaced(up_weights=torch.zeros(5, 8)),
+        ValueError,
+        r"up_weights must have the shape of down_weights, \(6, 8\), got \(5, 8\)",
+    ),
+    "indices of other tokens": (
+        replaced(indices=torch.zeros(3, 3, dtype=torch.int64)),
+        ValueError,
+        r"indices must have one row for each of the 4 rows .* got shape \(3, 3\)",
+    ),
+    "indices is 1-d": (
+        replaced(indices=torch.zeros(4, dtype=torch.int64)),
+        ValueError,
+        r"indices must have shape \(num_tokens, num_experts_per_tok\), got \(4,\)",
+    ),
+    "routing_weights of another shape": (
+        replaced(routing_weights=torch.zeros(4, 2)),
+        ValueError,
+        r"routing_weights must have the shape of indices, \(4, 3\), got \(4, 2\)",
+    ),
+    "indices are floats": (
+        replaced(indices=torch.zeros(4, 3)),
+        TypeError,
+        "indices must have one of the dtypes int32, int64, got torch.float32",
+    ),
+    "hidden_states are integers": (
+        replaced(hidden_states=torch.zeros(4, 8, dtype=torch.int64)),
+        TypeError,
+        "hidden_states must have one of the dtypes float16, .* got torch.int64",
+    ),
+    "routing_weights is a list": (
+        replaced(routing_weights=[[1.0]]),
+        TypeError,
+        "routing_weights must be a torch.Tensor, got list",
+    ),
+    "up_weights on another device": (
+        replaced(up_weights=torch.zeros(6, 8, device="meta")),
+        ValueError,
+        "up_weights must be on cpu, where hidden_states is, got meta",
+    ),
+    "index too large": (
+        replaced(indices=torch.full((4, 3), 6)),
+        ValueError,
+        r"indices must lie in \[-1, 6\).* ids from 6 to 6 were found",
+    ),
+    "index too small": (
+        replaced(indices=torch.full((4, 3), -2)),
+        ValueError,
+        r"indices must lie in \[-1, 6\).* ids from -2 to -2 were found",
+    ),
+    "index that is valid in its low 32 bits": (
+        replaced(indices=torch.full((4, 3), 2**32 + 1)),
+        ValueError,
+        r"ids from 4294967297 to 4294967297 were found",
+    ),
+    "unknown backend": (
+        replaced(backend="cublas"),
+        ValueError,
+        "backend must be one of reference, torch_sparse, gather, got 'cublas'",
+    ),
+}
+
+
+@pytest.mark.parametrize(("arguments", "kind", "message"), BAD_INPUTS.values(), ids=BAD_INPUTS)
+def test_bad_input(arguments: dict[str, object], kind: type[Exception], message: str) -> None:
+    with pytest.raises(kind, match=message):
+        triton_flash_expert_func(**arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.gpu
+def test_index_out_of_range_on_cuda_is_reported_and_the_context_survives(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flash_moe.ops.index_range import raise_index_errors
+
+    good = make_case(64, 32, 50, 8, device=device)
+    bad = make_case(64, 32, 50, 8, device=device)
+    bad.indices[3, 4], bad.indices[9, 0] = 2**32 + 7, -5
+    message = r"\[-1, 50\).* ids from -5 to 4294967303 were found"
+    triton_flash_expert_func(*bad.args())
+    with pytest.raises(ValueError, match=message):
+        raise_index_errors()
+    out = triton_flash_expert_func(*bad.args())
+    torch.cuda.synchronize()
+    with pytest.raises(ValueError, match=message):
+        out.sum().backward()
+    triton_flash_expert_func(*bad.args())
+    torch.cuda.synchronize()
+    with pytest.raises(ValueError, match=message):
+        triton_flash_expert_func(*good.args())
+    monkeypatch.setenv("FLASH_MOE_STRICT_INDICES", "1")
+    with pytest.raises(ValueError, match=message):
+        triton_flash_expert_func(*bad.args())
+    check(good, "gather", TOLERANCES[torch.float32])
+
+
+@pytest.mark.gpu
+def test_no_host_sync(device: torch.device) -> None:
+    case = make_case(256, 64, 500, 16, torch.bfloat16, device)
+    run(case, "gather")
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run(case, "gather")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("hidden_size", [64, 1000, 2880, 7168])
+def test_large_shapes_on_cuda(dtype: torch.dtype, hidden_size: int, device: torch.device) -> None:
+    check(make_case(128, hidden_size, 3000, 70, dtype, device), "gather", TOLERANCES[dtype])

@@ -1,0 +1,44 @@
+"""The layers over the op."""
+
+import torch
+from torch import nn
+
+from flash_moe import FlashExperts, FlashMoE
+from flash_moe.ops.naive import naive_expert_func
+
+
+def test_flash_moe_is_shared_mlp_plus_routed_experts() -> None:
+    torch.manual_seed(0)
+    layer = FlashMoE(16, 24, num_experts=50, num_experts_per_tok=4, norm_topk_prob=True).double()
+    hidden_states = torch.randn(3, 5, 16, dtype=torch.float64)
+    indices, weights = layer.router(hidden_states)
+    mlp = layer.shared_mlp
+    shared = mlp.down_proj(
+        nn.functional.silu(mlp.gate_proj(hidden_states)) * mlp.up_proj(hidden_states)
+    )
+    routed = naive_expert_func(
+        hidden_states.flatten(0, 1),
+        layer.experts.down_weights,
+        layer.experts.up_weights,
+        indices.flatten(0, 1),
+        weights.flatten(0, 1),
+    )
+    torch.testing.assert_close(layer(hidden_states), shared + routed.view_as(shared))
+
+
+def test_every_parameter_learns() -> None:
+    torch.manual_seed(0)
+    layer = FlashMoE(16, 24, num_experts=12, num_experts_per_tok=6)
+    layer(torch.randn(40, 16)).square().sum().backward()
+    for name, parameter in layer.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+        assert parameter.grad.count_nonzero() > 0, name
+
+
+def test_tables_on_meta_are_initialised_later() -> None:
+    experts = FlashExperts(1000, 64, device="meta").to_empty(device="cpu")
+    torch.manual_seed(0)
+    experts.reset_parameters()
+    assert abs(experts.down_weights.std().item() * 8 - 1) < 0.02
+    assert abs(experts.up_weights.std().item() - 1) < 0.02

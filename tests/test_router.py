@@ -1,0 +1,59 @@
+"""Product-key routing against the best of all sums."""
+
+import pytest
+import torch
+
+from flash_moe import ProductKeyRouter
+from flash_moe.layers.router import squarest_grid
+
+
+@pytest.mark.parametrize("norm_topk_prob", [False, True])
+@pytest.mark.parametrize(
+    ("grid", "count"),
+    [((9, 9), 1), ((9, 9), 20), ((9, 9), 81), ((3, 40), 30), ((40, 3), 30), ((1, 13), 5)],
+)
+def test_best_of_all_sums(grid: tuple[int, int], count: int, norm_topk_prob: bool) -> None:
+    torch.manual_seed(0)
+    num_experts = grid[0] * grid[1]
+    router = ProductKeyRouter(16, num_experts, count, norm_topk_prob, key_grid=grid).double()
+    hidden_states = torch.randn(50, 16, dtype=torch.float64, requires_grad=True)
+    indices, weights = router(hidden_states)
+
+    first, second = router.keys(hidden_states).split(grid, dim=-1)
+    sums = first.log_softmax(-1).unsqueeze(-1) + second.log_softmax(-1).unsqueeze(-2)
+    probabilities, best = sums.flatten(-2).exp().topk(count)
+    if norm_topk_prob:
+        probabilities = probabilities / probabilities.sum(-1, keepdim=True)
+    assert torch.equal(indices, best)
+    torch.testing.assert_close(weights, probabilities)
+
+    draws = torch.randn_like(weights)
+    parameters = (hidden_states, router.keys.weight)
+    torch.testing.assert_close(
+        torch.autograd.grad(weights, parameters, draws),
+        torch.autograd.grad(probabilities, parameters, draws),
+    )
+
+
+def test_leading_dimensions_are_kept() -> None:
+    indices, weights = ProductKeyRouter(8, 30, 4)(torch.randn(2, 3, 8))
+    assert indices.shape == weights.shape == (2, 3, 4)
+    assert indices.dtype == torch.int64
+
+
+def test_number_of_candidates_is_k_log_k() -> None:
+    router = ProductKeyRouter(8, 512 * 512, 512)
+    assert len(router.candidates_first) == sum(512 // (i + 1) for i in range(512))
+
+
+def test_squarest_grid() -> None:
+    assert squarest_grid(102_400) == (320, 320)
+    assert squarest_grid(48) == (6, 8)
+    assert squarest_grid(13) == (1, 13)
+
+
+def test_bad_settings() -> None:
+    with pytest.raises(ValueError, match=r"num_experts_per_tok must lie in .* 30\], got 31"):
+        ProductKeyRouter(8, 30, 31)
+    with pytest.raises(ValueError, match=r"key_grid must have a product of .* got \(5, 5\)"):
+        ProductKeyRouter(8, 30, 3, key_grid=(5, 5))
