@@ -4,9 +4,10 @@ import shutil
 from pathlib import Path
 
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.optim import Optimizer
 
 
@@ -22,7 +23,7 @@ def save_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizer, step: 
     dist.barrier()
     model_state, optimizer_state = get_state_dict(model, optimizer)
     state = {"model": model_state, "optimizer": optimizer_state, "step": step}
-    dcp.save(state, checkpoint_id=partial)
+    save(state, checkpoint_id=partial)
     if dist.get_rank() == 0:
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
@@ -39,7 +40,7 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizer) -> int
         raise ValueError(f"folder must hold a complete checkpoint, found none in {folder}")
     model_state, optimizer_state = get_state_dict(model, optimizer)
     state = {"model": model_state, "optimizer": optimizer_state, "step": 0}
-    dcp.load(state, checkpoint_id=folder)
+    load(state, checkpoint_id=folder)
     set_state_dict(
         model,
         optimizer,

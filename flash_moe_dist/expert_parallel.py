@@ -1,5 +1,7 @@
 """Expert parallelism as a parallel style of torch.distributed.tensor."""
 
+from typing import Any
+
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
@@ -42,7 +44,8 @@ class ExpertParallel(ParallelStyle):
             )
             parameter = nn.Parameter(sharded, requires_grad=table.requires_grad)
             module.register_parameter(name, parameter)
-        module.expert_func = ExpertParallelFunc(device_mesh)
+        hooked: Any = module
+        hooked.expert_func = ExpertParallelFunc(device_mesh)
         return module
 
 

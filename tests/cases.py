@@ -73,9 +73,7 @@ def oracle(case: Case) -> tuple[Tensor, ...]:
     """Output and gradients (hidden states, down, up, routing weights) in float64."""
     leaves = [tensor.detach().double().requires_grad_() for tensor in case.differentiable()]
     hidden_states, down_weights, up_weights, routing_weights = leaves
-    out = naive_expert_func(
-        hidden_states, down_weights, up_weights, case.indices, routing_weights
-    )
+    out = naive_expert_func(hidden_states, down_weights, up_weights, case.indices, routing_weights)
     return out.detach(), *torch.autograd.grad(out, leaves, case.grad.double())
 
 

@@ -142,10 +142,10 @@ def test_gradients_only_for_what_requires_them(
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_repeats_are_bitwise_equal(backend: str, device: torch.device) -> None:
-    hot = torch.randint(6, (64, 8), generator=torch.Generator().manual_seed(1)) ** 2
-    case = make_case(64, 64, 40, 8, device=place(backend, device), indices=hot)
+    hot = torch.randint(6, (48, 6), generator=torch.Generator().manual_seed(1)) ** 2
+    case = make_case(48, 64, 40, 6, device=place(backend, device), indices=hot)
     first = run(case, backend)
-    for _ in range(5):
+    for _ in range(3):
         for name, once, again in zip(RESULTS, first, run(case, backend), strict=True):
             assert torch.equal(once, again), name
 
@@ -182,8 +182,8 @@ def test_ragged_rows(backend: str, device: torch.device) -> None:
 def test_gradcheck(backend: str) -> None:
     case = make_case(3, 4, 5, 2, torch.float64)
 
-    def func(*leaves: Tensor) -> Tensor:
-        return triton_flash_expert_func(*leaves[:3], case.indices, leaves[3], backend=backend)
+    def func(x: Tensor, down: Tensor, up: Tensor, weights: Tensor) -> Tensor:
+        return triton_flash_expert_func(x, down, up, case.indices, weights, backend=backend)
 
     assert torch.autograd.gradcheck(func, case.differentiable())
 

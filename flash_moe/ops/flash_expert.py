@@ -235,8 +235,8 @@ def _expert_backward(
     """Gradients of hidden states, down table, up table, routing weights; empty if not needed."""
     poll_index_errors(hidden_TH.device)
     hidden_needed, down_needed, up_needed, weights_needed = needed
-    nothing = hidden_TH.new_empty(0)
-    hidden_grad, down_grad, up_grad, weights_grad = nothing, nothing, nothing, nothing
+    # One tensor each: the outputs of a custom op may not alias.
+    hidden_grad, down_grad, up_grad, weights_grad = (hidden_TH.new_empty(0) for _ in needed)
     primitives = load_backend(backend)
     pairs = Pairs(row_offsets, expert_ids_N, down_EH.shape[0])
     pair_weights_N = _in_pair_order(weights_N, order_N)

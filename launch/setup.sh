@@ -1,0 +1,42 @@
+# Sourced by the scripts beside it: puts a Python with everything that the project needs first on
+# PATH, at the versions of constraints.txt. Takes the names of the extras of pyproject.toml.
+#
+#   . launch/setup.sh train,test
+#
+# Uses the virtual or conda environment that is active, else makes .venv in the checkout.
+# PYTHON=python3.12 chooses what .venv is made with; SKIP_INSTALL=1 installs nothing and takes
+# the environment as it is (a machine without network, a cluster image).
+
+extras=$1
+repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+export PYTHONPATH="$repository${PYTHONPATH:+:$PYTHONPATH}"
+if [ "${SKIP_INSTALL:-0}" = 1 ]; then
+  return 0
+fi
+
+if [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]; then
+  if [ ! -x "$repository/.venv/bin/python" ]; then
+    python=${PYTHON:-python3}
+    if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))'; then
+      echo "error: $python must be Python 3.10 or newer; PYTHON=/path/to/python3 names another" >&2
+      exit 1
+    fi
+    echo "making $repository/.venv"
+    if ! "$python" -m venv "$repository/.venv"; then
+      rm -rf "$repository/.venv"
+      echo "error: $python cannot make a virtual environment (Debian: apt install python3-venv)" >&2
+      exit 1
+    fi
+  fi
+  . "$repository/.venv/bin/activate"
+fi
+
+# Installs again only when what is to be installed has changed.
+wanted=$(cat "$repository/pyproject.toml" "$repository/launch/constraints.txt" | cksum)
+stamp=$(python -c 'import sys; print(sys.prefix)')/flash-moe-installed
+if ! grep -qxF "$repository $extras $wanted" "$stamp" 2>/dev/null; then
+  echo "installing flash-moe[$extras] with launch/constraints.txt"
+  python -m pip install --quiet --disable-pip-version-check \
+    --constraint "$repository/launch/constraints.txt" --editable "$repository[$extras]" || exit 1
+  echo "$repository $extras $wanted" >> "$stamp"
+fi

@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# Train a language model with its experts sharded over ranks.
+#
+#   launch/train.sh [options of launch/train.py; --help lists them]
+#
+# One process for each GPU; two processes on a machine without a GPU.
+#   NPROC_PER_NODE=4           another number of processes
+#   TORCHRUN_ARGS="--nnodes 2 --rdzv-backend c10d --rdzv-endpoint HOST:PORT"   several machines
+# The environment variables of launch/setup.sh apply too.
+set -euo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+. "$here/setup.sh" train
+
+for option in "$@"; do
+  case $option in -h|--help) exec python "$here/train.py" --help ;; esac
+done
+
+gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
+processes=${NPROC_PER_NODE:-$((gpus > 0 ? gpus : 2))}
+cores=$(nproc)
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > processes ? cores / processes : 1))}
+# Left unquoted: it holds several words.
+exec python -m torch.distributed.run ${TORCHRUN_ARGS:---standalone} \
+  --nproc-per-node "$processes" "$here/train.py" "$@"

@@ -1,0 +1,83 @@
+"""Corpora: what is read, how it is split, what is refused."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from data import batch_at, load_corpus
+
+
+def write_tokens(path: Path, count: int) -> None:
+    (np.arange(count) % 300).astype(np.uint16).tofile(path)
+
+
+def test_default_is_the_standard_library() -> None:
+    corpus = load_corpus(None, 256)
+    assert corpus.is_text
+    assert corpus.vocab_size == 256
+    assert len(corpus.train) > 10 * len(corpus.validation) > 1_000_000
+    assert b"def " in corpus.train[:100_000].tobytes()
+    assert 2.5 < corpus.single_token_entropy() < 4
+
+
+def test_text_file(tmp_path: Path) -> None:
+    (tmp_path / "text").write_bytes(bytes(range(200)) * 10)
+    corpus = load_corpus(tmp_path / "text", 16)
+    assert (len(corpus.train), len(corpus.validation)) == (1900, 100)
+    assert corpus.train[:3].tolist() == [0, 1, 2]
+
+
+def test_folder_holds_out_whole_files(tmp_path: Path) -> None:
+    for i in range(40):
+        (tmp_path / f"{i:02}.txt").write_bytes(bytes([i]) * 100)
+    (tmp_path / "binary.so").write_bytes(b"\xff" * 100)
+    corpus = load_corpus(tmp_path, 16)
+    assert set(corpus.validation.tolist()) == {19, 39}
+    assert set(corpus.train.tolist()) == set(range(40)) - {19, 39}
+
+
+def test_bin_file_and_nanogpt_folder(tmp_path: Path) -> None:
+    write_tokens(tmp_path / "train.bin", 5000)
+    write_tokens(tmp_path / "val.bin", 400)
+    folder, file = load_corpus(tmp_path, 16), load_corpus(tmp_path / "train.bin", 16)
+    assert not folder.is_text
+    assert folder.vocab_size == file.vocab_size == 300
+    assert (len(folder.train), len(folder.validation)) == (5000, 400)
+    assert (len(file.train), len(file.validation)) == (4750, 250)
+
+
+def test_batches_depend_on_seed_and_step_alone() -> None:
+    tokens = np.arange(1000, dtype=np.uint16)
+    whole, targets = batch_at(tokens, 3, 0, 6, 10, slice(None))
+    parts = [batch_at(tokens, 3, 0, 6, 10, slice(i, i + 2))[0] for i in (0, 2, 4)]
+    assert torch.equal(whole, torch.cat(parts))
+    assert torch.equal(targets, whole + 1)
+    assert not torch.equal(whole, batch_at(tokens, 4, 0, 6, 10, slice(None))[0])
+
+
+def test_every_token_can_be_drawn() -> None:
+    tokens = np.arange(12, dtype=np.uint16)
+    batches = [batch_at(tokens, step, 0, 8, 10, slice(None)) for step in range(20)]
+    assert torch.cat([inputs for inputs, _ in batches]).min() == 0
+    assert torch.cat([targets for _, targets in batches]).max() == 11
+
+
+BAD_DATA = {
+    "missing": "found nothing at",
+    "empty.txt": r"at least --seq-len \+ 1 = 17 tokens for training, got 0",
+    "short.txt": r"at least --seq-len \+ 1 = 17 tokens for training, got 9",
+    "odd.bin": "must hold uint16 token ids, got 33 bytes",
+    "no_text": r"must hold text files .* found none in",
+}
+
+
+@pytest.mark.parametrize(("name", "message"), BAD_DATA.items())
+def test_bad_data(name: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "short.txt").write_bytes(b"123456789")
+    (tmp_path / "odd.bin").write_bytes(b"1" * 33)
+    (tmp_path / "no_text").mkdir()
+    with pytest.raises(ValueError, match=message):
+        load_corpus(tmp_path / name, 16)

@@ -1,0 +1,37 @@
+"""Sharding arithmetic, and what a rank sends where."""
+
+import pytest
+import torch
+
+from flash_moe_dist.dispatch import _Routing
+from flash_moe_dist.sharding import experts_per_rank, local_expert_range
+
+
+@pytest.mark.parametrize("num_experts", [0, 1, 2, 5, 8, 100])
+@pytest.mark.parametrize("ep_size", [1, 2, 3, 7])
+def test_ranges_are_those_of_chunk(num_experts: int, ep_size: int) -> None:
+    chunks = [chunk.tolist() for chunk in torch.arange(num_experts).chunk(ep_size)]
+    chunks += [[]] * (ep_size - len(chunks))
+    ranges = [list(local_expert_range(num_experts, ep_size, rank)) for rank in range(ep_size)]
+    assert ranges == chunks
+    size = experts_per_rank(num_experts, ep_size)
+    assert all(e // size == rank for rank, owned in enumerate(ranges) for e in owned)
+
+
+def test_worked_example() -> None:
+    """The example in the docstring of flash_moe_dist.dispatch."""
+    indices_TK = torch.tensor([[3, 0], [1, 0], [2, -1]])
+    routing = _Routing.of(indices_TK, num_experts=4, ep_size=2)
+    assert routing.counts_3W.tolist() == [[2, 2], [3, 2], [0, 0]]
+    to_send = routing.to_send(num_rows=4, num_pairs=5)
+    assert to_send.rows.tokens.tolist() == [0, 1, 0, 2]
+    assert to_send.pairs_per_row.tolist() == [1, 2, 1, 1]
+    assert to_send.local_ids.tolist() == [0, 0, 1, 1, 0]
+    assert to_send.slots.tolist() == [1, 3, 2, 0, 4]
+    pattern = to_send.rows.pattern
+    assert pattern.expert_ids.view(3, 2).tolist() == [[0, 2], [1, -1], [-1, 3]]
+
+
+def test_ids_out_of_range_are_counted_and_sent_nowhere() -> None:
+    routing = _Routing.of(torch.tensor([[4, 0], [-2, 3]]), num_experts=4, ep_size=3)
+    assert routing.counts_3W.tolist() == [[1, 1, 0], [1, 1, 0], [2, 2, 2]]

@@ -1,0 +1,49 @@
+"""Gradient norm and clipping over plain, sharded and differently sharded gradients."""
+
+import torch
+import torch.distributed as dist
+from ranks import RankPools
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+
+from flash_moe_dist.gradients import clip_grad_norm_
+
+
+def clip() -> None:
+    world_size = dist.get_world_size()
+    torch.manual_seed(0)
+    whole = [torch.randn(5, 3), torch.randn(7), torch.randn(2, 2)]
+    flat = init_device_mesh("cpu", (world_size,), mesh_dim_names=("ep",))
+    square = init_device_mesh("cpu", (2, world_size // 2), mesh_dim_names=("efsdp", "ep"))
+    parameters = [
+        nn.Parameter(distribute_tensor(torch.zeros(5, 3), flat, [Shard(0)])),
+        nn.Parameter(torch.zeros(7)),
+        nn.Parameter(distribute_tensor(torch.zeros(2, 2), square["ep"], [Shard(0)])),
+    ]
+    parameters[0].grad = distribute_tensor(whole[0], flat, [Shard(0)])
+    parameters[1].grad = whole[1].clone()
+    parameters[2].grad = distribute_tensor(whole[2], square["ep"], [Shard(0)])
+    expected = torch.linalg.vector_norm(torch.cat([grad.flatten() for grad in whole]))
+    norm = clip_grad_norm_(parameters, max_norm=0.5)
+    torch.testing.assert_close(norm, expected)
+    for parameter, grad in zip(parameters, whole, strict=True):
+        found = parameter.grad
+        assert found is not None
+        full = found.full_tensor() if hasattr(found, "full_tensor") else found
+        torch.testing.assert_close(full, grad * 0.5 / expected)
+
+
+def test_norm_counts_every_element_once(rank_pools: RankPools) -> None:
+    rank_pools.run(4, clip)
+
+
+def test_small_gradients_are_left_alone() -> None:
+    parameter = nn.Parameter(torch.zeros(2))
+    parameter.grad = torch.tensor([0.3, 0.4])
+    assert abs(clip_grad_norm_([parameter, nn.Parameter(torch.zeros(1))], 1.0) - 0.5) < 1e-6
+    torch.testing.assert_close(parameter.grad, torch.tensor([0.3, 0.4]))
+
+
+def test_no_gradients() -> None:
+    assert clip_grad_norm_([nn.Parameter(torch.zeros(2))], 1.0) == 0

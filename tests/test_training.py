@@ -1,0 +1,216 @@
+"""The training script: the same training on any number of ranks, and its failures."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import RankPools
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+
+REPOSITORY = Path(__file__).parent.parent
+SMALL = (
+    *("--steps", "20", "--batch-size", "12", "--seq-len", "16", "--hidden-size", "16"),
+    *("--intermediate-size", "16", "--num-layers", "2", "--num-heads", "2"),
+    *("--num-experts", "50", "--num-experts-per-tok", "4", "--precision", "float32"),
+)
+
+
+def small_run(data: str) -> Any:
+    """A `Run` of launch/train.py on the ranks at hand."""
+    from flash_moe_dist.runtime import Runtime
+    from train import Run, parse_args, prepare
+
+    args = parse_args([*SMALL, "--data", data, "--out", str(Path(data).parent / "out")])
+    cuda = dist.get_backend() == "nccl"
+    device = torch.device("cuda", dist.get_rank()) if cuda else torch.device("cpu")
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("ep",))
+    runtime = Runtime(dist.get_rank(), dist.get_world_size(), device, mesh)
+    corpus, config = prepare(args, runtime)
+    return Run(args, runtime, corpus, config)
+
+
+def whole_parameters(run: Any) -> dict[str, torch.Tensor]:
+    return {
+        name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().cpu().clone()
+        for name, p in run.model.named_parameters()
+    }
+
+
+def train_twenty_steps(data: str) -> tuple[list[float], dict[str, torch.Tensor]]:
+    run = small_run(data)
+    return [run.step(step) for step in range(20)], whole_parameters(run)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("data") / "text.txt"
+    path.write_bytes(Path(json.__file__).read_bytes() * 3)
+    return str(path)
+
+
+def assert_same_training(one: Any, other: Any, tolerance: float = 1e-4) -> None:
+    losses, parameters = one
+    other_losses, other_parameters = other
+    assert losses == pytest.approx(other_losses, rel=tolerance)
+    assert parameters.keys() == other_parameters.keys()
+    for name, parameter in parameters.items():
+        difference = (other_parameters[name] - parameter).norm() / parameter.norm()
+        assert difference <= 1e-4, f"{name}: relative difference {difference:.1e}"
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_same_losses_and_parameters_on_any_number_of_ranks(
+    world_size: int, text: str, rank_pools: RankPools
+) -> None:
+    alone = rank_pools.run(1, train_twenty_steps, text)[0]
+    assert alone[0][-1] < alone[0][0] - 0.3
+    for rank_result in rank_pools.run(world_size, train_twenty_steps, text):
+        assert_same_training(alone, rank_result)
+
+
+@pytest.mark.gpu
+def test_same_training_with_nccl(text: str, rank_pools: RankPools) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip(f"needs two GPUs, this machine has {torch.cuda.device_count()}")
+    alone = rank_pools.run(1, train_twenty_steps, text, backend="nccl")[0]
+    for rank_result in rank_pools.run(2, train_twenty_steps, text, backend="nccl"):
+        assert_same_training(alone, rank_result)
+
+
+def save(data: str, folder: str) -> dict[str, torch.Tensor]:
+    from flash_moe_dist.checkpoint import save_checkpoint
+
+    run = small_run(data)
+    run.step(0)
+    save_checkpoint(Path(folder), run.model, run.optimizer, 1)
+    save_checkpoint(Path(folder), run.model, run.optimizer, 1)
+    saved = whole_parameters(run)
+    run.step(1)
+    return saved | {"next loss": torch.tensor(run.step(2))}
+
+
+def load(data: str, folder: str) -> dict[str, torch.Tensor]:
+    from flash_moe_dist.checkpoint import load_checkpoint
+
+    run = small_run(data)
+    assert load_checkpoint(Path(folder), run.model, run.optimizer) == 1
+    loaded = whole_parameters(run)
+    run.schedule.step()
+    run.step(1)
+    return loaded | {"next loss": torch.tensor(run.step(2))}
+
+
+@pytest.mark.parametrize(("saving", "loading"), [(2, 2), (3, 1), (1, 2)])
+def test_checkpoint_goes_on_where_it_stopped(
+    saving: int, loading: int, text: str, tmp_path: Path, rank_pools: RankPools
+) -> None:
+    folder = str(tmp_path / "checkpoint")
+    saved = rank_pools.run(saving, save, text, folder)[0]
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+    for loaded in rank_pools.run(loading, load, text, folder):
+        torch.testing.assert_close(loaded.pop("next loss"), saved["next loss"])
+        for name, parameter in loaded.items():
+            assert torch.equal(parameter, saved[name]), name
+
+
+def test_loading_without_a_checkpoint(text: str, tmp_path: Path, rank_pools: RankPools) -> None:
+    for outcome in rank_pools.outcomes(1, load, text, str(tmp_path)):
+        assert outcome.kind == "ValueError"
+        assert "must hold a complete checkpoint" in outcome.message
+
+
+def launch(*options: str, ranks: int = 2, seconds: float = 100) -> subprocess.CompletedProcess[str]:
+    """launch/train.py under torchrun, as launch/train.sh runs it."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(ranks), str(REPOSITORY / "launch" / "train.py")]
+    return subprocess.run(
+        [*command, *options],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=seconds,
+        check=False,
+    )
+
+
+BAD_OPTIONS = {
+    "unreadable data": (["--data", "/nowhere/at/all"], "found nothing at /nowhere/at/all"),
+    "batch that ranks do not divide": (
+        ["--batch-size", "7"],
+        "--batch-size must divide by the number of ranks = 2, got 7",
+    ),
+    "more experts for a token than there are": (
+        ["--num-experts", "8", "--num-experts-per-tok", "9"],
+        "--num-experts-per-tok must be at most --num-experts = 8, got 9",
+    ),
+    "heads that do not divide the hidden size": (
+        ["--num-heads", "3"],
+        "hidden_size must be an even multiple of num_heads = 3",
+    ),
+    "no steps": (["--steps", "0"], "--steps must be positive, got 0"),
+}
+
+
+@pytest.mark.parametrize(("options", "message"), BAD_OPTIONS.values(), ids=BAD_OPTIONS)
+def test_bad_options_end_every_rank_with_one_message(
+    options: list[str], message: str, tmp_path: Path
+) -> None:
+    ended = launch(*options, "--out", str(tmp_path / "out"))
+    assert ended.returncode != 0
+    assert f"train.sh: error: {message}" in ended.stderr.replace("rank 0: ", "")
+    assert 'train.py", line' not in ended.stderr, "a traceback hides the message"
+
+
+def test_started_without_torchrun() -> None:
+    script = REPOSITORY / "launch" / "train.py"
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    ended = subprocess.run(
+        [sys.executable, str(script)], env=environment, capture_output=True, text=True, check=False
+    )
+    assert ended.returncode != 0
+    assert "start this with torchrun" in ended.stderr
+
+
+def test_default_run(tmp_path: Path) -> None:
+    """`launch/train.sh` as a new user calls it, but for where results go."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    begin = time.monotonic()
+    ended = subprocess.run(
+        ["bash", str(REPOSITORY / "launch" / "train.sh"), "--out", str(tmp_path)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    print(f"default run: {time.monotonic() - begin:.0f} s")
+    metrics = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in metrics] == list(range(1, len(metrics) + 1))
+    assert all(line["tokens_per_s"] > 0 for line in metrics)
+    world_size = max(1, torch.cuda.device_count()) if torch.cuda.is_available() else 2
+    assert all(line["world_size"] == line["ep_size"] == world_size for line in metrics)
+    found = re.search(
+        r"validation loss ([\d.]+), single-token entropy .* ([\d.]+) nats", ended.stdout
+    )
+    assert found
+    validation_loss, entropy = map(float, found.groups())
+    assert validation_loss < entropy - 0.8
+    assert metrics[-1]["loss"] < metrics[0]["loss"] - 2
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "checkpoint" / ".metadata").is_file()
+    assert "sample, after the prompt" in ended.stdout
+    assert "loss=" in ended.stderr
+    assert "tokens_per_s=" in ended.stderr
+    assert ended.stderr.count("training: 100%") <= 3, "a progress bar on more than one rank"
