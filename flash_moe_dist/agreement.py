@@ -35,5 +35,5 @@ def raise_same_error(error: Exception | None, group: dist.ProcessGroup | None = 
         if report is not None:
             name, message = report
             kind = {"TypeError": TypeError, "ValueError": ValueError}.get(name, RuntimeError)
-            where = f"rank {rank}: " if size > 1 else ""
+            where = f"rank {rank}: " if len(set(reports)) > 1 else ""
             raise kind(where + message) from error

@@ -1,0 +1,46 @@
+"""The examples of the README do what it says."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+REPOSITORY = Path(__file__).parent.parent
+OP_EXAMPLE, SHARD_EXAMPLE = re.findall(
+    r"```python\n(.*?)```", (REPOSITORY / "README.md").read_text(), flags=re.DOTALL
+)
+
+
+def run_script(path: Path, *launcher: str) -> str:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(
+        [sys.executable, *launcher, str(path)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout
+
+
+def test_op_example(tmp_path: Path) -> None:
+    script = tmp_path / "op.py"
+    script.write_text(OP_EXAMPLE + "print(out.shape, down_weights.grad.shape)")
+    assert "torch.Size([64, 256]) torch.Size([10000, 256])" in run_script(script)
+
+
+def test_shard_example(tmp_path: Path) -> None:
+    script = tmp_path / "shard.py"
+    script.write_text(SHARD_EXAMPLE)
+    ranks = min(2, torch.cuda.device_count()) if torch.cuda.is_available() else 2
+    printed = run_script(
+        script, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"
+    )
+    for rank in range(ranks):
+        assert f"{rank} torch.Size([{100_000 // ranks}, 256])" in printed
