@@ -50,7 +50,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "val.bin; without it, the source of Python's standard library",
     )
     add("--out", type=Path, default=Path("out/train"), help="folder for all results")
-    add("--steps", type=int, default=300, help="optimizer steps")
+    add("--steps", type=int, default=250, help="optimizer steps")
     add("--batch-size", type=int, default=16, help="sequences a step, over all ranks")
     add("--seq-len", type=int, default=256, help="tokens a sequence")
     add("--lr", type=float, default=2e-3, help="peak learning rate of AdamW")
