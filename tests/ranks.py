@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from poison import poison_fresh_memory
 
 TIMEOUT = timedelta(seconds=60)
 
@@ -98,6 +99,7 @@ class _Pool:
 
 def _serve(rank: int, world_size: int, backend: str, store: str, connection: Connection) -> None:
     torch.set_num_threads(1)
+    poison_fresh_memory()
     if backend == "nccl":
         torch.cuda.set_device(rank)
     dist.init_process_group(

@@ -1,5 +1,6 @@
 """Experts sharded over processes against the same experts on one, in float64."""
 
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -132,6 +133,35 @@ def test_parity_with_nccl(scenario: str, dtype: torch.dtype, rank_pools: RankPoo
     if torch.cuda.device_count() < 2:
         pytest.skip(f"needs two GPUs, this machine has {torch.cuda.device_count()}")
     rank_pools.run(2, parity, scenario, NUM_EXPERTS, dtype, backend="nccl")
+
+
+def host_syncs() -> tuple[int, int]:
+    """Host syncs in a forward and in a backward pass, as PyTorch counts them."""
+    case = make_case(64, HIDDEN_SIZE, NUM_EXPERTS, SLOTS, device=rank_device())
+    experts = sharded_experts(case.down_weights.detach(), case.up_weights.detach())
+    counts = []
+    for counted in (False, True):
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("warn" if counted else "default")
+        with warnings.catch_warnings(record=True) as forward:
+            warnings.simplefilter("always")
+            out = experts(case.hidden_states, case.indices, case.routing_weights)
+        with warnings.catch_warnings(record=True) as backward:
+            warnings.simplefilter("always")
+            out.backward(case.grad)
+        torch.cuda.set_sync_debug_mode("default")
+        counts = [
+            sum("synchronizing" in str(one.message) for one in passed)
+            for passed in (forward, backward)
+        ]
+    return counts[0], counts[1]
+
+
+@pytest.mark.gpu
+def test_one_host_sync_in_forward_and_none_in_backward(rank_pools: RankPools) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip(f"needs two GPUs, this machine has {torch.cuda.device_count()}")
+    assert rank_pools.run(2, host_syncs, backend="nccl") == [(1, 0), (1, 0)]
 
 
 class OwnModule(nn.Module):

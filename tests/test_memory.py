@@ -1,0 +1,59 @@
+"""Nothing of size T*K*H or T*E is ever built."""
+
+from typing import Any
+
+import pytest
+import torch
+from cases import make_case
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from flash_moe import triton_flash_expert_func
+from flash_moe.ops.backends import load_backend, reference
+from flash_moe.ops.pairs import Pairs
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the most elements that any operation returned."""
+
+    elements = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> object:
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(tensor, Tensor):
+                stored = tensor.values() if tensor.layout == torch.sparse_csr else tensor
+                self.elements = max(self.elements, stored.numel())
+        return result
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch_sparse"])
+def test_no_large_tensor_on_the_cpu(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference, "BLOCK_ELEMENTS", 4096)
+    num_tokens, hidden_size, num_experts, slots = 60, 64, 200, 40
+    case = make_case(num_tokens, hidden_size, num_experts, slots)
+    rows_TH, table_EH = case.hidden_states.detach(), case.down_weights.detach()
+    pairs = Pairs.from_slots(case.indices, num_experts)
+    primitives = load_backend(backend)
+    with LargestTensor() as largest:
+        values_N = primitives.sddmm(rows_TH, table_EH, pairs)
+        primitives.spmm(values_N, table_EH, pairs, torch.float32)
+        primitives.spmm_t(values_N, rows_TH, pairs, torch.float32)
+    allowed = num_experts * hidden_size
+    assert num_tokens * slots <= largest.elements <= allowed
+    assert allowed < num_tokens * slots * hidden_size / 10
+
+
+@pytest.mark.gpu
+def test_peak_memory_on_cuda(device: torch.device) -> None:
+    num_tokens, hidden_size, num_experts, slots = 2048, 1024, 4096, 256
+    case = make_case(num_tokens, hidden_size, num_experts, slots, torch.bfloat16, device)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    out = triton_flash_expert_func(*case.args())
+    torch.autograd.grad(out, case.differentiable(), case.grad)
+    extra = torch.cuda.max_memory_allocated() - before
+    gathered = num_tokens * slots * hidden_size * 2
+    assert extra < gathered / 10
