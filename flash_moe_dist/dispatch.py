@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from flash_moe.ops.arrange import raise_ids_out_of_range
 from flash_moe.ops.backends import default_backend, load_backend
 from flash_moe.ops.checks import check_routing
 from flash_moe.ops.pairs import Pairs
@@ -156,13 +157,11 @@ class AllToAllDispatcher:
         num_experts: int,
         settings: tuple[Any, ...],
     ) -> None:
-        if error is None and indices_TK.numel() > 0:
-            least, greatest = (int(bound) for bound in indices_TK.aminmax())
-            if least < -1 or greatest >= num_experts:
-                error = ValueError(
-                    f"indices must lie in [-1, {num_experts}), where -1 marks an empty slot, "
-                    f"but ids from {least} to {greatest} were found"
-                )
+        if error is None:
+            try:
+                raise_ids_out_of_range(indices_TK, num_experts)
+            except ValueError as out_of_range:
+                error = out_of_range
         raise_same_error(error, self.group)
         everyone: list[Any] = [None] * self.ep_size
         dist.all_gather_object(everyone, settings, group=self.group)

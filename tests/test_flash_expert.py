@@ -15,6 +15,11 @@ SHAPES = {
     "odd sizes, no power of two anywhere": (13, 7, 57, 5),
     "one of everything": (1, 1, 1, 1),
     "a hidden size with a ragged end in its last block": (5, 1000, 33, 9),
+    "a hidden size under a warp": (6, 7, 20, 3),
+    "a hidden size of 3 * 32": (6, 96, 20, 3),
+    "a hidden size of one block": (3, 1024, 20, 3),
+    "a hidden size of several blocks with a ragged end": (3, 2880, 20, 3),
+    "a hidden size of many blocks": (2, 7168, 9, 3),
     "more pairs in a token than a program takes": (3, 16, 301, 150),
     "more slots than experts: duplicates in every token": (17, 8, 3, 12),
     "no tokens": (0, 8, 5, 3),
@@ -141,11 +146,17 @@ def test_gradients_only_for_what_requires_them(
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_repeats_are_bitwise_equal(backend: str, device: torch.device) -> None:
-    hot = torch.randint(6, (48, 6), generator=torch.Generator().manual_seed(1)) ** 2
-    case = make_case(48, 64, 40, 6, device=place(backend, device), indices=hot)
+@pytest.mark.parametrize("skewed", [False, True])
+def test_repeats_are_bitwise_equal(backend: str, skewed: bool, device: torch.device) -> None:
+    where = place(backend, device)
+    interpreted = backend == "gather" and where.type == "cpu"
+    shape = (5, 32, 9, 4) if interpreted else (90, 32, 50, 10)
+    indices = torch.randint(shape[2], shape[::3], generator=torch.Generator().manual_seed(1))
+    if skewed:
+        indices = indices**2 // shape[2]
+    case = make_case(*shape, torch.bfloat16, where, indices=indices)
     first = run(case, backend)
-    for _ in range(3):
+    for _ in range(50):
         for name, once, again in zip(RESULTS, first, run(case, backend), strict=True):
             assert torch.equal(once, again), name
 
@@ -258,6 +269,41 @@ BAD_INPUTS = {
         ValueError,
         "up_weights must be on cpu, where hidden_states is, got meta",
     ),
+    "hidden_states is 1-d": (
+        replaced(hidden_states=torch.zeros(8)),
+        ValueError,
+        r"hidden_states must have shape \(num_tokens, hidden_size\), got \(8,\)",
+    ),
+    "down_weights is 3-d": (
+        replaced(down_weights=torch.zeros(6, 8, 1)),
+        ValueError,
+        r"down_weights must have shape \(num_experts, hidden_size\), got \(6, 8, 1\)",
+    ),
+    "down_weights are complex": (
+        replaced(down_weights=torch.zeros(6, 8, dtype=torch.complex64)),
+        TypeError,
+        "down_weights must have one of the dtypes float16, .* got torch.complex64",
+    ),
+    "up_weights are 8-bit": (
+        replaced(up_weights=torch.zeros(6, 8, dtype=torch.float8_e4m3fn)),
+        TypeError,
+        "up_weights must have one of the dtypes float16, .* got torch.float8_e4m3fn",
+    ),
+    "routing_weights are integers": (
+        replaced(routing_weights=torch.ones(4, 3, dtype=torch.int32)),
+        TypeError,
+        "routing_weights must have one of the dtypes float16, .* got torch.int32",
+    ),
+    "indices are 16-bit": (
+        replaced(indices=torch.zeros(4, 3, dtype=torch.int16)),
+        TypeError,
+        "indices must have one of the dtypes int32, int64, got torch.int16",
+    ),
+    "indices on another device": (
+        replaced(indices=torch.zeros(4, 3, dtype=torch.int64, device="meta")),
+        ValueError,
+        "indices must be on cpu, where hidden_states is, got meta",
+    ),
     "index too large": (
         replaced(indices=torch.full((4, 3), 6)),
         ValueError,
@@ -287,11 +333,73 @@ def test_bad_input(arguments: dict[str, object], kind: type[Exception], message:
         triton_flash_expert_func(**arguments)  # type: ignore[arg-type]
 
 
+BAD_OFFSETS = {
+    "first is not 0": [1, 2, 4],
+    "last is not the number of pairs": [0, 2, 3],
+    "past the end": [0, 9, 4],
+    "falling": [0, 3, 2, 4],
+    "negative": [0, -1, 4],
+}
+
+
+@pytest.mark.parametrize("offsets", BAD_OFFSETS.values(), ids=BAD_OFFSETS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bad_row_offsets(
+    backend: str, offsets: list[int], device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FLASH_MOE_STRICT_INDICES", "1")
+    where = place(backend, device)
+    case = make_case(len(offsets) - 1, 8, 6, 1, device=where)
+    with pytest.raises(ValueError, match=r"row_offsets must ascend from 0 to .* = 4, but"):
+        ragged_flash_expert_func(
+            *case.args()[:3],
+            torch.tensor(offsets, device=where),
+            torch.zeros(4, dtype=torch.int64, device=where),
+            torch.ones(4, device=where),
+            backend=backend,
+        )
+    # What was found is forgotten with the error.
+    check(case, backend, TOLERANCES[torch.float32])
+
+
+@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("sort_limit", [1, 4096])
+def test_ids_out_of_range_in_kernels(
+    index_dtype: torch.dtype,
+    sort_limit: int,
+    device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from flash_moe.ops import arrange
+
+    monkeypatch.setattr(arrange, "MAX_SORTED_SLOTS", sort_limit)
+    monkeypatch.setenv("FLASH_MOE_STRICT_INDICES", "1")
+    case = make_case(9, 8, 6, 3, device=device)
+    check(case, "gather", TOLERANCES[torch.float32])
+    case.indices = case.indices.to(index_dtype)
+    case.indices[2, 1], case.indices[7, 0] = 2**31 - 1, -9
+    with pytest.raises(ValueError, match=r"\[-1, 6\).* ids from -9 to 2147483647 were found"):
+        triton_flash_expert_func(*case.args(), backend="gather")
+
+
+@pytest.mark.parametrize("num_experts", [50, 2**31 - 1])
+def test_slots_are_sorted_stably(num_experts: int, device: torch.device) -> None:
+    from flash_moe.ops.arrange import arrange_slots
+
+    draw = torch.Generator().manual_seed(0)
+    indices_TK = torch.randint(-1, 50, (7, 33), generator=draw)
+    indices_TK[3, 5] = num_experts - 1
+    ids, order = arrange_slots(indices_TK.to(device), num_experts, in_kernels=True)
+    expected, slots = indices_TK.sort(dim=1, stable=True)
+    assert torch.equal(ids.cpu().view(7, 33).long(), expected)
+    assert torch.equal(order.cpu().view(7, 33) - 33 * torch.arange(7).unsqueeze(1), slots)
+
+
 @pytest.mark.gpu
 def test_index_out_of_range_on_cuda_is_reported_and_the_context_survives(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from flash_moe.ops.index_range import raise_index_errors
+    from flash_moe.ops.arrange import raise_index_errors
 
     good = make_case(64, 32, 50, 8, device=device)
     bad = make_case(64, 32, 50, 8, device=device)

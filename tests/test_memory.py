@@ -57,3 +57,39 @@ def test_peak_memory_on_cuda(device: torch.device) -> None:
     extra = torch.cuda.max_memory_allocated() - before
     gathered = num_tokens * slots * hidden_size * 2
     assert extra < gathered / 10
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("shape", "dtype", "weights_dtype"),
+    [
+        ((2048, 1024, 4096, 256), torch.bfloat16, torch.bfloat16),
+        ((4096, 128, 4096, 256), torch.bfloat16, torch.float32),
+        ((512, 1024, 4096, 2048), torch.float32, torch.float32),
+        ((65536, 64, 4096, 8), torch.float16, torch.float16),
+    ],
+    ids=str,
+)
+def test_written_formula_of_memory(
+    shape: tuple[int, int, int, int],
+    dtype: torch.dtype,
+    weights_dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    """The formula in the docstring of triton_flash_expert_func."""
+    case = make_case(*shape, dtype, device)
+    case.routing_weights = case.routing_weights.detach().to(weights_dtype).requires_grad_()
+    triton_flash_expert_func(*case.args())
+    num_tokens, hidden_size, _, slots = shape
+    pairs, offsets = num_tokens * slots, 8 * (num_tokens + 1)
+    out_bytes = num_tokens * hidden_size * dtype.itemsize
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    out = triton_flash_expert_func(*case.args())
+    peak = torch.cuda.max_memory_allocated() - before
+    kept = torch.cuda.memory_allocated() - before - out_bytes
+    assert out.requires_grad
+    written = 16 * pairs + offsets + max(weights_dtype.itemsize * pairs, out_bytes)
+    assert peak == pytest.approx(written, rel=0.05)
+    assert kept == pytest.approx(12 * pairs + offsets, rel=0.05)

@@ -2,6 +2,7 @@
 
 import doctest
 
+import pytest
 import torch
 
 from flash_moe.ops import pairs
@@ -27,3 +28,19 @@ def test_occupied_is_the_pattern_itself_without_empty_slots() -> None:
     pattern = Pairs.from_slots(torch.tensor([[1, 0], [2, 2]]), 3)
     assert pattern.occupied == (pattern, None)
     assert pattern.row_offsets.tolist() == [0, 2, 4]
+
+
+def test_sorting_in_chunks_gives_the_same_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = torch.randint(-1, 9, (50,), generator=torch.Generator().manual_seed(0)).int()
+    whole = Pairs(torch.tensor([0, 50]), ids, 9)
+    expected = whole.expert_order, whole.expert_offsets
+    monkeypatch.setattr(pairs, "SORT_LIMIT", 7)
+    chunked = Pairs(torch.tensor([0, 50]), ids, 9)
+    assert torch.equal(chunked.expert_order, expected[0])
+    assert torch.equal(chunked.expert_offsets, expected[1])
+
+
+def test_tokens_of_bad_offsets_stay_inside() -> None:
+    tokens = Pairs(torch.tensor([3, 1, 9]), torch.zeros(6).int(), 1).token_ids
+    assert tokens.min() >= 0
+    assert tokens.max() <= 1

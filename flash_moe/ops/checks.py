@@ -76,6 +76,8 @@ def check_ragged_inputs(
             f"row_offsets must have shape (num_tokens + 1,) = ({num_tokens + 1},), "
             f"got {tuple(row_offsets.shape)}"
         )
+    if num_tokens == 0 and len(expert_ids) > 0:
+        raise ValueError(f"expert_ids must be empty without tokens, got {len(expert_ids)} ids")
     if routing_weights.shape != expert_ids.shape:
         raise ValueError(
             f"routing_weights must have the shape of expert_ids, {tuple(expert_ids.shape)}, "

@@ -17,14 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flash_moe.ops.arrange import arrange_ragged, arrange_slots, poll_index_errors
 from flash_moe.ops.backends import (
+    Backend,
     accumulator_dtype,
     check_backend,
     default_backend,
     load_backend,
 )
 from flash_moe.ops.checks import check_expert_inputs, check_ragged_inputs
-from flash_moe.ops.index_range import checked_expert_ids, poll_index_errors
 from flash_moe.ops.pairs import Pairs, uniform_row_offsets
 
 
@@ -57,27 +58,34 @@ def triton_flash_expert_func(
         (T, H) in the dtype of `hidden_states`. Gradients flow to all arguments but `indices`,
         each in its argument's dtype.
 
+    Memory on CUDA in bytes, with N = T K pairs, b for an element of `hidden_states` and g for
+    one of `routing_weights`: forward at its peak 16 N + 8 (T + 1) + max(g N, b T H) more than
+    before, the output included; of that, 12 N + 8 (T + 1) stay for the backward pass. (Ids,
+    their order, scores and activations take 4 N each, all but the last stay; N < 2^31.)
+
     Raises:
         TypeError: an argument has a dtype that is not listed above.
         ValueError: a shape or device does not fit, or an index is out of range. On CUDA the
             ids are never followed out of range, and the error comes without waiting for the
             device: at the next call or backward pass, from
-            `flash_moe.ops.index_range.raise_index_errors`, or at once when
+            `flash_moe.ops.arrange.raise_index_errors`, or at once when
             FLASH_MOE_STRICT_INDICES=1.
     """
     check_expert_inputs(hidden_states, down_weights, up_weights, indices, routing_weights)
-    num_tokens, slots = indices.shape
-    return _flash_expert(
+    name = _chosen_backend(backend, hidden_states.device)
+    ids_N, order_N = _arrange_slots(indices, down_weights.shape[0], name == "gather")
+    out_TH, _ = _expert_forward(
         hidden_states,
         down_weights,
         up_weights,
-        uniform_row_offsets(num_tokens, slots, indices.device),
-        indices.reshape(-1),
+        uniform_row_offsets(indices.shape[0], indices.shape[1], indices.device),
+        ids_N,
+        order_N,
         routing_weights.reshape(-1),
-        slots,
         1.0,
-        backend,
+        name,
     )
+    return out_TH
 
 
 def ragged_flash_expert_func(
@@ -99,7 +107,7 @@ def ragged_flash_expert_func(
     Args:
         hidden_states: (T, H), down_weights: (E, H), up_weights: (E, H), as there.
         row_offsets: (T + 1,) int64 or int32, ascending from 0 to N: the pairs of token t are
-            row_offsets[t]:row_offsets[t + 1]. Its values are trusted.
+            row_offsets[t]:row_offsets[t + 1]. Wrong offsets are reported as wrong ids are.
         expert_ids: (N,) int64 or int32, each in [-1, E).
         routing_weights: (N,), a float dtype.
         weight_grad_scale: factor on the gradients of the two tables, applied before their one
@@ -111,70 +119,59 @@ def ragged_flash_expert_func(
     check_ragged_inputs(
         hidden_states, down_weights, up_weights, row_offsets, expert_ids, routing_weights
     )
-    return _flash_expert(
+    name = _chosen_backend(backend, hidden_states.device)
+    offsets, ids_N = _arrange_ragged(
+        row_offsets, expert_ids, down_weights.shape[0], name == "gather"
+    )
+    out_TH, _ = _expert_forward(
         hidden_states,
         down_weights,
         up_weights,
-        row_offsets,
-        expert_ids,
-        routing_weights,
-        0,
-        weight_grad_scale,
-        backend,
-    )
-
-
-def _flash_expert(
-    hidden_TH: Tensor,
-    down_EH: Tensor,
-    up_EH: Tensor,
-    row_offsets: Tensor,
-    expert_ids_N: Tensor,
-    weights_N: Tensor,
-    slots: int,
-    weight_grad_scale: float,
-    backend: str | None,
-) -> Tensor:
-    name = backend or default_backend(hidden_TH.device)
-    check_backend(name, hidden_TH.device)
-    sort_slots = slots if name == "gather" else 0
-    ids_N, order_N = _arrange_pairs(expert_ids_N, down_EH.shape[0], sort_slots)
-    out_TH, _ = _expert_forward(
-        hidden_TH,
-        down_EH,
-        up_EH,
-        row_offsets,
+        offsets,
         ids_N,
-        order_N,
-        weights_N,
+        torch.empty(0, device=ids_N.device, dtype=torch.int32),
+        routing_weights,
         weight_grad_scale,
         name,
     )
     return out_TH
 
 
-@torch.library.custom_op("flash_moe::arrange_pairs", mutates_args=())
-def _arrange_pairs(
-    expert_ids_N: Tensor, num_experts: int, sort_slots: int
-) -> tuple[Tensor, Tensor]:
-    """Ids as int32, checked, and sorted within each run of `sort_slots` of them (if > 0).
-
-    Returns the ids (N,) and, when sorted, the position (N,) each came from (else empty).
-    """
-    ids_N = checked_expert_ids(expert_ids_N, num_experts)
-    if sort_slots == 0:
-        return ids_N, torch.empty(0, device=ids_N.device, dtype=torch.int64)
-    ids_TK, slot_TK = ids_N.view(-1, sort_slots).sort(dim=1)
-    row_begin_T = uniform_row_offsets(ids_TK.shape[0], sort_slots, ids_N.device)[:-1]
-    return ids_TK.view(-1), slot_TK.add_(row_begin_T.unsqueeze(1)).view(-1)
+def _chosen_backend(backend: str | None, device: torch.device) -> str:
+    name = backend or default_backend(device)
+    check_backend(name, device)
+    return name
 
 
-@_arrange_pairs.register_fake
-def _(expert_ids_N: Tensor, num_experts: int, sort_slots: int) -> tuple[Tensor, Tensor]:
-    num_pairs = expert_ids_N.shape[0]
+@torch.library.custom_op("flash_moe::arrange_slots", mutates_args=())
+def _arrange_slots(indices_TK: Tensor, num_experts: int, in_kernels: bool) -> tuple[Tensor, Tensor]:
+    return arrange_slots(indices_TK, num_experts, in_kernels)
+
+
+@_arrange_slots.register_fake
+def _(indices_TK: Tensor, num_experts: int, in_kernels: bool) -> tuple[Tensor, Tensor]:
+    num_pairs = indices_TK.numel()
+    order_dtype = torch.int32 if num_pairs < 2**31 or not in_kernels else torch.int64
     return (
-        expert_ids_N.new_empty(num_pairs, dtype=torch.int32),
-        expert_ids_N.new_empty(num_pairs if sort_slots else 0, dtype=torch.int64),
+        indices_TK.new_empty(num_pairs, dtype=torch.int32),
+        indices_TK.new_empty(num_pairs if in_kernels else 0, dtype=order_dtype),
+    )
+
+
+@torch.library.custom_op("flash_moe::arrange_ragged", mutates_args=())
+def _arrange_ragged(
+    row_offsets: Tensor, expert_ids_N: Tensor, num_experts: int, in_kernels: bool
+) -> tuple[Tensor, Tensor]:
+    return arrange_ragged(row_offsets, expert_ids_N, num_experts, in_kernels)
+
+
+@_arrange_ragged.register_fake
+def _(
+    row_offsets: Tensor, expert_ids_N: Tensor, num_experts: int, in_kernels: bool
+) -> tuple[Tensor, Tensor]:
+    return (
+        row_offsets.new_empty(row_offsets.shape, dtype=torch.int64),
+        expert_ids_N.new_empty(expert_ids_N.shape, dtype=torch.int32),
     )
 
 
@@ -193,9 +190,11 @@ def _expert_forward(
     """Output (T, H) and the scores (N,) in the order of `expert_ids_N`."""
     primitives = load_backend(backend)
     pairs = Pairs(row_offsets, expert_ids_N, down_EH.shape[0])
-    scores_N = primitives.sddmm(hidden_TH, down_EH, pairs)
-    activations_N = torch.nn.functional.silu(scores_N) * _in_pair_order(weights_N, order_N)
-    return primitives.spmm(activations_N, up_EH, pairs, hidden_TH.dtype), scores_N
+    with _without_autocast(hidden_TH):
+        scores_N = primitives.sddmm(hidden_TH, down_EH, pairs)
+        activations_N = torch.nn.functional.silu(scores_N)
+        activations_N.mul_(_in_pair_order(weights_N, order_N))
+        return primitives.spmm(activations_N, up_EH, pairs, hidden_TH.dtype), scores_N
 
 
 @_expert_forward.register_fake
@@ -234,11 +233,38 @@ def _expert_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of hidden states, down table, up table, routing weights; empty if not needed."""
     poll_index_errors(hidden_TH.device)
+    with _without_autocast(hidden_TH):
+        return _gradients(
+            grad_TH,
+            hidden_TH,
+            down_EH,
+            up_EH,
+            Pairs(row_offsets, expert_ids_N, down_EH.shape[0]),
+            order_N,
+            weights_N,
+            scores_N,
+            needed,
+            weight_grad_scale,
+            load_backend(backend),
+        )
+
+
+def _gradients(
+    grad_TH: Tensor,
+    hidden_TH: Tensor,
+    down_EH: Tensor,
+    up_EH: Tensor,
+    pairs: Pairs,
+    order_N: Tensor,
+    weights_N: Tensor,
+    scores_N: Tensor,
+    needed: list[bool],
+    weight_grad_scale: float,
+    primitives: Backend,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     hidden_needed, down_needed, up_needed, weights_needed = needed
     # One tensor each: the outputs of a custom op may not alias.
     hidden_grad, down_grad, up_grad, weights_grad = (hidden_TH.new_empty(0) for _ in needed)
-    primitives = load_backend(backend)
-    pairs = Pairs(row_offsets, expert_ids_N, down_EH.shape[0])
     pair_weights_N = _in_pair_order(weights_N, order_N)
     sigmoid_N = torch.sigmoid(scores_N)
     silu_N = scores_N * sigmoid_N
@@ -247,8 +273,9 @@ def _expert_backward(
         if weights_needed:
             weights_grad = _in_slot_order(activation_grad_N * silu_N, order_N, weights_N.dtype)
         if hidden_needed or down_needed:
-            silu_slope_N = sigmoid_N * (1 + scores_N * (1 - sigmoid_N))
-            score_grad_N = activation_grad_N * pair_weights_N * silu_slope_N
+            # silu'(s) = sigma + s sigma (1 - sigma), written with silu(s) = s sigma.
+            silu_slope_N = torch.addcmul(silu_N, sigmoid_N, 1 - silu_N)
+            score_grad_N = activation_grad_N.mul_(pair_weights_N).mul_(silu_slope_N)
             if hidden_needed:
                 hidden_grad = primitives.spmm(score_grad_N, down_EH, pairs, hidden_TH.dtype)
             if down_needed:
@@ -305,7 +332,20 @@ def _backward(ctx: Any, grad_TH: Tensor | None, _: None) -> tuple[Tensor | None,
     return hidden_grad, down_grad, up_grad, None, None, None, weights_grad, None, None
 
 
+def _refuse(ctx: Any, *grads: Tensor) -> None:
+    raise RuntimeError(
+        "triton_flash_expert_func has no second derivative: its gradient was differentiated "
+        "(create_graph=True, then backward again)"
+    )
+
+
 _expert_forward.register_autograd(_backward, setup_context=_save_for_backward)
+_expert_backward.register_autograd(_refuse)
+
+
+def _without_autocast(tensor: Tensor) -> torch.autocast:
+    # Autocast would round inside products that are summed in float32 here.
+    return torch.autocast(tensor.device.type, enabled=False)
 
 
 def _in_pair_order(values_N: Tensor, order_N: Tensor) -> Tensor:
@@ -316,4 +356,4 @@ def _in_slot_order(values_N: Tensor, order_N: Tensor, dtype: torch.dtype) -> Ten
     values_N = values_N.to(dtype)
     if order_N.shape[0] == 0:
         return values_N
-    return torch.empty_like(values_N).index_copy_(0, order_N, values_N)
+    return torch.empty_like(values_N).index_copy_(0, order_N.long(), values_N)

@@ -4,7 +4,7 @@ T tokens, E experts, N pairs. The pattern is ragged: a token may have any number
 
     row_offsets     (T+1,) int64   pairs of token t are row_offsets[t]:row_offsets[t+1]
     expert_ids      (N,)   int32   expert of each pair; -1 marks an empty slot
-    token_ids       (N,)   int32   token of each pair (int64 from 2^31 tokens on)
+    token_ids       (N,)   int32   token of each pair
     expert_order    (N,)   int64   pair positions sorted by expert, stable; empty slots first
     expert_offsets  (E+1,) int64   pairs of expert e are
                                    expert_order[expert_offsets[e]:expert_offsets[e+1]]
@@ -15,6 +15,9 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
+
+# Pairs sorted at one time: torch.sort takes fewer than 2^31, and needs memory for each.
+SORT_LIMIT = 2**30
 
 
 @dataclass(frozen=True)
@@ -53,26 +56,43 @@ class Pairs:
 
     @cached_property
     def token_ids(self) -> Tensor:
-        dtype = torch.int32 if self.num_tokens < 2**31 else torch.int64
-        tokens = torch.arange(self.num_tokens, device=self.row_offsets.device, dtype=dtype)
-        # The output size is given, so that nothing is read back from the device.
-        return tokens.repeat_interleave(self.row_offsets.diff(), output_size=self.num_pairs)
+        positions = torch.arange(self.num_pairs, device=self.row_offsets.device)
+        after = torch.searchsorted(self.row_offsets, positions, right=True, out_int32=True)
+        # Bad offsets are reported late on CUDA: until then no token may lie outside.
+        return after.sub_(1).clamp_(min=0, max=max(0, self.num_tokens - 1))
 
-    @cached_property
-    def _by_expert(self) -> tuple[Tensor, Tensor]:
-        return torch.sort(self.expert_ids, stable=True)
-
-    @cached_property
+    @property
     def expert_order(self) -> Tensor:
+        return self._by_expert[0]
+
+    @property
+    def expert_offsets(self) -> Tensor:
         return self._by_expert[1]
 
     @cached_property
-    def expert_offsets(self) -> Tensor:
-        sorted_ids = self._by_expert[0]
-        experts = torch.arange(
-            self.num_experts + 1, device=sorted_ids.device, dtype=sorted_ids.dtype
-        )
-        return torch.searchsorted(sorted_ids, experts)
+    def _by_expert(self) -> tuple[Tensor, Tensor]:
+        if self.num_pairs > SORT_LIMIT:
+            return self._by_expert_in_chunks()
+        sorted_ids, order = torch.sort(self.expert_ids, stable=True)
+        experts = torch.arange(self.num_experts + 1, device=order.device).int()
+        return order, torch.searchsorted(sorted_ids, experts)
+
+    def _by_expert_in_chunks(self) -> tuple[Tensor, Tensor]:
+        """Sort chunk by chunk, then give each chunk's run of an expert its place."""
+        # Where the run of each id from -1 to E-1 begins in each sorted chunk, and its length.
+        ids = torch.arange(-1, self.num_experts + 1, device=self.expert_ids.device).int()
+        chunks = self.expert_ids.split(SORT_LIMIT)
+        bounds_CB = torch.stack([torch.searchsorted(chunk.sort()[0], ids) for chunk in chunks])
+        counts_CB = bounds_CB.diff(dim=1)
+        ends_B = counts_CB.sum(0).cumsum(0)
+        place_CB = ends_B - counts_CB.sum(0) + counts_CB.cumsum(0) - counts_CB
+        order = torch.empty(self.num_pairs, device=ids.device, dtype=torch.int64)
+        for number, chunk in enumerate(chunks):
+            sorted_ids, positions = chunk.sort(stable=True)
+            shift_B = place_CB[number] - bounds_CB[number, :-1]
+            places = shift_B[sorted_ids + 1] + torch.arange(len(chunk), device=ids.device)
+            order[places] = positions.add_(number * SORT_LIMIT)
+        return order, ends_B
 
     @cached_property
     def occupied(self) -> "tuple[Pairs, Tensor | None]":

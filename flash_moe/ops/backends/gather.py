@@ -1,6 +1,5 @@
 """CUDA tensors through Triton kernels that gather table rows: launchers and their tuning."""
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +8,7 @@ from torch import Tensor
 
 from flash_moe.ops.backends import accumulator_dtype
 from flash_moe.ops.backends.gather_kernels import sddmm_kernel, weighted_row_sum_kernel
+from flash_moe.ops.devices import on_device
 from flash_moe.ops.pairs import Pairs
 
 MAX_GRID_Y = 65_535
@@ -120,11 +120,6 @@ def _weighted_row_sum(
             num_warps=config.num_warps,
         )
     return out
-
-
-def on_device(tensor: Tensor) -> AbstractContextManager[object]:
-    """Triton launches on the current device, which need not be the tensor's."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 def _contiguous_rows(table: Tensor) -> Tensor:

@@ -91,30 +91,3 @@ def weighted_row_sum_kernel(
         )
         total += tl.sum(weights[:, None] * gathered.to(total.dtype), 0)
     tl.store(out + row * HIDDEN_SIZE + hidden, total.to(out.dtype.element_ty), mask=in_row)
-
-
-@triton.jit
-def check_ids_kernel(
-    ids,
-    checked_ids,
-    found_record,
-    found_flag,
-    num_ids,
-    num_experts,
-    BLOCK: tl.constexpr,
-):
-    """checked_ids = ids as int32, -1 where out of range; such a find is recorded.
-
-    found_record (3,) int64 on the device takes the least and greatest id that is out of range
-    and the number of experts; found_flag (1,) int32 in host memory is then set.
-    """
-    positions = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    in_block = positions < num_ids
-    found = tl.load(ids + positions, mask=in_block, other=-1).to(tl.int64)
-    outside = (found < -1) | (found >= num_experts)
-    tl.store(checked_ids + positions, tl.where(outside, -1, found).to(tl.int32), mask=in_block)
-    if tl.max(outside.to(tl.int32), 0) > 0:
-        tl.atomic_min(found_record, tl.min(tl.where(outside, found, 0x7FFFFFFFFFFFFFFF), 0))
-        tl.atomic_max(found_record + 1, tl.max(tl.where(outside, found, -0x7FFFFFFFFFFFFFFF), 0))
-        tl.store(found_record + 2, num_experts)
-        tl.store(found_flag, 1)

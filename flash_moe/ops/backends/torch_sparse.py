@@ -22,11 +22,13 @@ def sddmm(rows_TH: Tensor, table_EH: Tensor, pairs: Pairs) -> Tensor:
     full, kept = pairs.occupied
     zeros = torch.zeros(full.num_pairs, dtype=dtype)
     pattern_TE = _csr(full.row_offsets, full.expert_ids, zeros, full.num_experts)
-    scores = torch.sparse.sampled_addmm(
+    products_TE = torch.sparse.sampled_addmm(
         pattern_TE, rows_TH.to(dtype).contiguous(), table_EH.to(dtype).contiguous().t(), beta=0.0
-    ).values()
+    )
+    scores = products_TE.values()
     if kept is None:
-        return scores
+        # A copy: a view would keep the whole matrix, its indices too, alive until backward.
+        return scores.clone()
     return torch.zeros(pairs.num_pairs, dtype=dtype).index_copy_(0, kept, scores)
 
 

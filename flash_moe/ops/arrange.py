@@ -1,0 +1,209 @@
+"""From the ids a user gives to a pair pattern that no backend can be hurt by.
+
+On the CPU bad ids and offsets raise before any work. On CUDA kernels turn an id out of range
+into an empty slot, clamp offsets, and record what they found; the record is read without waiting
+for the device, at the next call or backward pass of the op or by `raise_index_errors`. With
+FLASH_MOE_STRICT_INDICES=1 every call waits for its own record instead.
+"""
+
+import os
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from flash_moe.ops.arrange_kernels import (
+    check_ids_kernel,
+    check_offsets_kernel,
+    sort_slots_kernel,
+)
+from flash_moe.ops.devices import on_device
+
+CHECK_BLOCK = 1024
+# A token's ids are sorted in the registers of one program up to this many slots.
+MAX_SORTED_SLOTS = 4096
+NOTHING_FOUND = (2**63 - 1, 1 - 2**63, 0, -1)
+
+
+def arrange_slots(indices_TK: Tensor, num_experts: int, in_kernels: bool) -> tuple[Tensor, Tensor]:
+    """Checked ids of tokens that all have K slots.
+
+    Args:
+        indices_TK: (T, K) int32 or int64.
+        num_experts: E.
+        in_kernels: check in Triton kernels, and sort the ids within each token.
+
+    Returns:
+        ids (T*K,) int32 in [-1, E); and, if sorted, the position (T*K,) in `indices_TK` that each
+        came from, int32 if that holds T*K, else int64 (empty if not sorted).
+
+    Raises:
+        ValueError: an id is out of range; on CUDA, an id or offset of an earlier call was.
+    """
+    slots = indices_TK.shape[1]
+    if not in_kernels or indices_TK.numel() == 0:
+        unsorted = torch.empty(0, device=indices_TK.device, dtype=torch.int32)
+        return _checked_ids(indices_TK.reshape(-1), num_experts, in_kernels), unsorted
+    order_dtype = torch.int32 if indices_TK.numel() < 2**31 else torch.int64
+    if slots > MAX_SORTED_SLOTS:
+        ids_N = _checked_ids(indices_TK.reshape(-1), num_experts, in_kernels)
+        ids_TK, slot_TK = ids_N.view(-1, slots).sort(1)
+        first_slot_T = torch.arange(len(ids_TK), device=ids_TK.device) * slots
+        order_TK = (slot_TK + first_slot_T.unsqueeze(1)).to(order_dtype)
+        return ids_TK.view(-1), order_TK.view(-1)
+    record = _record_for(indices_TK.device)
+    ids_N = torch.empty(indices_TK.numel(), device=indices_TK.device, dtype=torch.int32)
+    order_N = torch.empty(indices_TK.numel(), device=indices_TK.device, dtype=order_dtype)
+    block = triton.next_power_of_2(slots)
+    narrow = (num_experts + 2) * block < 2**31
+    with on_device(indices_TK):
+        sort_slots_kernel[(indices_TK.shape[0],)](
+            indices_TK.contiguous(),
+            ids_N,
+            order_N,
+            record.found,
+            record.flag,
+            num_experts,
+            SLOTS=slots,
+            BLOCK=block,
+            KEY=triton.language.int32 if narrow else triton.language.int64,
+            num_warps=max(1, min(8, block // 256)),
+        )
+    record.after_launch()
+    return ids_N, order_N
+
+
+def arrange_ragged(
+    row_offsets: Tensor, expert_ids_N: Tensor, num_experts: int, in_kernels: bool
+) -> tuple[Tensor, Tensor]:
+    """Checked row offsets (T+1,) int64 in [0, N] and checked ids (N,) int32 in [-1, E).
+
+    Raises:
+        ValueError: an id is out of range, or the offsets do not ascend from 0 to N; on CUDA, an
+            id or offset of an earlier call was wrong.
+    """
+    offsets = _checked_offsets(row_offsets, len(expert_ids_N), in_kernels)
+    return offsets, _checked_ids(expert_ids_N, num_experts, in_kernels)
+
+
+def raise_ids_out_of_range(ids: Tensor, num_experts: int) -> None:
+    """Raise ValueError, at once, unless all ids lie in [-1, num_experts)."""
+    outside = ids[(ids < -1) | (ids >= num_experts)]
+    if outside.numel() > 0:
+        raise ValueError(_id_message(int(outside.min()), int(outside.max()), num_experts))
+
+
+def _checked_ids(ids_N: Tensor, num_experts: int, in_kernels: bool) -> Tensor:
+    checked = torch.empty(ids_N.shape, device=ids_N.device, dtype=torch.int32)
+    if ids_N.numel() == 0:
+        return checked
+    if not in_kernels:
+        raise_ids_out_of_range(ids_N, num_experts)
+        return checked.copy_(ids_N)
+    record = _record_for(ids_N.device)
+    with on_device(ids_N):
+        check_ids_kernel[(triton.cdiv(ids_N.numel(), CHECK_BLOCK),)](
+            ids_N.contiguous(),
+            checked,
+            record.found,
+            record.flag,
+            ids_N.numel(),
+            num_experts,
+            BLOCK=CHECK_BLOCK,
+        )
+    record.after_launch()
+    return checked
+
+
+def _checked_offsets(row_offsets: Tensor, num_pairs: int, in_kernels: bool) -> Tensor:
+    num_rows = row_offsets.shape[0] - 1
+    checked = torch.empty(num_rows + 1, device=row_offsets.device, dtype=torch.int64)
+    if not in_kernels:
+        ascending = bool((row_offsets.diff() >= 0).all())
+        if not ascending or row_offsets[0] != 0 or row_offsets[-1] != num_pairs:
+            raise ValueError(_offsets_message(num_pairs))
+        return checked.copy_(row_offsets)
+    record = _record_for(row_offsets.device)
+    with on_device(row_offsets):
+        check_offsets_kernel[(triton.cdiv(num_rows + 1, CHECK_BLOCK),)](
+            row_offsets.contiguous(),
+            checked,
+            record.found,
+            record.flag,
+            num_rows,
+            num_pairs,
+            BLOCK=CHECK_BLOCK,
+        )
+    record.after_launch()
+    return checked
+
+
+@dataclass(frozen=True)
+class _Record:
+    """What the kernels of one device found: see `arrange_kernels`."""
+
+    found: Tensor
+    flag: Tensor
+
+    @classmethod
+    def on(cls, device: torch.device) -> "_Record":
+        flag = torch.zeros(1, dtype=torch.int32)
+        # The device writes to pinned host memory, where the host looks without a sync.
+        flag = flag.pin_memory() if device.type == "cuda" else flag
+        return cls(torch.tensor(NOTHING_FOUND, device=device), flag)
+
+    def after_launch(self) -> None:
+        """Raise at once where that needs no waiting, or where waiting was asked for."""
+        if self.found.is_cuda:
+            if os.environ.get("FLASH_MOE_STRICT_INDICES") != "1":
+                return
+            torch.cuda.synchronize(self.found.device)
+        self.poll()
+
+    def poll(self) -> None:
+        if self.flag.item() == 0:
+            return
+        if self.found.is_cuda:
+            torch.cuda.synchronize(self.found.device)
+        least, greatest, num_experts, num_pairs = self.found.tolist()
+        self.found.copy_(torch.tensor(NOTHING_FOUND))
+        self.flag.zero_()
+        if num_pairs >= 0:
+            raise ValueError(_offsets_message(num_pairs))
+        raise ValueError(_id_message(least, greatest, num_experts))
+
+
+_records: dict[torch.device, _Record] = {}
+
+
+def raise_index_errors() -> None:
+    """Wait for all CUDA devices in use and raise ValueError if ids or offsets were wrong."""
+    for device, record in list(_records.items()):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        record.poll()
+
+
+def poll_index_errors(device: torch.device) -> None:
+    """Raise ValueError if work already done on `device` found wrong ids; does not wait for it."""
+    if device in _records:
+        _records[device].poll()
+
+
+def _id_message(least: int, greatest: int, num_experts: int) -> str:
+    return (
+        f"indices must lie in [-1, {num_experts}), where -1 marks an empty slot, "
+        f"but ids from {least} to {greatest} were found"
+    )
+
+
+def _offsets_message(num_pairs: int) -> str:
+    return f"row_offsets must ascend from 0 to the number of pairs = {num_pairs}, but do not"
+
+
+def _record_for(device: torch.device) -> _Record:
+    if device not in _records:
+        _records[device] = _Record.on(device)
+    _records[device].poll()
+    return _records[device]

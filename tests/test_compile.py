@@ -1,0 +1,100 @@
+"""torch.library registration, torch.compile, CUDA graphs."""
+
+import pytest
+import torch
+from cases import RESULTS, Case, make_case
+from torch import Tensor
+
+from flash_moe import ragged_flash_expert_func, triton_flash_expert_func
+from flash_moe.ops import flash_expert
+from flash_moe.ops.pairs import uniform_row_offsets
+
+BACKENDS = ("reference", "torch_sparse", "gather")
+
+
+def place(backend: str, device: torch.device) -> torch.device:
+    return device if backend == "gather" else torch.device("cpu")
+
+
+def results(func: object, case: Case) -> list[Tensor]:
+    assert callable(func)
+    out = func(*case.args())
+    return [out, *torch.autograd.grad(out, case.differentiable(), case.grad)]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_opcheck(backend: str, device: torch.device) -> None:
+    case = make_case(4, 8, 9, 3, device=place(backend, device))
+    in_kernels = backend == "gather"
+    torch.library.opcheck(flash_expert._arrange_slots, (case.indices, 9, in_kernels))
+    offsets = uniform_row_offsets(4, 3, case.indices.device)
+    ids = case.indices.flatten()
+    torch.library.opcheck(flash_expert._arrange_ragged, (offsets, ids, 9, in_kernels))
+    arranged, order = flash_expert._arrange_slots(case.indices, 9, in_kernels)
+    weights = case.routing_weights.detach().flatten().requires_grad_()
+    tensors = (case.hidden_states, case.down_weights, case.up_weights, offsets, arranged, order)
+    torch.library.opcheck(flash_expert._expert_forward, (*tensors, weights, 0.5, backend))
+    inputs = [tensor.detach() for tensor in (*tensors, weights)]
+    _, scores = flash_expert._expert_forward(*inputs, 0.5, backend)
+    for needed in ([True] * 4, [False, True, False, False]):
+        torch.library.opcheck(
+            flash_expert._expert_backward,
+            (case.grad, *inputs, scores, needed, 0.5, backend),
+        )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_fullgraph(backend: str, dynamic: bool, device: torch.device) -> None:
+    def op(*args: Tensor) -> Tensor:
+        return triton_flash_expert_func(*args, backend=backend) * 2
+
+    torch._dynamo.reset()
+    compiler = "inductor" if device.type == "cuda" else "aot_eager"
+    compiled = torch.compile(op, fullgraph=True, dynamic=dynamic, backend=compiler)
+    for num_tokens in (5, 8, 3):
+        case = make_case(num_tokens, 8, 9, 3, device=place(backend, device))
+        for name, one, other in zip(
+            RESULTS, results(compiled, case), results(op, case), strict=True
+        ):
+            assert torch.equal(one, other), name
+
+
+def test_fullgraph_with_the_default_backend_and_ragged_rows() -> None:
+    offsets = torch.tensor([0, 2, 2, 5])
+    case = make_case(3, 8, 9, 1)
+    ids, weights = torch.tensor([1, 0, 8, 8, -1]), torch.rand(5)
+
+    def op(hidden_states: Tensor) -> Tensor:
+        return ragged_flash_expert_func(
+            hidden_states, case.down_weights, case.up_weights, offsets, ids, weights
+        )
+
+    torch._dynamo.reset()
+    compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(case.hidden_states), op(case.hidden_states))
+
+
+@pytest.mark.gpu
+def test_cuda_graph_replays_with_new_values(device: torch.device) -> None:
+    shape = (64, 256, 500, 16)
+    static = make_case(*shape, torch.bfloat16, device)
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            results(triton_flash_expert_func, static)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = results(triton_flash_expert_func, static)
+    for seed in (1, 2):
+        fresh = make_case(*shape, torch.bfloat16, device, seed=seed)
+        with torch.no_grad():
+            for old, new in zip(static.args(), fresh.args(), strict=True):
+                old.copy_(new)
+            static.grad.copy_(fresh.grad)
+        graph.replay()
+        for name, one, other in zip(
+            RESULTS, captured, results(triton_flash_expert_func, fresh), strict=True
+        ):
+            assert torch.equal(one, other), name
