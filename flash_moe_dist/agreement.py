@@ -5,8 +5,6 @@ from contextlib import contextmanager
 
 import torch.distributed as dist
 
-InputError = ValueError | TypeError | RuntimeError
-
 
 @contextmanager
 def same_error_on_all_ranks(group: dist.ProcessGroup | None = None) -> Iterator[None]:

@@ -10,37 +10,53 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.optim import Optimizer
 
+from flash_moe_dist.agreement import same_error_on_all_ranks
+
 
 def save_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizer, step: int) -> None:
     """Write model, optimizer and step into `folder`, each rank its own shards; collective.
 
-    The files are written beside it and renamed when complete, so that `folder` is never half
-    a checkpoint; a folder of that name is replaced.
+    The files are written into `folder`.partial; when complete, the checkpoint that was in
+    `folder` moves to `folder`.previous, the new one into its place, and the old one goes. Killed
+    at any moment, `load_checkpoint` finds a complete one.
+
+    Raises:
+        RuntimeError: on every rank, if the files cannot be written or moved.
     """
-    partial = folder.with_name(folder.name + ".partial")
-    if dist.get_rank() == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-    dist.barrier()
+    partial, previous = _beside(folder, "partial"), _beside(folder, "previous")
+    with same_error_on_all_ranks():
+        if dist.get_rank() == 0 and partial.exists():
+            shutil.rmtree(partial)
     model_state, optimizer_state = get_state_dict(model, optimizer)
     state = {"model": model_state, "optimizer": optimizer_state, "step": step}
     save(state, checkpoint_id=partial)
-    if dist.get_rank() == 0:
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
-    dist.barrier()
+    with same_error_on_all_ranks():
+        if dist.get_rank() == 0:
+            if folder.exists():
+                if previous.exists():
+                    shutil.rmtree(previous)
+                folder.rename(previous)
+            partial.rename(folder)
+            if previous.exists():
+                shutil.rmtree(previous)
 
 
 def load_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizer) -> int:
     """Read `folder` into model and optimizer, sharded as they are now; return the step.
 
+    Collective. Takes the previous checkpoint if a save was killed before the new one was in place.
+
     Raises:
-        ValueError: there is no complete checkpoint in `folder`.
+        ValueError: on every rank, if there is no complete checkpoint.
     """
-    if not (folder / ".metadata").is_file():
-        raise ValueError(f"folder must hold a complete checkpoint, found none in {folder}")
+    candidates = (folder, _beside(folder, "previous"))
+    complete = [one for one in candidates if (one / ".metadata").is_file()]
+    with same_error_on_all_ranks():
+        if not complete:
+            raise ValueError(f"folder must hold a complete checkpoint, found none in {folder}")
     model_state, optimizer_state = get_state_dict(model, optimizer)
     state = {"model": model_state, "optimizer": optimizer_state, "step": 0}
-    load(state, checkpoint_id=folder)
+    load(state, checkpoint_id=complete[0])
     set_state_dict(
         model,
         optimizer,
@@ -50,3 +66,7 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizer) -> int
     step = state["step"]
     assert isinstance(step, int)
     return step
+
+
+def _beside(folder: Path, suffix: str) -> Path:
+    return folder.with_name(f"{folder.name}.{suffix}")

@@ -15,6 +15,7 @@ def all_to_all_rows(
     Args:
         rows: (sum(input_splits), ...); the first input_splits[0] rows go to rank 0, and so on.
         input_splits, output_splits: (W,) rows sent to, received from each rank.
+        group: the W ranks; all of them must call this, in the forward and in the backward pass.
 
     Returns:
         (sum(output_splits), ...), in the order of the ranks that sent. In the backward pass

@@ -21,8 +21,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from flash_moe.ops.arrange import raise_ids_out_of_range
-from flash_moe.ops.backends import default_backend, load_backend
+from flash_moe.ops.arrange import poll_index_errors, raise_ids_out_of_range
+from flash_moe.ops.backends import check_backend, default_backend, load_backend
 from flash_moe.ops.checks import check_routing
 from flash_moe.ops.pairs import Pairs
 from flash_moe_dist.agreement import raise_same_error
@@ -32,7 +32,10 @@ from flash_moe_dist.sharding import experts_per_rank
 
 @dataclass(frozen=True)
 class DispatchMetadata:
-    """What `combine` needs to know of a `dispatch`."""
+    """What `combine` needs to know of a `dispatch`.
+
+    input_splits, output_splits (W,): rows sent to and received from each rank.
+    """
 
     input_splits: list[int]
     output_splits: list[int]
@@ -180,6 +183,9 @@ def _input_error(
     device: torch.device,
 ) -> Exception | None:
     try:
+        check_backend(default_backend(device), device)
+        # Reported here, where all ranks hear of it, and not in the middle of an exchange.
+        poll_index_errors(device)
         check_routing(hidden_TH, indices_TK, weights_TK)
         if hidden_TH.shape[1] != hidden_size:
             raise ValueError(
@@ -216,6 +222,7 @@ class _Routing:
     begin_WT         where the pairs of token t with rank w begin in ids_N
     pairs_WT         how many there are
     counts_3W        rows for each rank, pairs for each rank, ids out of range (in each column)
+    local_size       experts of each rank but the last ones
     """
 
     ids_N: Tensor
@@ -312,4 +319,5 @@ def _sum_rows(rows_SH: Tensor, sent: SentRows) -> Tensor:
     # In float32 and in the order of the ranks, so that the sum is repeatable.
     ones_N = torch.ones(sent.pattern.num_pairs, device=rows_SH.device)
     primitives = load_backend(default_backend(rows_SH.device))
-    return primitives.spmm(ones_N, rows_SH, sent.pattern, rows_SH.dtype)
+    with torch.autocast(rows_SH.device.type, enabled=False):
+        return primitives.spmm(ones_N, rows_SH, sent.pattern, rows_SH.dtype)

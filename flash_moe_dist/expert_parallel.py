@@ -20,7 +20,9 @@ class ExpertParallel(ParallelStyle):
     `self.expert_func(hidden_states, down_weights, up_weights, indices, routing_weights)`, as
     `flash_moe.FlashExperts` does. Its parameters become DTensors sharded on dim 0 over the mesh;
     E need not divide by the number of ranks. All ranks must hold the same values beforehand,
-    or the first rank's are taken.
+    or the first rank's are taken. Applying the style raises ValueError if the mesh has more
+    than one dimension or the parameters are not tables of one shape, TypeError if the module
+    has no `expert_func`.
 
     Each forward and backward pass of the module is then collective over the mesh: every rank
     takes part, with any number of tokens of its own, zero included. Ranks are taken to be data
@@ -38,7 +40,15 @@ class ExpertParallel(ParallelStyle):
                 f"{type(module).__name__} must call its tables through an attribute expert_func, "
                 "as flash_moe.FlashExperts does; found none"
             )
-        for name, table in list(module.named_parameters(recurse=False)):
+        tables = dict(module.named_parameters(recurse=False))
+        shapes = {table.shape for table in tables.values()}
+        if len(shapes) != 1 or len(next(iter(shapes))) != 2:
+            raise ValueError(
+                f"parameters of {type(module).__name__} must be tables of one shape "
+                "(num_experts, hidden_size), got "
+                + str({name: tuple(table.shape) for name, table in tables.items()})
+            )
+        for name, table in tables.items():
             sharded = distribute_tensor(
                 table.detach(), device_mesh, [Shard(0)], src_data_rank=self.src_data_rank
             )

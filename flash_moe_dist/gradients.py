@@ -10,9 +10,9 @@ from torch.distributed.tensor import DTensor
 def clip_grad_norm_(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
     """Scale all gradients so that their total 2-norm is at most `max_norm`; return the norm.
 
-    Gradients may be plain tensors (equal on every rank) and DTensors on any meshes; the norm
-    counts every element of the model once, and is the same on every rank. Collective over
-    the meshes of the gradients.
+    Gradients may be plain tensors and DTensors on any meshes; the norm counts every element of
+    the model once, and is the same on every rank. Plain gradients must be equal on every rank:
+    average them first. Collective over the meshes of the gradients.
     """
     with_grad = [parameter for parameter in parameters if parameter.grad is not None]
     by_mesh: dict[object, list[nn.Parameter]] = {}

@@ -9,11 +9,8 @@ the last ranks may own fewer experts than the others, or none.
 
 
 def experts_per_rank(num_experts: int, ep_size: int) -> int:
-    """Experts that each rank owns, but for the last ranks; 1 if there are none at all."""
+    """Experts that each rank owns, but for the last ranks; 1 if there are none at all.
+
+    The owner of an expert is then expert_id // experts_per_rank.
+    """
     return max(1, -(-num_experts // ep_size))
-
-
-def local_expert_range(num_experts: int, ep_size: int, ep_rank: int) -> range:
-    """Ids of the experts that `ep_rank` owns."""
-    size = experts_per_rank(num_experts, ep_size)
-    return range(min(ep_rank * size, num_experts), min((ep_rank + 1) * size, num_experts))

@@ -42,8 +42,8 @@ def load_corpus(path: Path | None, seq_len: int) -> Corpus:
             and val.bin. None reads the source of Python's standard library.
         seq_len: tokens that a training sequence needs, and one more for its last target.
 
-    The last twentieth of the tokens is for validation (every twentieth file of a folder of
-    text), but for val.bin.
+    Without a val.bin, every twentieth file of a folder of text is for validation, or else the
+    last twentieth of the tokens.
 
     Raises:
         ValueError: nothing readable at `path`, or too few tokens for one sequence.
@@ -96,7 +96,9 @@ def _text_folder(
     files = [
         file
         for file in sorted(folder.rglob("*"))
-        if file.suffix in suffixes and file.is_file() and not set(exclude) & set(file.parts)
+        if file.suffix in suffixes
+        and file.is_file()
+        and not set(exclude) & set(file.relative_to(folder).parts)
     ]
     if not files:
         raise ValueError(
@@ -104,15 +106,14 @@ def _text_folder(
             f"found none in {folder}"
         )
     every = round(1 / VALIDATION_SHARE)
-    held_out = [file for i, file in enumerate(files) if i % every == every - 1]
-    kept = [file for i, file in enumerate(files) if i % every != every - 1]
-    if not held_out:
-        return _byte_corpus(*_split(_concatenated(kept)), source=str(folder))
-    return _byte_corpus(_concatenated(kept), _concatenated(held_out), source=str(folder))
-
-
-def _concatenated(files: list[Path]) -> np.ndarray:
-    return np.concatenate([_read_bytes(file) for file in files])
+    texts = [_read_bytes(file) for file in files]
+    whole = np.concatenate(texts)
+    held_out = texts[every - 1 :: every]
+    # Few files, or the wrong ones empty: then the end of the stream is held out instead.
+    if sum(map(len, held_out)) < len(whole) * VALIDATION_SHARE / 4:
+        return _byte_corpus(*_split(whole), source=str(folder))
+    kept = [text for i, text in enumerate(texts) if i % every != every - 1]
+    return _byte_corpus(np.concatenate(kept), np.concatenate(held_out), source=str(folder))
 
 
 def _split(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -33,10 +33,10 @@ fi
 
 # Installs again only when what is to be installed has changed.
 wanted=$(cat "$repository/pyproject.toml" "$repository/launch/constraints.txt" | cksum)
-stamp=$(python -c 'import sys; print(sys.prefix)')/flash-moe-installed
+stamp=$(python3 -c 'import sys; print(sys.prefix)')/flash-moe-installed
 if ! grep -qxF "$repository $extras $wanted" "$stamp" 2>/dev/null; then
   echo "installing flash-moe[$extras] with launch/constraints.txt"
-  python -m pip install --quiet --disable-pip-version-check \
+  python3 -m pip install --quiet --disable-pip-version-check \
     --constraint "$repository/launch/constraints.txt" --editable "$repository[$extras]" || exit 1
   echo "$repository $extras $wanted" >> "$stamp"
 fi

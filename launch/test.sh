@@ -13,4 +13,4 @@ cd "$here/.."
 ruff check .
 ruff format --check .
 mypy
-python -m pytest "$@"
+python3 -m pytest "$@"

@@ -5,12 +5,14 @@ torchrun --standalone --nproc-per-node 2 launch/train.py --out out/run
 
 import argparse
 import json
+import math
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -27,17 +29,20 @@ from flash_moe_dist import ExpertParallel
 from flash_moe_dist.agreement import same_error_on_all_ranks
 from flash_moe_dist.checkpoint import save_checkpoint
 from flash_moe_dist.gradients import clip_grad_norm_
-from flash_moe_dist.runtime import Runtime, distributed
+from flash_moe_dist.runtime import DEFAULT_TIMEOUT, Runtime, distributed
 from model import ModelConfig, Transformer
 
 MAX_GRAD_NORM = 1.0
+DEFAULT_BATCH_SIZE = 16
+MAX_OPTION = 2**31
+CHECKPOINT, METRICS = "checkpoint", "metrics.jsonl"
 # A seed of its own: the same validation batches in runs of any --seed.
 VALIDATION_SEED = 2**31
 PROMPT_TOKENS = 32
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="train.sh",
         description=(__doc__ or "").splitlines()[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -51,7 +56,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add("--out", type=Path, default=Path("out/train"), help="folder for all results")
     add("--steps", type=int, default=250, help="optimizer steps")
-    add("--batch-size", type=int, default=16, help="sequences a step, over all ranks")
+    add(
+        "--batch-size",
+        type=int,
+        help="sequences a step, over all ranks; without it 16, or the next multiple of the ranks",
+    )
     add("--seq-len", type=int, default=256, help="tokens a sequence")
     add("--lr", type=float, default=2e-3, help="peak learning rate of AdamW")
     add("--seed", type=int, default=0, help="of parameters and batches")
@@ -76,23 +85,33 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         *("num_heads", "num_experts", "num_experts_per_tok", "validation_batches"),
         *("validation_interval", "lr", "timeout"),
     ):
-        if getattr(args, name) <= 0:
-            parser.error(f"--{name.replace('_', '-')} must be positive, got {getattr(args, name)}")
-    if args.sample_tokens < 0:
-        parser.error(f"--sample-tokens must not be negative, got {args.sample_tokens}")
+        value = getattr(args, name)
+        if value is not None and not 0 < value < MAX_OPTION:
+            parser.error(f"--{name.replace('_', '-')} must be positive, got {value}")
+    for name in ("sample_tokens", "seed"):
+        value = getattr(args, name)
+        if not 0 <= value < MAX_OPTION:
+            parser.error(f"--{name.replace('_', '-')} must not be negative, got {value}")
     return args
 
 
+class Parser(argparse.ArgumentParser):
+    """Raises instead of exiting, so that all ranks can report an error as one."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
 def prepare(args: argparse.Namespace, runtime: Runtime) -> tuple[Corpus, ModelConfig]:
-    """Everything that bad input can break, before any work."""
+    """Everything that bad input can break, before any work; fills in the batch size."""
+    if args.batch_size is None:
+        args.batch_size = -(-DEFAULT_BATCH_SIZE // runtime.world_size) * runtime.world_size
     if args.batch_size % runtime.world_size:
         raise ValueError(
             f"--batch-size must divide by the number of ranks = {runtime.world_size}, "
             f"got {args.batch_size}"
         )
     corpus = load_corpus(args.data, args.seq_len)
-    if runtime.is_main:
-        args.out.mkdir(parents=True, exist_ok=True)
     if args.num_experts_per_tok > args.num_experts:
         raise ValueError(
             f"--num-experts-per-tok must be at most --num-experts = {args.num_experts}, "
@@ -107,7 +126,20 @@ def prepare(args: argparse.Namespace, runtime: Runtime) -> tuple[Corpus, ModelCo
         args.num_experts,
         args.num_experts_per_tok,
     )
+    if runtime.is_main:
+        check_out_folder(args.out)
     return corpus, config
+
+
+def check_out_folder(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with (out / METRICS).open("a"):
+            pass
+        if (out / CHECKPOINT).exists():
+            next((out / CHECKPOINT).iterdir(), None)
+    except OSError as error:
+        raise ValueError(f"--out must be a folder to write results into, got {error}") from error
 
 
 def build_model(config: ModelConfig, seed: int, runtime: Runtime) -> Transformer:
@@ -228,10 +260,12 @@ def train(run: Run) -> tuple[list[float], dict[int, float]]:
     progress = tqdm(
         range(1, args.steps + 1), desc="training", unit="step", disable=not runtime.is_main
     )
-    with MetricsFile(args.out / "metrics.jsonl", runtime) as metrics:
+    with MetricsFile(args.out / METRICS, runtime) as metrics:
         for step in progress:
             begin = time.perf_counter()
             losses.append(run.step(step))
+            if not math.isfinite(losses[-1]):
+                raise RuntimeError(f"training loss is {losses[-1]} at step {step}: lower --lr")
             tokens_per_s = args.batch_size * args.seq_len / (time.perf_counter() - begin)
             progress.set_postfix(loss=f"{losses[-1]:.3f}", tokens_per_s=f"{tokens_per_s:,.0f}")
             if step % args.validation_interval == 0 or step == args.steps:
@@ -286,10 +320,17 @@ def plot_losses(
 
 @record
 def main() -> None:
-    args = parse_args()
-    with distributed(timedelta(seconds=args.timeout)) as runtime:
+    timeout, wrong = DEFAULT_TIMEOUT, None
+    try:
+        args = parse_args()
+        timeout = timedelta(seconds=args.timeout)
+    except ValueError as error:
+        wrong = error
+    with distributed(timeout) as runtime:
         try:
             with same_error_on_all_ranks():
+                if wrong is not None:
+                    raise wrong
                 corpus, config = prepare(args, runtime)
         except (ValueError, TypeError, RuntimeError) as error:
             if runtime.is_main:
@@ -306,7 +347,7 @@ def main() -> None:
                 flush=True,
             )
         losses, validations = train(run)
-        save_checkpoint(args.out / "checkpoint", run.model, run.optimizer, args.steps)
+        save_checkpoint(args.out / CHECKPOINT, run.model, run.optimizer, args.steps)
         prompt, continuation = run.sample()
         if runtime.is_main:
             entropy = corpus.single_token_entropy()

@@ -12,13 +12,17 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 . "$here/setup.sh" train
 
 for option in "$@"; do
-  case $option in -h|--help) exec python "$here/train.py" --help ;; esac
+  case $option in -h|--help) exec python3 "$here/train.py" --help ;; esac
 done
 
-gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
+gpus=$(python3 -c 'import torch; print(torch.cuda.device_count())')
 processes=${NPROC_PER_NODE:-$((gpus > 0 ? gpus : 2))}
+if ! [[ $processes =~ ^[1-9][0-9]*$ ]]; then
+  echo "error: NPROC_PER_NODE must be a positive number, got $processes" >&2
+  exit 2
+fi
 cores=$(nproc)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > processes ? cores / processes : 1))}
 # Left unquoted: it holds several words.
-exec python -m torch.distributed.run ${TORCHRUN_ARGS:---standalone} \
+exec python3 -m torch.distributed.run ${TORCHRUN_ARGS:---standalone} \
   --nproc-per-node "$processes" "$here/train.py" "$@"

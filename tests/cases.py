@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -20,7 +21,7 @@ INTERPRETED_TOLERANCES = TOLERANCES | {torch.bfloat16: 2**-7}
 
 @dataclass
 class Case:
-    """Arguments of `triton_flash_expert_func`, the gradient of its result, and the backend."""
+    """Arguments of `triton_flash_expert_func`, and a gradient of its result."""
 
     hidden_states: Tensor
     down_weights: Tensor
@@ -117,6 +118,14 @@ def magnitudes(case: Case) -> tuple[Tensor, ...]:
             case.grad.abs(),
         )
     )
+
+
+def needs_gib(gib: int) -> None:
+    """Skip the test, with the reason, on a GPU with less free memory."""
+    torch.cuda.empty_cache()
+    free = torch.cuda.mem_get_info()[0] / 2**30
+    if free < gib:
+        pytest.skip(f"needs {gib} GiB of free GPU memory, {free:.0f} GiB are free")
 
 
 RESULTS = ("output", "hidden_states", "down_weights", "up_weights", "routing_weights")

@@ -53,7 +53,8 @@ class RankPools:
             self._pools[key] = _Pool(world_size, backend)
         try:
             return self._pools[key].run(function, args)
-        except TimeoutError:
+        except (TimeoutError, EOFError):
+            # A rank hangs or has died: the next test gets a new group.
             self._pools.pop(key).kill()
             raise
 
@@ -109,6 +110,6 @@ def _serve(rank: int, world_size: int, backend: str, store: str, connection: Con
         function, args = connection.recv()
         try:
             result = function(*args)
-        except Exception as error:
+        except BaseException as error:
             result = Failure(type(error).__name__, str(error), traceback.format_exc())
         connection.send(result)

@@ -50,7 +50,8 @@ def test_fullgraph(backend: str, dynamic: bool, device: torch.device) -> None:
         return triton_flash_expert_func(*args, backend=backend) * 2
 
     torch._dynamo.reset()
-    compiler = "inductor" if device.type == "cuda" else "aot_eager"
+    on_gpu = place(backend, device).type == "cuda"
+    compiler = "inductor" if on_gpu else "aot_eager"
     compiled = torch.compile(op, fullgraph=True, dynamic=dynamic, backend=compiler)
     for num_tokens in (5, 8, 3):
         case = make_case(num_tokens, 8, 9, 3, device=place(backend, device))

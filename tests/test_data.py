@@ -38,6 +38,13 @@ def test_folder_holds_out_whole_files(tmp_path: Path) -> None:
     assert set(corpus.train.tolist()) == set(range(40)) - {19, 39}
 
 
+def test_folder_whose_held_out_files_are_empty(tmp_path: Path) -> None:
+    for i in range(20):
+        (tmp_path / f"{i:02}.txt").write_bytes(b"a" * (100 if i < 19 else 0))
+    corpus = load_corpus(tmp_path, 16)
+    assert (len(corpus.train), len(corpus.validation)) == (1805, 95)
+
+
 def test_bin_file_and_nanogpt_folder(tmp_path: Path) -> None:
     write_tokens(tmp_path / "train.bin", 5000)
     write_tokens(tmp_path / "val.bin", 400)

@@ -1,5 +1,6 @@
 """Experts sharded over processes against the same experts on one, in float64."""
 
+import copy
 import warnings
 from collections.abc import Callable
 
@@ -12,9 +13,11 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import parallelize_module
+from torch.utils.checkpoint import checkpoint
 
 from flash_moe import FlashExperts, triton_flash_expert_func
 from flash_moe_dist import ExpertParallel
+from flash_moe_dist.agreement import same_error_on_all_ranks
 
 NUM_EXPERTS, HIDDEN_SIZE, SLOTS = 23, 12, 5
 
@@ -43,7 +46,7 @@ def whole_gradient(table: nn.Parameter) -> Tensor:
     return table.grad.full_tensor().cpu()
 
 
-def scenario_indices(scenario: str, rank: int, world_size: int, num_experts: int) -> Tensor:
+def scenario_indices(scenario: str, rank: int, num_experts: int) -> Tensor:
     """Ids (T, K) of one rank's tokens."""
     draw = torch.Generator().manual_seed(rank)
     num_tokens = {
@@ -79,7 +82,7 @@ def parity(scenario: str, num_experts: int, dtype: torch.dtype) -> None:
     tables = make_case(1, HIDDEN_SIZE, num_experts, 1, dtype)
     cases = []
     for each in range(world_size):
-        indices = scenario_indices(scenario, each, world_size, num_experts)
+        indices = scenario_indices(scenario, each, num_experts)
         shape = (len(indices), HIDDEN_SIZE, num_experts, SLOTS)
         case = make_case(*shape, dtype, seed=100 + each, indices=indices)
         case.down_weights, case.up_weights = tables.down_weights, tables.up_weights
@@ -228,6 +231,10 @@ SPOILED: dict[str, Callable[[Tensor, Tensor, Tensor], list[Tensor]]] = {
     "dtype of indices": lambda x, i, w: [x, i.float(), w],
     "dtype of hidden states": lambda x, i, w: [x.double(), i, w],
     "requires_grad": lambda x, i, w: [x.detach(), i, w],
+    "requires_grad of weights": lambda x, i, w: [x, i, w.detach()],
+    "device": lambda x, i, w: [x, i.to("meta"), w],
+    "no tensor": lambda x, i, w: [x, None, w],  # type: ignore[list-item]
+    "leading dimensions": lambda x, i, w: [x.view(2, 3, -1), i.view(3, 2, -1), w.view(2, 3, -1)],
 }
 MESSAGES = {
     "index out of range": r"rank 1: indices must lie in [-1, 23)",
@@ -237,7 +244,12 @@ MESSAGES = {
     "dtype of indices": "rank 1: indices must have one of the dtypes int32, int64",
     "dtype of hidden states": "ranks must agree on (num_experts, hidden_size, dtype of hidden",
     "requires_grad": "ranks must agree on (num_experts, hidden_size, dtype of hidden_states",
+    "requires_grad of weights": "ranks must agree on (num_experts, hidden_size, dtype of",
+    "device": "rank 1: indices must be on cpu, where the tables are, got meta",
+    "no tensor": "rank 1: indices must be a torch.Tensor, got NoneType",
+    "leading dimensions": "rank 1: hidden_states must have shape (num_tokens, hidden_size)",
 }
+KINDS = {"dtype of indices": "TypeError", "no tensor": "TypeError"}
 
 
 @pytest.mark.parametrize("spoil", SPOILED)
@@ -245,9 +257,82 @@ def test_bad_input_on_one_rank_is_the_same_error_on_all(spoil: str, rank_pools: 
     outcomes = rank_pools.outcomes(3, bad_input, spoil)
     for outcome in outcomes:
         assert isinstance(outcome, Failure)
-        assert outcome.kind == ("TypeError" if spoil == "dtype of indices" else "ValueError")
+        assert outcome.kind == KINDS.get(spoil, "ValueError")
         assert MESSAGES[spoil] in outcome.message
     assert len({outcome.message for outcome in outcomes}) == 1
+
+
+def modes_differ() -> None:
+    """Rank 1 runs without gradients while the others run with them."""
+    tables = make_case(1, HIDDEN_SIZE, NUM_EXPERTS, 1)
+    experts = sharded_experts(tables.down_weights.detach(), tables.up_weights.detach())
+    case = make_case(6, HIDDEN_SIZE, NUM_EXPERTS, SLOTS)
+    with torch.set_grad_enabled(dist.get_rank() != 1):
+        experts(case.hidden_states, case.indices, case.routing_weights)
+
+
+def test_grad_mode_must_be_the_same_on_all_ranks(rank_pools: RankPools) -> None:
+    for outcome in rank_pools.outcomes(2, modes_differ):
+        assert "ranks must agree on" in outcome.message
+
+
+def in_a_model() -> None:
+    """Deep copies, autocast, no slots, frozen tables, no gradients, checkpointing."""
+    tables = make_case(1, HIDDEN_SIZE, NUM_EXPERTS, 1)
+    experts = sharded_experts(tables.down_weights.detach(), tables.up_weights.detach())
+    case = make_case(6, HIDDEN_SIZE, NUM_EXPERTS, SLOTS, seed=dist.get_rank())
+    rows = (case.hidden_states, case.indices, case.routing_weights)
+    expected = experts(*rows)
+    grads = torch.autograd.grad(expected, rows[::2], case.grad)
+    assert torch.equal(copy.deepcopy(experts)(*rows), expected)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(experts(*rows), expected)
+    with torch.inference_mode():
+        assert torch.equal(experts(*rows), expected)
+    recomputed = checkpoint(experts, *rows, use_reentrant=False)
+    assert torch.equal(recomputed, expected)
+    for one, other in zip(
+        torch.autograd.grad(recomputed, rows[::2], case.grad), grads, strict=True
+    ):
+        assert torch.equal(one, other)
+    experts.requires_grad_(False)
+    frozen = torch.autograd.grad(experts(*rows), rows[::2], case.grad)
+    assert all(torch.equal(one, other) for one, other in zip(frozen, grads, strict=True))
+    no_slots = experts(rows[0], rows[1][:, :0], rows[2][:, :0])
+    assert no_slots.count_nonzero() == 0
+
+
+def test_what_models_do_with_a_layer(rank_pools: RankPools) -> None:
+    rank_pools.run(2, in_a_model)
+
+
+class WithBias(OwnModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(6))
+
+
+def shard_with_bias() -> None:
+    parallelize_module(
+        WithBias(), init_device_mesh("cpu", (dist.get_world_size(),)), ExpertParallel()
+    )
+
+
+def test_parameters_that_are_no_tables_are_refused(rank_pools: RankPools) -> None:
+    for outcome in rank_pools.outcomes(2, shard_with_bias):
+        assert outcome.kind == "ValueError"
+        assert "parameters of WithBias must be tables of one shape" in outcome.message
+
+
+def one_rank_fails() -> None:
+    with same_error_on_all_ranks():
+        if dist.get_rank() == 1:
+            raise TypeError("only here")
+
+
+def test_an_error_on_one_rank_is_raised_on_all(rank_pools: RankPools) -> None:
+    for outcome in rank_pools.outcomes(3, one_rank_fails):
+        assert (outcome.kind, outcome.message) == ("TypeError", "rank 1: only here")
 
 
 def repeats() -> None:

@@ -161,12 +161,20 @@ def test_repeats_are_bitwise_equal(backend: str, skewed: bool, device: torch.dev
             assert torch.equal(once, again), name
 
 
+def test_reference_in_many_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    from flash_moe.ops.backends import reference
+
+    monkeypatch.setattr(reference, "BLOCK_ELEMENTS", 64)
+    check(make_case(9, 16, 12, 5), "reference", TOLERANCES[torch.float32])
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_ragged_rows(backend: str, device: torch.device) -> None:
     where = place(backend, device)
-    case = make_case(6, 16, 25, 7, device=where)
-    lengths = torch.tensor([0, 7, 1, 0, 3, 5])
-    slots = torch.arange(7) < lengths.unsqueeze(1)
+    # One row so long that its program walks it in strides; no rows at either end.
+    lengths = torch.tensor([0, 300, 1, 0, 3, 5, 0, 0])
+    case = make_case(8, 16, 25, 300, device=where)
+    slots = torch.arange(300) < lengths.unsqueeze(1)
     case.indices[~slots.to(where)] = -1
     out, *grads = oracle(case)
     leaves = [tensor.detach().requires_grad_() for tensor in case.differentiable()]
@@ -304,6 +312,11 @@ BAD_INPUTS = {
         ValueError,
         "indices must be on cpu, where hidden_states is, got meta",
     ),
+    "hidden_states are sparse": (
+        replaced(hidden_states=torch.zeros(4, 8).to_sparse()),
+        TypeError,
+        "hidden_states must be a dense tensor, got layout torch.sparse_coo",
+    ),
     "index too large": (
         replaced(indices=torch.full((4, 3), 6)),
         ValueError,
@@ -377,9 +390,13 @@ def test_ids_out_of_range_in_kernels(
     case = make_case(9, 8, 6, 3, device=device)
     check(case, "gather", TOLERANCES[torch.float32])
     case.indices = case.indices.to(index_dtype)
-    case.indices[2, 1], case.indices[7, 0] = 2**31 - 1, -9
-    with pytest.raises(ValueError, match=r"\[-1, 6\).* ids from -9 to 2147483647 were found"):
-        triton_flash_expert_func(*case.args(), backend="gather")
+    for least, greatest in ((-2, -2), (6, 6), (-9, 2**31 - 1)):
+        bad = case.indices.clone()
+        bad[2, 1], bad[7, 0] = greatest, least
+        arguments = (*case.args()[:3], bad, case.routing_weights)
+        message = rf"\[-1, 6\).* ids from {least} to {greatest} were found"
+        with pytest.raises(ValueError, match=message):
+            triton_flash_expert_func(*arguments, backend="gather")
 
 
 @pytest.mark.parametrize("num_experts", [50, 2**31 - 1])

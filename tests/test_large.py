@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import RESULTS, TOLERANCES, assert_close
+from cases import RESULTS, TOLERANCES, assert_close, needs_gib
 from torch import Tensor
 
 from flash_moe import triton_flash_expert_func
@@ -13,13 +13,6 @@ from flash_moe.ops.pairs import Pairs
 BOUNDARY = 2**31
 HIDDEN_SIZE = 1024
 ROW = BOUNDARY // HIDDEN_SIZE
-
-
-def needs_gib(gib: int) -> None:
-    torch.cuda.empty_cache()
-    free = torch.cuda.mem_get_info()[0] / 2**30
-    if free < gib:
-        pytest.skip(f"needs {gib} GiB of free GPU memory, {free:.0f} GiB are free")
 
 
 def normal(*shape: int, seed: int) -> Tensor:

@@ -1,5 +1,6 @@
 """The layers over the op."""
 
+import pytest
 import torch
 from torch import nn
 
@@ -42,3 +43,23 @@ def test_tables_on_meta_are_initialised_later() -> None:
     experts.reset_parameters()
     assert abs(experts.down_weights.std().item() * 8 - 1) < 0.02
     assert abs(experts.up_weights.std().item() - 1) < 0.02
+
+
+@pytest.mark.parametrize("leading", [(), (2, 3), (0,), (2, 0)])
+def test_experts_without_slots_or_tokens(leading: tuple[int, ...]) -> None:
+    experts = FlashExperts(5, 4)
+    rows = leading or (3,)
+    out = experts(torch.randn(*rows, 4), torch.zeros(*rows, 0).long(), torch.zeros(*rows, 0))
+    assert out.shape == (*rows, 4)
+    assert out.count_nonzero() == 0
+
+
+def test_experts_refuse_what_does_not_fit() -> None:
+    experts = FlashExperts(5, 4)
+    ids, weights = torch.zeros(3, 2, 1).long(), torch.zeros(2, 3, 1)
+    with pytest.raises(ValueError, match="hidden_states must have shape"):
+        experts(torch.randn(2, 3, 4), ids, weights)
+    with pytest.raises(TypeError, match=r"indices must be a torch.Tensor, got list"):
+        experts(torch.randn(3, 4), [[0]], torch.zeros(3, 1))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"rows of hidden_size = 4, got shape \(3, 5\)"):
+        FlashMoE(4, 8, num_experts=9, num_experts_per_tok=2)(torch.randn(3, 5))

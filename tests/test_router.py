@@ -57,3 +57,39 @@ def test_bad_settings() -> None:
         ProductKeyRouter(8, 30, 31)
     with pytest.raises(ValueError, match=r"key_grid must have a product of .* got \(5, 5\)"):
         ProductKeyRouter(8, 30, 3, key_grid=(5, 5))
+    with pytest.raises(ValueError, match=r"key_grid must have a product of .* got \(-5, -6\)"):
+        ProductKeyRouter(8, 30, 3, key_grid=(-5, -6))
+    with pytest.raises(ValueError, match=r"102397 is at best 1 \* 102397; 102400 would do"):
+        ProductKeyRouter(8, 102_397, 3)
+    with pytest.raises(ValueError, match=r"rows of hidden_size = 8, got shape \(4, 9\)"):
+        ProductKeyRouter(8, 30, 3)(torch.randn(4, 9))
+
+
+def test_probabilities_in_half_precision_are_rounded_once() -> None:
+    torch.manual_seed(0)
+    router = ProductKeyRouter(16, 10_000, 8, norm_topk_prob=True, dtype=torch.bfloat16)
+    hidden_states = torch.randn(64, 16, dtype=torch.bfloat16)
+    indices, weights = router(hidden_states)
+    assert weights.dtype == torch.bfloat16
+    first, second = router.keys(hidden_states).double().split(router.key_grid, dim=-1)
+    sums = first.log_softmax(-1).unsqueeze(-1) + second.log_softmax(-1).unsqueeze(-2)
+    chosen = sums.flatten(-2).gather(-1, indices).softmax(-1)
+    assert ((weights - chosen) / chosen).abs().max() <= 2**-8
+
+
+def test_ties() -> None:
+    router = ProductKeyRouter(4, 12 * 12, 30)
+    torch.nn.init.zeros_(router.keys.weight)
+    indices, weights = router(torch.randn(5, 4))
+    assert all(len(set(row.tolist())) == 30 for row in indices)
+    torch.testing.assert_close(weights, torch.full((5, 30), 1 / 144))
+    # Scores from a few values only: the best are the best, whichever of equals they are.
+    router.keys = torch.nn.Identity()  # type: ignore[assignment]
+    router.hidden_size = 24
+    scores = torch.randint(3, (50, 24)).double()
+    indices, weights = router(scores)
+    first, second = scores.split(12, dim=-1)
+    sums = first.log_softmax(-1).unsqueeze(-1) + second.log_softmax(-1).unsqueeze(-2)
+    torch.testing.assert_close(weights, sums.flatten(-2).exp().topk(30)[0])
+    torch.testing.assert_close(weights, sums.flatten(-2).exp().gather(-1, indices))
+    assert all(len(set(row.tolist())) == 30 for row in indices)

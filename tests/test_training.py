@@ -1,5 +1,6 @@
 """The training script: the same training on any number of ranks, and its failures."""
 
+import itertools
 import json
 import os
 import re
@@ -17,6 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 REPOSITORY = Path(__file__).parent.parent
+TWO_GPUS = torch.cuda.device_count() == 2
 SMALL = (
     *("--steps", "20", "--batch-size", "12", "--seq-len", "16", "--hidden-size", "16"),
     *("--intermediate-size", "16", "--num-layers", "2", "--num-heads", "2"),
@@ -162,6 +164,13 @@ BAD_OPTIONS = {
         "hidden_size must be an even multiple of num_heads = 3",
     ),
     "no steps": (["--steps", "0"], "--steps must be positive, got 0"),
+    "learning rate is no number": (["--lr", "nan"], "--lr must be positive, got nan"),
+    "negative seed": (["--seed", "-1"], "--seed must not be negative, got -1"),
+    "unknown option": (["--stepz", "1"], "unrecognized arguments: --stepz 1"),
+    "a file where the first rank should write": (
+        ["--out", __file__],
+        "rank 0: --out must be a folder to write results into, got [Errno 17] File exists",
+    ),
 }
 
 
@@ -169,10 +178,118 @@ BAD_OPTIONS = {
 def test_bad_options_end_every_rank_with_one_message(
     options: list[str], message: str, tmp_path: Path
 ) -> None:
-    ended = launch(*options, "--out", str(tmp_path / "out"))
+    ended = launch("--out", str(tmp_path / "out"), *options)
     assert ended.returncode != 0
-    assert f"train.sh: error: {message}" in ended.stderr
+    assert ended.stderr.count(f"train.sh: error: {message}") == 1
     assert 'train.py", line' not in ended.stderr, "a traceback hides the message"
+
+
+def test_loss_that_is_no_number_ends_the_run(text: str, tmp_path: Path) -> None:
+    small = [*SMALL, "--data", text, "--out", str(tmp_path)]
+    ended = launch(*small, "--lr", "1e9", "--steps", "200")
+    assert ended.returncode != 0
+    assert re.search(
+        r"RuntimeError: training loss is (nan|inf) at step \d+: lower --lr", ended.stderr
+    )
+
+
+def test_bfloat16_and_a_batch_for_any_number_of_ranks(text: str, tmp_path: Path) -> None:
+    small = [*SMALL, "--data", text, "--out", str(tmp_path), "--precision", "bfloat16"]
+    del small[small.index("--batch-size") : small.index("--batch-size") + 2]
+    ended = launch(*small, "--steps", "2", "--sample-tokens", "3", ranks=1 if TWO_GPUS else 3)
+    assert ended.returncode == 0, ended.stderr
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_learning_rate_rises_then_falls() -> None:
+    from train import learning_rate_factor
+
+    factors = [learning_rate_factor(step, 100) for step in range(100)]
+    assert factors[:6] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, 1.0])
+    assert all(one > other for one, other in itertools.pairwise(factors[5:]))
+    assert 0.1 < factors[-1] < 0.12
+
+
+def clipped_step(data: str) -> float:
+    import train
+
+    from flash_moe_dist.gradients import clip_grad_norm_
+
+    run = small_run(data)
+    norms = []
+
+    def recorded(parameters: Any, max_norm: float) -> torch.Tensor:
+        parameters = list(parameters)
+        norm = clip_grad_norm_(parameters, max_norm)
+        norms.append(clip_grad_norm_(parameters, 1e9).item())
+        return norm
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "MAX_GRAD_NORM", 1e-3)
+        patch.setattr(train, "clip_grad_norm_", recorded)
+        run.step(0)
+    return norms[0]
+
+
+def test_a_step_clips_all_gradients(text: str, rank_pools: RankPools) -> None:
+    assert rank_pools.run(2, clipped_step, text) == pytest.approx([1e-3] * 2, rel=1e-3)
+
+
+def test_model_is_causal_and_knows_relative_positions() -> None:
+    from model import ModelConfig, Transformer, rotate
+
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig(30, 16, 16, 2, 2, 20, 3)).double()
+    tokens = torch.randint(30, (1, 12))
+    changed = tokens.clone()
+    changed[0, 8] = (changed[0, 8] + 1) % 30
+    before, after = model(tokens), model(changed)
+    torch.testing.assert_close(before[:, :8], after[:, :8])
+    assert not torch.allclose(before[:, 8:], after[:, 8:])
+    query, key = torch.randn(2, 8).double()
+    turned = rotate(torch.stack([query, key]).view(2, 1, 1, 8).expand(2, 1, 10, 8))
+    products = (turned[0, 0] @ turned[1, 0].t()).diagonal(offset=-3)
+    torch.testing.assert_close(products, products[:1].expand(7))
+    assert not torch.isclose(products[0], query @ key)
+
+
+@pytest.mark.parametrize("killed_at", ["rename", "rmtree"])
+def test_killed_while_saving_leaves_a_checkpoint(
+    killed_at: str, text: str, tmp_path: Path, rank_pools: RankPools
+) -> None:
+    folder = str(tmp_path / "checkpoint")
+    saved = rank_pools.run(1, save, text, folder)[0]
+    for outcome in rank_pools.outcomes(1, save_killed, text, folder, killed_at):
+        assert "killed" in outcome.message
+    loaded = rank_pools.run(1, load, text, folder)[0]
+    loaded.pop("next loss")
+    for name, parameter in loaded.items():
+        assert torch.equal(parameter, saved[name]), name
+
+
+def save_killed(data: str, folder: str, killed_at: str) -> None:
+    """Saves over a checkpoint and stops half way through the exchange of the two."""
+    from flash_moe_dist import checkpoint
+
+    run = small_run(data)
+    run.step(0)
+
+    rename = Path.rename
+
+    def killed(*_: object) -> None:
+        raise KeyError("killed")
+
+    def killed_before_the_new_one_is_in_place(path: Path, target: Path) -> Path:
+        if str(target) == folder:
+            killed()
+        return rename(path, target)
+
+    with pytest.MonkeyPatch.context() as patch:
+        if killed_at == "rmtree":
+            patch.setattr("shutil.rmtree", killed)
+        else:
+            patch.setattr(Path, "rename", killed_before_the_new_one_is_in_place)
+        checkpoint.save_checkpoint(Path(folder), run.model, run.optimizer, 1)
 
 
 def test_started_without_torchrun() -> None:

@@ -41,7 +41,7 @@ class FlashExperts(nn.Module):
 
     def reset_parameters(self) -> None:
         """Normal values: a score <x, d> of unit variance for x of unit variance, and unit u."""
-        nn.init.normal_(self.down_weights, std=self.hidden_size**-0.5)
+        nn.init.normal_(self.down_weights, std=max(1, self.hidden_size) ** -0.5)
         nn.init.normal_(self.up_weights, std=1.0)
 
     def forward(self, hidden_states: Tensor, indices: Tensor, routing_weights: Tensor) -> Tensor:
@@ -58,13 +58,12 @@ class FlashExperts(nn.Module):
         Raises:
             TypeError, ValueError: as `triton_flash_expert_func`.
         """
-        out = self.expert_func(
-            hidden_states.reshape(-1, hidden_states.shape[-1]),
-            self.down_weights,
-            self.up_weights,
-            indices.reshape(-1, indices.shape[-1]),
-            routing_weights.reshape(-1, routing_weights.shape[-1]),
-        )
+        rows = [hidden_states, indices, routing_weights]
+        # Whatever does not fit goes on as it is: the op refuses it, on all ranks if sharded.
+        tensors = all(isinstance(one, Tensor) and one.ndim >= 2 for one in rows)
+        if tensors and len({one.shape[:-1] for one in rows}) == 1:
+            rows = [one.flatten(0, -2) for one in rows]
+        out = self.expert_func(rows[0], self.down_weights, self.up_weights, rows[1], rows[2])
         return out.view(hidden_states.shape)
 
     def extra_repr(self) -> str:

@@ -78,7 +78,11 @@ class FlashMoE(nn.Module):
         self.shared_mlp = SharedMLP(hidden_size, intermediate_size, device=device, dtype=dtype)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """(..., H) to (..., H), in the dtype of `hidden_states`."""
+        """(..., H) to (..., H), in the dtype of `hidden_states`.
+
+        Raises:
+            ValueError: rows of another length than `hidden_size`.
+        """
         indices, routing_weights = self.router(hidden_states)
         routed = self.experts(hidden_states, indices, routing_weights)
         return self.shared_mlp(hidden_states) + routed

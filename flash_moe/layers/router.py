@@ -14,7 +14,8 @@ class ProductKeyRouter(nn.Module):
     of them: with both lists of keys sorted, the pair at places (i, j), counted from 0, has at
     least (i + 1)(j + 1) - 1 pairs no worse than itself, so only pairs with
     (i + 1)(j + 1) <= K can be among the K best, about K ln K of them. Memory is
-    O(T K ln K) for T tokens. (Product keys: Lample et al. 2019, arXiv:1907.05242.)
+    O(T (K ln K + grid[0] + grid[1])) for T tokens. Probabilities are computed in float32 at
+    least. (Product keys: Lample et al. 2019, arXiv:1907.05242.)
 
     Args:
         hidden_size: H.
@@ -25,7 +26,9 @@ class ProductKeyRouter(nn.Module):
         device, dtype: of the parameters.
 
     Raises:
-        ValueError: K is not in [1, E], or the grid does not hold E experts.
+        ValueError: K is not in [1, E]; the grid does not hold E experts; or no grid was given
+            and E has no two factors near each other (a large prime, say), so that the keys
+            would be nearly as many as the experts.
     """
 
     candidates_first: Tensor
@@ -48,7 +51,14 @@ class ProductKeyRouter(nn.Module):
                 f"got {num_experts_per_tok}"
             )
         self.key_grid = key_grid or squarest_grid(num_experts)
-        if math.prod(self.key_grid) != num_experts:
+        if key_grid is None and sum(self.key_grid) > max(1024, 8 * math.isqrt(num_experts)):
+            side = math.isqrt(num_experts) + 1
+            raise ValueError(
+                f"num_experts must have two factors near each other, or key_grid must be given: "
+                f"{num_experts} is at best {self.key_grid[0]} * {self.key_grid[1]}; "
+                f"{side * side} would do"
+            )
+        if math.prod(self.key_grid) != num_experts or min(self.key_grid) < 1:
             raise ValueError(
                 f"key_grid must have a product of num_experts = {num_experts}, got {self.key_grid}"
             )
@@ -72,10 +82,20 @@ class ProductKeyRouter(nn.Module):
         Returns:
             indices (..., K) int64, best first, and routing_weights (..., K), the experts'
             probabilities (of sum one if `norm_topk_prob`) in the dtype of the key scores.
+
+        Raises:
+            ValueError: rows of another length than `hidden_size`.
         """
+        if hidden_states.shape[-1] != self.hidden_size:
+            raise ValueError(
+                f"hidden_states must have rows of hidden_size = {self.hidden_size}, "
+                f"got shape {tuple(hidden_states.shape)}"
+            )
+        key_scores = self.keys(hidden_states)
+        wide = torch.promote_types(key_scores.dtype, torch.float32)
         log_probs = (
-            scores.log_softmax(dim=-1)
-            for scores in self.keys(hidden_states).split(self.key_grid, dim=-1)
+            scores.log_softmax(dim=-1, dtype=wide)
+            for scores in key_scores.split(self.key_grid, dim=-1)
         )
         (best_first, first_keys), (best_second, second_keys) = (
             axis.topk(min(self.num_experts_per_tok, axis.shape[-1]), dim=-1) for axis in log_probs
@@ -89,7 +109,7 @@ class ProductKeyRouter(nn.Module):
         indices = first * self.key_grid[1] + second
         # exp and division by the sum in one: stable where all K probabilities are tiny.
         weights = scores.softmax(dim=-1) if self.norm_topk_prob else scores.exp()
-        return indices, weights
+        return indices, weights.to(key_scores.dtype)
 
     def extra_repr(self) -> str:
         return (

@@ -37,7 +37,7 @@ def check_expert_inputs(
 
 
 def check_routing(hidden_states: Tensor, indices: Tensor, routing_weights: Tensor) -> None:
-    """Raise unless tokens, expert ids and routing weights fit together."""
+    """Raise, as `check_expert_inputs`, unless tokens, ids and routing weights fit together."""
     _check_dtype("hidden_states", hidden_states, FLOAT_DTYPES)
     _check_dtype("indices", indices, INDEX_DTYPES)
     _check_dtype("routing_weights", routing_weights, FLOAT_DTYPES)
@@ -64,7 +64,7 @@ def check_ragged_inputs(
     expert_ids: Tensor,
     routing_weights: Tensor,
 ) -> None:
-    """Raise unless the arguments of `ragged_flash_expert_func` fit together."""
+    """Raise, as `check_expert_inputs`, unless `ragged_flash_expert_func` can take these."""
     _check_tables(hidden_states, down_weights, up_weights)
     _check_dtype("row_offsets", row_offsets, INDEX_DTYPES)
     _check_dtype("expert_ids", expert_ids, INDEX_DTYPES)
@@ -119,6 +119,8 @@ def _check_tables(hidden_states: Tensor, down_weights: Tensor, up_weights: Tenso
 def _check_dtype(name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...]) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {tensor.layout}")
     if tensor.dtype not in allowed:
         expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
         raise TypeError(f"{name} must have one of the dtypes {expected}, got {tensor.dtype}")
