@@ -60,6 +60,6 @@ def test_experts_refuse_what_does_not_fit() -> None:
     with pytest.raises(ValueError, match="hidden_states must have shape"):
         experts(torch.randn(2, 3, 4), ids, weights)
     with pytest.raises(TypeError, match=r"indices must be a torch.Tensor, got list"):
-        experts(torch.randn(3, 4), [[0]], torch.zeros(3, 1))  # type: ignore[arg-type]
+        experts(torch.randn(3, 4), [[0]], torch.zeros(3, 1))
     with pytest.raises(ValueError, match=r"rows of hidden_size = 4, got shape \(3, 5\)"):
         FlashMoE(4, 8, num_experts=9, num_experts_per_tok=2)(torch.randn(3, 5))

@@ -212,7 +212,6 @@ def test_learning_rate_rises_then_falls() -> None:
 
 def clipped_step(data: str) -> float:
     import train
-
     from flash_moe_dist.gradients import clip_grad_norm_
 
     run = small_run(data)
