@@ -1,4 +1,4 @@
-"""Nothing of size T*K*H or T*E is ever built."""
+"""Nothing of size T*K*H or T*E is ever built, and the memory formula holds."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from cases import make_case
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flash_moe import triton_flash_expert_func
+from flash_moe import ProductKeyRouter, triton_flash_expert_func
 from flash_moe.ops.backends import load_backend, reference
 from flash_moe.ops.pairs import Pairs
 
@@ -44,6 +44,15 @@ def test_no_large_tensor_on_the_cpu(backend: str, monkeypatch: pytest.MonkeyPatc
     allowed = num_experts * hidden_size
     assert num_tokens * slots <= largest.elements <= allowed
     assert allowed < num_tokens * slots * hidden_size / 10
+
+
+def test_router_forms_no_score_of_all_experts() -> None:
+    num_tokens, slots, side = 40, 32, 200
+    router = ProductKeyRouter(16, side * side, slots)
+    with LargestTensor() as largest:
+        router(torch.randn(num_tokens, 16))
+    candidates = sum(slots // (i + 1) for i in range(slots))
+    assert num_tokens * candidates <= largest.elements <= num_tokens * max(candidates, 2 * side)
 
 
 @pytest.mark.gpu

@@ -36,7 +36,8 @@ def product_key_indices(num_tokens: int, num_experts: int, slots: int, bias: flo
     router = ProductKeyRouter(1, num_experts, slots, device="cuda")
     keys = sum(router.key_grid)
     scores = torch.randn(num_tokens, keys, device="cuda") + bias * torch.randn(keys, device="cuda")
-    router.keys = torch.nn.Identity()  # type: ignore[assignment]
+    # The scores are given, in place of a product of hidden states with keys.
+    router.keys, router.hidden_size = torch.nn.Identity(), keys  # type: ignore[assignment]
     indices: Tensor = router(scores)[0]
     return indices
 

@@ -42,5 +42,5 @@ def test_shard_example(tmp_path: Path) -> None:
     printed = run_script(
         script, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"
     )
-    for rank in range(ranks):
-        assert f"{rank} torch.Size([{100_000 // ranks}, 256])" in printed
+    # The ranks print at the same time: their lines may mix.
+    assert printed.count(f"torch.Size([{100_000 // ranks}, 256])") == ranks
