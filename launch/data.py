@@ -3,10 +3,14 @@
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
+
+Tokens: TypeAlias = npt.NDArray[np.integer[Any]]
 
 BYTE_VOCAB = 256
 VALIDATION_SHARE = 0.05
@@ -20,8 +24,8 @@ class Corpus:
     `is_text`: tokens are bytes. `source`: where they came from, for a log line.
     """
 
-    train: np.ndarray
-    validation: np.ndarray
+    train: Tokens
+    validation: Tokens
     vocab_size: int
     is_text: bool
     source: str
@@ -69,7 +73,7 @@ def load_corpus(path: Path | None, seq_len: int) -> Corpus:
 
 
 def batch_at(
-    tokens: np.ndarray, step: int, seed: int, batch_size: int, seq_len: int, part: slice
+    tokens: Tokens, step: int, seed: int, batch_size: int, seq_len: int, part: slice
 ) -> tuple[Tensor, Tensor]:
     """Inputs and targets of one step, each (b, seq_len) int64.
 
@@ -116,28 +120,28 @@ def _text_folder(
     return _byte_corpus(np.concatenate(kept), np.concatenate(held_out), source=str(folder))
 
 
-def _split(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _split(tokens: Tokens) -> tuple[Tokens, Tokens]:
     cut = len(tokens) - int(len(tokens) * VALIDATION_SHARE)
     return tokens[:cut], tokens[cut:]
 
 
-def _byte_corpus(train: np.ndarray, validation: np.ndarray, source: str) -> Corpus:
+def _byte_corpus(train: Tokens, validation: Tokens, source: str) -> Corpus:
     return Corpus(train, validation, BYTE_VOCAB, is_text=True, source=source)
 
 
-def _token_corpus(train: np.ndarray, validation: np.ndarray, source: str) -> Corpus:
+def _token_corpus(train: Tokens, validation: Tokens, source: str) -> Corpus:
     largest = max((int(part.max()) for part in (train, validation) if len(part)), default=0)
     return Corpus(train, validation, largest + 1, is_text=False, source=source)
 
 
-def _read_bytes(path: Path) -> np.ndarray:
+def _read_bytes(path: Path) -> Tokens:
     try:
         return np.frombuffer(path.read_bytes(), dtype=np.uint8)
     except OSError as error:
         raise ValueError(f"--data must be readable, got {error}") from error
 
 
-def _read_tokens(path: Path) -> np.ndarray:
+def _read_tokens(path: Path) -> Tokens:
     try:
         size = path.stat().st_size
         if size == 0 or size % 2:

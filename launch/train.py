@@ -24,7 +24,7 @@ from torch.distributed.tensor.parallel import parallelize_module
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from data import Corpus, batch_at, load_corpus
+from data import Corpus, Tokens, batch_at, load_corpus
 from flash_moe_dist import ExpertParallel
 from flash_moe_dist.agreement import same_error_on_all_ranks
 from flash_moe_dist.checkpoint import save_checkpoint
@@ -210,7 +210,7 @@ class Run:
         ]
         return self.mean_over_ranks(torch.stack(losses).mean())
 
-    def loss(self, stream: np.ndarray, step: int, seed: int) -> Tensor:
+    def loss(self, stream: Tokens, step: int, seed: int) -> Tensor:
         """Mean cross-entropy of this rank's part of a batch, in nats a token."""
         share = self.args.batch_size // self.runtime.world_size
         part = slice(self.runtime.rank * share, (self.runtime.rank + 1) * share)
