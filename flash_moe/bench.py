@@ -9,6 +9,7 @@ what stood before the forward pass and beyond the results themselves (output, gr
 """
 
 import argparse
+import ctypes
 import gc
 import platform
 import statistics
@@ -23,9 +24,10 @@ from torch import Tensor
 from flash_moe.ops.flash_expert import triton_flash_expert_func
 
 Func = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
-# A result further from float64 than this is wrong, and gets no time. Sums kept in the dtype
-# itself, as autograd keeps those of table rows that many tokens use, come near it.
-LARGEST_ERROR = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 1e-1}
+# A result further from float64 than this is wrong, and gets no time: the op rounds once; autograd
+# keeps its sums for table rows in 16 bits, and errs the more, the more tokens use a row.
+LARGEST_ERROR = {torch.float32: 1e-5, torch.float16: 2**-10, torch.bfloat16: 2**-8}
+LARGEST_PEER_ERROR = {torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 GATHERED_ELEMENTS = 2**26
 
 
@@ -127,7 +129,8 @@ def measure(inputs: Inputs, repeats: int) -> dict[tuple[str, str], Measurement]:
             if repeat == 0:
                 found = [relative_error(*pair) for pair in zip(results, exact, strict=True)]
                 errors[name, "forward"], errors[name, "backward"] = found[0], max(found[1:])
-                allowed = LARGEST_ERROR[inputs.grad.dtype]
+                limits = LARGEST_ERROR if name == "flash_moe" else LARGEST_PEER_ERROR
+                allowed = limits[inputs.grad.dtype]
                 if not max(found) <= allowed:
                     raise RuntimeError(f"{name} is wrong: relative error {max(found):.1e}")
                 continue
@@ -170,6 +173,8 @@ def start_of_peak(device: torch.device) -> int:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
+    # What the C library keeps of freed memory would hide what a pass takes.
+    ctypes.CDLL(None).malloc_trim(0)
     # Linux: 5 sets the high-water mark of resident memory back.
     Path("/proc/self/clear_refs").write_text("5")
     return _status_bytes("VmRSS")
@@ -214,6 +219,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
     parser.add_argument("--repeats", type=int, default=10)
     args = parser.parse_args(argv)
+    for name in ("tokens", "hidden_size", "num_experts", "num_experts_per_tok"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be positive, got {getattr(args, name)}")
+    if args.repeats < 2:
+        parser.error(f"--repeats must be at least 2, got {args.repeats}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     shape = (args.tokens, args.hidden_size, args.num_experts, args.num_experts_per_tok)
     where = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} cores"

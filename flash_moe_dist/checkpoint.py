@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
@@ -21,15 +22,21 @@ def save_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizer, step: 
     at any moment, `load_checkpoint` finds a complete one.
 
     Raises:
+        ValueError: on every rank, if `folder` holds something that is no checkpoint.
         RuntimeError: on every rank, if the files cannot be written or moved.
     """
     partial, previous = _beside(folder, "partial"), _beside(folder, "previous")
     with same_error_on_all_ranks():
-        if dist.get_rank() == 0 and partial.exists():
-            shutil.rmtree(partial)
+        if dist.get_rank() == 0:
+            check_replaceable(folder)
+            if partial.exists():
+                shutil.rmtree(partial)
     model_state, optimizer_state = get_state_dict(model, optimizer)
     state = {"model": model_state, "optimizer": optimizer_state, "step": step}
-    save(state, checkpoint_id=partial)
+    try:
+        save(state, checkpoint_id=partial)
+    except CheckpointException as failure:
+        raise RuntimeError(f"checkpoint could not be written to {partial}: {failure}") from failure
     with same_error_on_all_ranks():
         if dist.get_rank() == 0:
             if folder.exists():
@@ -48,6 +55,7 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizer) -> int
 
     Raises:
         ValueError: on every rank, if there is no complete checkpoint.
+        RuntimeError: on every rank, if it cannot be read, or is one of another model.
     """
     candidates = (folder, _beside(folder, "previous"))
     complete = [one for one in candidates if (one / ".metadata").is_file()]
@@ -56,7 +64,10 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizer) -> int
             raise ValueError(f"folder must hold a complete checkpoint, found none in {folder}")
     model_state, optimizer_state = get_state_dict(model, optimizer)
     state = {"model": model_state, "optimizer": optimizer_state, "step": 0}
-    load(state, checkpoint_id=complete[0])
+    try:
+        load(state, checkpoint_id=complete[0])
+    except CheckpointException as failure:
+        raise RuntimeError(f"{complete[0]} could not be loaded: {failure}") from failure
     set_state_dict(
         model,
         optimizer,
@@ -66,6 +77,12 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizer) -> int
     step = state["step"]
     assert isinstance(step, int)
     return step
+
+
+def check_replaceable(folder: Path) -> None:
+    """Raise ValueError if `folder` holds something that is no checkpoint; OSError if unreadable."""
+    if folder.exists() and not (folder / ".metadata").is_file() and any(folder.iterdir()):
+        raise ValueError(f"folder must be new, empty or a checkpoint, got {folder}")
 
 
 def _beside(folder: Path, suffix: str) -> Path:

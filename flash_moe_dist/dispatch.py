@@ -319,5 +319,4 @@ def _sum_rows(rows_SH: Tensor, sent: SentRows) -> Tensor:
     # In float32 and in the order of the ranks, so that the sum is repeatable.
     ones_N = torch.ones(sent.pattern.num_pairs, device=rows_SH.device)
     primitives = load_backend(default_backend(rows_SH.device))
-    with torch.autocast(rows_SH.device.type, enabled=False):
-        return primitives.spmm(ones_N, rows_SH, sent.pattern, rows_SH.dtype)
+    return primitives.spmm(ones_N, rows_SH, sent.pattern, rows_SH.dtype)

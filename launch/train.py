@@ -27,7 +27,7 @@ from tqdm import tqdm
 from data import Corpus, Tokens, batch_at, load_corpus
 from flash_moe_dist import ExpertParallel
 from flash_moe_dist.agreement import same_error_on_all_ranks
-from flash_moe_dist.checkpoint import save_checkpoint
+from flash_moe_dist.checkpoint import check_replaceable, save_checkpoint
 from flash_moe_dist.gradients import clip_grad_norm_
 from flash_moe_dist.runtime import DEFAULT_TIMEOUT, Runtime, distributed
 from model import ModelConfig, Transformer
@@ -136,8 +136,7 @@ def check_out_folder(out: Path) -> None:
         out.mkdir(parents=True, exist_ok=True)
         with (out / METRICS).open("a"):
             pass
-        if (out / CHECKPOINT).exists():
-            next((out / CHECKPOINT).iterdir(), None)
+        check_replaceable(out / CHECKPOINT)
     except OSError as error:
         raise ValueError(f"--out must be a folder to write results into, got {error}") from error
 

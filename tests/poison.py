@@ -10,6 +10,7 @@ def poison_fresh_memory() -> None:
     """From now on torch.empty and its kin return NaN, or the least integer."""
     torch.empty = _poisoned(torch.empty)
     torch.empty_like = _poisoned(torch.empty_like)
+    torch.empty_strided = _poisoned(torch.empty_strided)
     torch.Tensor.new_empty = _poisoned(torch.Tensor.new_empty)  # type: ignore[method-assign]
 
 

@@ -1,5 +1,8 @@
 """The op inside autograd: second derivatives, NaN, autocast, activation checkpointing."""
 
+import itertools
+from collections.abc import Callable
+
 import pytest
 import torch
 from cases import RESULTS, TOLERANCES, assert_close, make_case, oracle
@@ -35,10 +38,51 @@ def test_nan_in_one_token_stays_there(backend: str, device: torch.device) -> Non
     assert out[2].isnan().all()
     others = torch.tensor([0, 1, 3, 4, 5])
     assert torch.equal(out[others], expected[others])
-    case.grad[2] = 0
-    _, down_grad, _, weights_grad = torch.autograd.grad(out, case.differentiable(), case.grad)
-    assert down_grad[indices[others].unique()[4:]].isfinite().any()
+    hidden_grad, down_grad, up_grad, weights_grad = torch.autograd.grad(
+        out, case.differentiable(), case.grad
+    )
+    assert hidden_grad[others].isfinite().all()
     assert weights_grad[others].isfinite().all()
+    # No other token uses the experts of token 2.
+    touched = torch.zeros(20, dtype=torch.bool)
+    touched[indices[2]] = True
+    assert down_grad[~touched].isfinite().all()
+    assert up_grad[~touched].isfinite().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_empty_slot_of_a_token_that_is_infinite(backend: str, device: torch.device) -> None:
+    indices = torch.tensor([[0, -1, 2], [-1, -1, 1]])
+    case = make_case(2, 8, 4, 3, device=place(backend, device), indices=indices)
+    with torch.no_grad():
+        case.hidden_states[0], case.grad[1, 0] = float("inf"), float("nan")
+    out = triton_flash_expert_func(*case.args(), backend=backend)
+    (weights_grad,) = torch.autograd.grad(out, [case.routing_weights], case.grad)
+    assert weights_grad[case.indices < 0].count_nonzero() == 0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_large_scores(backend: str, device: torch.device) -> None:
+    """silu' is 1 or 0 where the score is large, and no terms cancel on the way."""
+    case = make_case(5, 8, 9, 3, device=place(backend, device))
+    with torch.no_grad():
+        case.hidden_states.mul_(1e8)
+    out = triton_flash_expert_func(*case.args(), backend=backend)
+    grads = torch.autograd.grad(out, case.differentiable(), case.grad)
+    for name, result, expected in zip(RESULTS, (out, *grads), oracle(case), strict=True):
+        assert_close(result, expected, TOLERANCES[torch.float32], name)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_forward_mode_is_refused(backend: str, device: torch.device) -> None:
+    case = make_case(4, 8, 9, 2, device=place(backend, device))
+
+    def op(hidden_states: Tensor) -> Tensor:
+        return triton_flash_expert_func(hidden_states, *case.args()[1:], backend=backend)
+
+    x = case.hidden_states.detach()
+    with pytest.raises(RuntimeError, match="has no forward-mode derivative"):
+        torch.func.jvp(op, (x,), (x,))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -90,6 +134,37 @@ def test_each_gradient_alone(backend: str, wanted: int, device: torch.device) ->
             assert_close(leaf.grad, expected, TOLERANCES[torch.float32], RESULTS[1 + wanted])
         else:
             assert leaf.grad is None
+
+
+@pytest.mark.parametrize("wanted", list(itertools.product([False, True], repeat=4)), ids=str)
+def test_only_what_is_needed_is_computed(
+    wanted: tuple[bool, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flash_moe.ops.backends import reference
+
+    calls: list[str] = []
+
+    def counted(name: str) -> Callable[..., Tensor]:
+        primitive: Callable[..., Tensor] = getattr(reference, name)
+
+        def call(*args: object) -> Tensor:
+            calls.append(name)
+            return primitive(*args)
+
+        return call
+
+    for name in ("sddmm", "spmm", "spmm_t"):
+        monkeypatch.setattr(reference, name, counted(name))
+    case = make_case(4, 8, 9, 2)
+    for leaf, required in zip(case.differentiable(), wanted, strict=True):
+        leaf.requires_grad_(required)
+    out = triton_flash_expert_func(*case.args(), backend="reference")
+    if any(wanted):
+        out.backward(case.grad)
+    hidden, down, up, weights = wanted
+    assert calls.count("sddmm") == 1 + (hidden or down or weights)
+    assert calls.count("spmm") == 1 + hidden
+    assert calls.count("spmm_t") == down + up
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -74,3 +74,21 @@ def test_backend_must_fit_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
         check_backend("gather", torch.device("cpu"))
     with pytest.raises(ValueError, match="'torch_sparse' takes tensors on the CPU, got cuda"):
         check_backend("torch_sparse", torch.device("cuda"))
+
+
+def test_scores_do_not_keep_the_matrix_alive() -> None:
+    pairs, _ = pattern(torch.device("cpu"))
+    for num_experts in (NUM_EXPERTS, 3):
+        ids = pairs.expert_ids.clamp(0, num_experts - 1)
+        scores = load_backend("torch_sparse").sddmm(
+            torch.randn(4, 5),
+            torch.randn(num_experts, 5),
+            Pairs(pairs.row_offsets, ids, num_experts),
+        )
+        assert not scores._is_view()
+
+
+def test_fresh_memory_is_poisoned() -> None:
+    assert torch.empty(3).isnan().all()
+    assert torch.empty_like(torch.ones(3, dtype=torch.bfloat16)).isnan().all()
+    assert (torch.ones(2).new_empty(3, dtype=torch.int32) < -(2**30)).all()

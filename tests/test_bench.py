@@ -34,11 +34,21 @@ def test_no_time_for_a_wrong_result(
     assert "median ms" not in capsys.readouterr().out
 
 
+def test_bad_options(capsys: pytest.CaptureFixture[str]) -> None:
+    for option, value, message in (
+        ("--repeats", "1", "--repeats must be at least 2, got 1"),
+        ("--tokens", "0", "--tokens must be positive, got 0"),
+    ):
+        with pytest.raises(SystemExit):
+            bench.main([option, value])
+        assert message in capsys.readouterr().err
+
+
 def test_cpu_path_takes_under_a_tenth_of_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FLASH_MOE_BACKEND", "torch_sparse")
     inputs = bench.make_inputs(1024, 512, 16384, 64, torch.float32, "cpu")
     gathered = 1024 * 64 * 512 * 4
-    extra = {}
+    extra: dict[str, int] = {}
     for name, func in bench.VARIANTS.items():
         for _ in range(2):
             extra[name] = max(bench.one_pass(inputs, func)[2].values())

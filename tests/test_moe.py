@@ -2,7 +2,10 @@
 
 import pytest
 import torch
+from ranks import RankPools
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from flash_moe import FlashExperts, FlashMoE
 from flash_moe.ops.naive import naive_expert_func
@@ -63,3 +66,40 @@ def test_experts_refuse_what_does_not_fit() -> None:
         experts(torch.randn(3, 4), [[0]], torch.zeros(3, 1))
     with pytest.raises(ValueError, match=r"rows of hidden_size = 4, got shape \(3, 5\)"):
         FlashMoE(4, 8, num_experts=9, num_experts_per_tok=2)(torch.randn(3, 5))
+
+
+def test_layer_built_on_meta_takes_a_state_dict() -> None:
+    torch.manual_seed(0)
+    layer = FlashMoE(16, 24, num_experts=48, num_experts_per_tok=6)
+    with torch.device("meta"):
+        empty = FlashMoE(16, 24, num_experts=48, num_experts_per_tok=6)
+    later = empty.to_empty(device="cpu")
+    later.router.candidates_first.fill_(10**9)
+    later = later.to_empty(device="cpu")
+    later.load_state_dict(layer.state_dict())
+    hidden_states = torch.randn(7, 16)
+    assert torch.equal(later(hidden_states), layer(hidden_states))
+
+
+def test_export_with_any_number_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLASH_MOE_BACKEND", "reference")
+    layer = FlashMoE(16, 24, num_experts=48, num_experts_per_tok=6)
+    tokens = torch.export.Dim("tokens", max=1024)
+    exported = torch.export.export(
+        layer, (torch.randn(5, 16),), dynamic_shapes={"hidden_states": {0: tokens}}
+    )
+    hidden_states = torch.randn(9, 16)
+    assert torch.equal(exported.module()(hidden_states), layer(hidden_states))
+
+
+def test_dtensor_tables_without_expert_parallel_are_refused(rank_pools: RankPools) -> None:
+    for outcome in rank_pools.outcomes(1, call_with_dtensor):
+        assert outcome.kind == "TypeError"
+        assert "down_weights must be a plain tensor, got a DTensor" in outcome.message
+
+
+def call_with_dtensor() -> None:
+    experts = FlashExperts(5, 4)
+    tables = distribute_tensor(torch.randn(5, 4), init_device_mesh("cpu", (1,)), [Shard(0)])
+    experts.down_weights = nn.Parameter(tables)
+    experts(torch.randn(3, 4), torch.zeros(3, 1).long(), torch.ones(3, 1))

@@ -1,4 +1,4 @@
-"""In 16 bits the op is no less precise than gather and matrix product, at sizes that matter.
+"""The op is no less precise than gather and matrix product, at sizes that matter.
 
 The judge is the op itself in float64, which other tests hold against autograd: a gathered
 float64 tensor of these sizes fits no GPU.
@@ -26,7 +26,13 @@ SHAPES = [
     (8192, 2048, 1_048_576, 64),
 ]
 # Each with uniform routing (None), and one with product keys of that bias.
-CASES = [*((shape, None) for shape in SHAPES), ((4096, 1024, 102_400, 512), 2.0)]
+MIDDLE = (4096, 1024, 102_400, 512)
+CASES = [
+    *((shape, None, torch.bfloat16) for shape in SHAPES),
+    (MIDDLE, 2.0, torch.bfloat16),
+    (MIDDLE, None, torch.float16),
+    (MIDDLE, None, torch.float32),
+]
 # Elements of one gathered tensor of the naive op.
 GATHERED = 2**31
 
@@ -58,9 +64,9 @@ def naive_results(leaves: list[Tensor], indices: Tensor, grad: Tensor) -> list[T
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("shape", "bias"), CASES, ids=str)
+@pytest.mark.parametrize(("shape", "bias", "dtype"), CASES, ids=str)
 def test_no_less_precise_than_gather_and_matmul(
-    shape: tuple[int, int, int, int], bias: float | None
+    shape: tuple[int, int, int, int], bias: float | None, dtype: torch.dtype
 ) -> None:
     num_tokens, hidden_size, num_experts, slots = shape
     # Tables and their gradients, twice in 16 bits and once in 64; gathered rows and the rest.
@@ -68,7 +74,7 @@ def test_no_less_precise_than_gather_and_matmul(
     torch.manual_seed(0)
 
     def normal(*shape: int, std: float = 1.0) -> Tensor:
-        return (torch.randn(shape, device="cuda", dtype=torch.bfloat16) * std).requires_grad_()
+        return (torch.randn(shape, device="cuda", dtype=dtype) * std).requires_grad_()
 
     leaves = [
         normal(num_tokens, hidden_size),

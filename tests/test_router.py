@@ -55,9 +55,12 @@ def test_squarest_grid() -> None:
 def test_bad_settings() -> None:
     with pytest.raises(ValueError, match=r"num_experts_per_tok must lie in .* 30\], got 31"):
         ProductKeyRouter(8, 30, 31)
-    with pytest.raises(ValueError, match=r"key_grid must have a product of .* got \(5, 5\)"):
+    for wrong in ((10, 3, 1), (30,)):
+        with pytest.raises(ValueError, match="key_grid must be two numbers"):
+            ProductKeyRouter(8, 30, 3, key_grid=wrong)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"key_grid must be .* got \(5, 5\)"):
         ProductKeyRouter(8, 30, 3, key_grid=(5, 5))
-    with pytest.raises(ValueError, match=r"key_grid must have a product of .* got \(-5, -6\)"):
+    with pytest.raises(ValueError, match=r"key_grid must be .* got \(-5, -6\)"):
         ProductKeyRouter(8, 30, 3, key_grid=(-5, -6))
     with pytest.raises(ValueError, match=r"102397 is at best 1 \* 102397; 102400 would do"):
         ProductKeyRouter(8, 102_397, 3)

@@ -124,6 +124,42 @@ def test_checkpoint_goes_on_where_it_stopped(
             assert torch.equal(parameter, saved[name]), name
 
 
+def fails_to_save(data: str, folder: str) -> None:
+    from flash_moe_dist.checkpoint import save_checkpoint
+
+    run = small_run(data)
+    save_checkpoint(Path(folder), run.model, run.optimizer, 1)
+
+
+def test_saving_over_something_else_is_refused(
+    text: str, tmp_path: Path, rank_pools: RankPools
+) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "precious.txt").write_text("kept")
+    for outcome in rank_pools.outcomes(2, fails_to_save, text, str(tmp_path / "mine")):
+        assert outcome.kind == "ValueError"
+        assert "folder must be new, empty or a checkpoint" in outcome.message
+    assert (tmp_path / "mine" / "precious.txt").read_text() == "kept"
+
+
+def test_saving_where_nothing_can_be_written(
+    text: str, tmp_path: Path, rank_pools: RankPools
+) -> None:
+    (tmp_path / "file").touch()
+    for outcome in rank_pools.outcomes(2, fails_to_save, text, str(tmp_path / "file" / "inside")):
+        assert outcome.kind == "RuntimeError"
+
+
+def test_loading_a_damaged_checkpoint(text: str, tmp_path: Path, rank_pools: RankPools) -> None:
+    folder = tmp_path / "checkpoint"
+    rank_pools.run(2, save, text, str(folder))
+    for shard in folder.glob("*.distcp"):
+        shard.write_bytes(shard.read_bytes()[:100])
+    for outcome in rank_pools.outcomes(2, load, text, str(folder)):
+        assert outcome.kind == "RuntimeError"
+        assert "could not be loaded" in outcome.message
+
+
 def test_loading_without_a_checkpoint(text: str, tmp_path: Path, rank_pools: RankPools) -> None:
     for outcome in rank_pools.outcomes(1, load, text, str(tmp_path)):
         assert outcome.kind == "ValueError"

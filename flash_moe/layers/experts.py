@@ -61,7 +61,7 @@ class FlashExperts(nn.Module):
         rows = [hidden_states, indices, routing_weights]
         # Whatever does not fit goes on as it is: the op refuses it, on all ranks if sharded.
         tensors = all(isinstance(one, Tensor) and one.ndim >= 2 for one in rows)
-        if tensors and len({one.shape[:-1] for one in rows}) == 1:
+        if tensors and all(one.shape[:-1] == hidden_states.shape[:-1] for one in rows):
             rows = [one.flatten(0, -2) for one in rows]
         out = self.expert_func(rows[0], self.down_weights, self.up_weights, rows[1], rows[2])
         return out.view(hidden_states.shape)

@@ -1,6 +1,7 @@
 """Routing by product keys: the best of E experts from two scores of about sqrt(E) keys each."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -58,9 +59,14 @@ class ProductKeyRouter(nn.Module):
                 f"{num_experts} is at best {self.key_grid[0]} * {self.key_grid[1]}; "
                 f"{side * side} would do"
             )
-        if math.prod(self.key_grid) != num_experts or min(self.key_grid) < 1:
+        if (
+            len(self.key_grid) != 2
+            or math.prod(self.key_grid) != num_experts
+            or min(self.key_grid) < 1
+        ):
             raise ValueError(
-                f"key_grid must have a product of num_experts = {num_experts}, got {self.key_grid}"
+                f"key_grid must be two numbers with a product of num_experts = {num_experts}, "
+                f"got {self.key_grid}"
             )
         self.hidden_size = hidden_size
         self.num_experts = num_experts
@@ -69,9 +75,18 @@ class ProductKeyRouter(nn.Module):
         self.keys = nn.Linear(
             hidden_size, sum(self.key_grid), bias=False, device=device, dtype=dtype
         )
-        first, second = _candidate_places(num_experts_per_tok, self.key_grid)
-        self.register_buffer("candidates_first", first.to(device), persistent=False)
-        self.register_buffer("candidates_second", second.to(device), persistent=False)
+        places = _candidate_places(num_experts_per_tok, self.key_grid)
+        for name, values in zip(("candidates_first", "candidates_second"), places, strict=True):
+            self.register_buffer(name, values.to(self.keys.weight.device), persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ProductKeyRouter":
+        super()._apply(fn, recurse)
+        # `to_empty` leaves garbage, and no state dict holds these places.
+        if not self.candidates_first.is_meta:
+            first, second = _candidate_places(self.num_experts_per_tok, self.key_grid)
+            self.candidates_first.copy_(first)
+            self.candidates_second.copy_(second)
+        return self
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         """Choose experts.
@@ -84,9 +99,14 @@ class ProductKeyRouter(nn.Module):
             probabilities (of sum one if `norm_topk_prob`) in the dtype of the key scores.
 
         Raises:
+            TypeError: `hidden_states` is no tensor.
             ValueError: rows of another length than `hidden_size`.
         """
-        if hidden_states.shape[-1] != self.hidden_size:
+        if not isinstance(hidden_states, Tensor):
+            raise TypeError(
+                f"hidden_states must be a torch.Tensor, got {type(hidden_states).__name__}"
+            )
+        if hidden_states.ndim == 0 or hidden_states.shape[-1] != self.hidden_size:
             raise ValueError(
                 f"hidden_states must have rows of hidden_size = {self.hidden_size}, "
                 f"got shape {tuple(hidden_states.shape)}"

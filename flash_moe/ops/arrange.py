@@ -48,7 +48,7 @@ def arrange_slots(indices_TK: Tensor, num_experts: int, in_kernels: bool) -> tup
     order_dtype = torch.int32 if indices_TK.numel() < 2**31 else torch.int64
     if slots > MAX_SORTED_SLOTS:
         ids_N = _checked_ids(indices_TK.reshape(-1), num_experts, in_kernels)
-        ids_TK, slot_TK = ids_N.view(-1, slots).sort(1)
+        ids_TK, slot_TK = ids_N.view(-1, slots).sort(dim=1, stable=True)
         first_slot_T = torch.arange(len(ids_TK), device=ids_TK.device) * slots
         order_TK = (slot_TK + first_slot_T.unsqueeze(1)).to(order_dtype)
         return ids_TK.view(-1), order_TK.view(-1)

@@ -1,7 +1,7 @@
 """Every input error of the expert op, in one place.
 
 These checks read shapes, dtypes and devices only, so they cost no device time. The
-range of the ids is data: `flash_moe.ops.index_range` looks after it.
+range of the ids is data: `flash_moe.ops.arrange` looks after it.
 """
 
 import torch
@@ -119,6 +119,12 @@ def _check_tables(hidden_states: Tensor, down_weights: Tensor, up_weights: Tenso
 def _check_dtype(name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...]) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    # By name: this package does without torch.distributed.
+    if type(tensor).__name__ == "DTensor":
+        raise TypeError(
+            f"{name} must be a plain tensor, got a DTensor: shard tables with "
+            "flash_moe_dist.ExpertParallel, or pass to_local()"
+        )
     if tensor.layout != torch.strided:
         raise TypeError(f"{name} must be a dense tensor, got layout {tensor.layout}")
     if tensor.dtype not in allowed:

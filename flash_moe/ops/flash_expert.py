@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from flash_moe.ops.arrange import arrange_ragged, arrange_slots, poll_index_errors
 from flash_moe.ops.backends import (
-    Backend,
     accumulator_dtype,
     check_backend,
     default_backend,
@@ -61,17 +61,21 @@ def triton_flash_expert_func(
     Memory on CUDA in bytes, with N = T K pairs, b for an element of `hidden_states` and g for
     one of `routing_weights`: forward at its peak 16 N + 8 (T + 1) + max(g N, b T H) more than
     before, the output included; of that, 12 N + 8 (T + 1) stay for the backward pass. (Ids,
-    their order, scores and activations take 4 N each, all but the last stay; N < 2^31.)
+    their order, scores and activations take 4 N each, all but the last stay. This is for
+    contiguous arguments of at most 32 bits, K <= 4096 and N < 2^31; a tensor whose rows are not
+    contiguous is copied by each primitive that reads it.)
 
     Raises:
         TypeError: an argument has a dtype that is not listed above.
+        RuntimeError: a second or a forward-mode derivative is asked for.
         ValueError: a shape or device does not fit, or an index is out of range. On CUDA the
             ids are never followed out of range, and the error comes without waiting for the
             device: at the next call or backward pass, from
-            `flash_moe.ops.arrange.raise_index_errors`, or at once when
-            FLASH_MOE_STRICT_INDICES=1.
+            `flash_moe.ops.arrange.raise_index_errors` (call it now and then where CUDA graphs
+            alone are replayed), or at once when FLASH_MOE_STRICT_INDICES=1.
     """
     check_expert_inputs(hidden_states, down_weights, up_weights, indices, routing_weights)
+    _refuse_forward_mode(hidden_states, down_weights, up_weights, routing_weights)
     name = _chosen_backend(backend, hidden_states.device)
     ids_N, order_N = _arrange_slots(indices, down_weights.shape[0], name == "gather")
     out_TH, _ = _expert_forward(
@@ -119,6 +123,7 @@ def ragged_flash_expert_func(
     check_ragged_inputs(
         hidden_states, down_weights, up_weights, row_offsets, expert_ids, routing_weights
     )
+    _refuse_forward_mode(hidden_states, down_weights, up_weights, routing_weights)
     name = _chosen_backend(backend, hidden_states.device)
     offsets, ids_N = _arrange_ragged(
         row_offsets, expert_ids, down_weights.shape[0], name == "gather"
@@ -135,6 +140,12 @@ def ragged_flash_expert_func(
         name,
     )
     return out_TH
+
+
+def _refuse_forward_mode(*tensors: Tensor) -> None:
+    # PyTorch would go on with a tangent of zero.
+    if any(unpack_dual(tensor).tangent is not None for tensor in tensors):
+        raise RuntimeError("triton_flash_expert_func has no forward-mode derivative (jvp)")
 
 
 def _chosen_backend(backend: str | None, device: torch.device) -> str:
@@ -190,11 +201,10 @@ def _expert_forward(
     """Output (T, H) and the scores (N,) in the order of `expert_ids_N`."""
     primitives = load_backend(backend)
     pairs = Pairs(row_offsets, expert_ids_N, down_EH.shape[0])
-    with _without_autocast(hidden_TH):
-        scores_N = primitives.sddmm(hidden_TH, down_EH, pairs)
-        activations_N = torch.nn.functional.silu(scores_N)
-        activations_N.mul_(_in_pair_order(weights_N, order_N))
-        return primitives.spmm(activations_N, up_EH, pairs, hidden_TH.dtype), scores_N
+    scores_N = primitives.sddmm(hidden_TH, down_EH, pairs)
+    activations_N = torch.nn.functional.silu(scores_N)
+    activations_N.mul_(_in_pair_order(weights_N, order_N))
+    return primitives.spmm(activations_N, up_EH, pairs, hidden_TH.dtype), scores_N
 
 
 @_expert_forward.register_fake
@@ -233,38 +243,11 @@ def _expert_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of hidden states, down table, up table, routing weights; empty if not needed."""
     poll_index_errors(hidden_TH.device)
-    with _without_autocast(hidden_TH):
-        return _gradients(
-            grad_TH,
-            hidden_TH,
-            down_EH,
-            up_EH,
-            Pairs(row_offsets, expert_ids_N, down_EH.shape[0]),
-            order_N,
-            weights_N,
-            scores_N,
-            needed,
-            weight_grad_scale,
-            load_backend(backend),
-        )
-
-
-def _gradients(
-    grad_TH: Tensor,
-    hidden_TH: Tensor,
-    down_EH: Tensor,
-    up_EH: Tensor,
-    pairs: Pairs,
-    order_N: Tensor,
-    weights_N: Tensor,
-    scores_N: Tensor,
-    needed: list[bool],
-    weight_grad_scale: float,
-    primitives: Backend,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     hidden_needed, down_needed, up_needed, weights_needed = needed
     # One tensor each: the outputs of a custom op may not alias.
     hidden_grad, down_grad, up_grad, weights_grad = (hidden_TH.new_empty(0) for _ in needed)
+    primitives = load_backend(backend)
+    pairs = Pairs(row_offsets, expert_ids_N, down_EH.shape[0])
     pair_weights_N = _in_pair_order(weights_N, order_N)
     sigmoid_N = torch.sigmoid(scores_N)
     silu_N = scores_N * sigmoid_N
@@ -273,8 +256,8 @@ def _gradients(
         if weights_needed:
             weights_grad = _in_slot_order(activation_grad_N * silu_N, order_N, weights_N.dtype)
         if hidden_needed or down_needed:
-            # silu'(s) = sigma + s sigma (1 - sigma), written with silu(s) = s sigma.
-            silu_slope_N = torch.addcmul(silu_N, sigmoid_N, 1 - silu_N)
+            # silu'(s) = sigma (1 + s (1 - sigma)): other forms cancel for large s.
+            silu_slope_N = (1 - sigmoid_N).mul_(scores_N).add_(1).mul_(sigmoid_N)
             score_grad_N = activation_grad_N.mul_(pair_weights_N).mul_(silu_slope_N)
             if hidden_needed:
                 hidden_grad = primitives.spmm(score_grad_N, down_EH, pairs, hidden_TH.dtype)
@@ -341,11 +324,6 @@ def _refuse(ctx: Any, *grads: Tensor) -> None:
 
 _expert_forward.register_autograd(_backward, setup_context=_save_for_backward)
 _expert_backward.register_autograd(_refuse)
-
-
-def _without_autocast(tensor: Tensor) -> torch.autocast:
-    # Autocast would round inside products that are summed in float32 here.
-    return torch.autocast(tensor.device.type, enabled=False)
 
 
 def _in_pair_order(values_N: Tensor, order_N: Tensor) -> Tensor:

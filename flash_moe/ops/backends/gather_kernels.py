@@ -90,4 +90,7 @@ def weighted_row_sum_kernel(
             other=0.0,
         )
         total += tl.sum(weights[:, None] * gathered.to(total.dtype), 0)
+    if out.dtype.element_ty.primitive_bitwidth < 32:
+        # From 64 bits in two steps: Triton's interpreter cannot do it in one.
+        total = total.to(tl.float32)
     tl.store(out + row * HIDDEN_SIZE + hidden, total.to(out.dtype.element_ty), mask=in_row)
