@@ -123,32 +123,35 @@ def measure(inputs: Inputs, repeats: int) -> dict[tuple[str, str], Measurement]:
     seconds: dict[tuple[str, str], list[float]] = {}
     extra: dict[tuple[str, str], int] = {}
     errors: dict[tuple[str, str], float] = {}
-    for repeat in range(repeats + 1):
+    for name, func in VARIANTS.items():
+        results, _, _ = one_pass(inputs, func, measure_memory=False)
+        found = [relative_error(*pair) for pair in zip(results, exact, strict=True)]
+        errors[name, "forward"], errors[name, "backward"] = found[0], max(found[1:])
+        limits = LARGEST_ERROR if name == "flash_moe" else LARGEST_PEER_ERROR
+        if not max(found) <= limits[inputs.grad.dtype]:
+            raise RuntimeError(f"{name} is wrong: relative error {max(found):.1e}")
+    del exact, results
+    for name, func in VARIANTS.items():
+        _, _, memory = one_pass(inputs, func, measure_memory=True)
+        extra |= {(name, direction): count for direction, count in memory.items()}
+    for _ in range(repeats):
         for name, func in VARIANTS.items():
-            results, times, memory = one_pass(inputs, func)
-            if repeat == 0:
-                found = [relative_error(*pair) for pair in zip(results, exact, strict=True)]
-                errors[name, "forward"], errors[name, "backward"] = found[0], max(found[1:])
-                limits = LARGEST_ERROR if name == "flash_moe" else LARGEST_PEER_ERROR
-                allowed = limits[inputs.grad.dtype]
-                if not max(found) <= allowed:
-                    raise RuntimeError(f"{name} is wrong: relative error {max(found):.1e}")
-                continue
-            del results
+            _, times, _ = one_pass(inputs, func, measure_memory=False)
             for direction in ("forward", "backward"):
                 seconds.setdefault((name, direction), []).append(times[direction])
-                extra[name, direction] = max(extra.get((name, direction), 0), memory[direction])
     return {key: Measurement(seconds[key], extra[key], errors[key]) for key in seconds}
 
 
-def one_pass(inputs: Inputs, func: Func) -> tuple[list[Tensor], dict[str, float], dict[str, int]]:
-    """Output and gradients, seconds and extra bytes by direction."""
+def one_pass(
+    inputs: Inputs, func: Func, measure_memory: bool
+) -> tuple[list[Tensor], dict[str, float], dict[str, int]]:
+    """Output and gradients; seconds, and extra bytes (measuring them takes time), by direction."""
     device = inputs.grad.device
     times: dict[str, float] = {}
     memory: dict[str, int] = {}
     results: list[Tensor] = []
     gc.collect()
-    before = start_of_peak(device)
+    before = start_of_peak(device) if measure_memory else 0
 
     def timed(direction: str, work: Callable[[], list[Tensor]]) -> None:
         begin = time.perf_counter()
@@ -156,8 +159,9 @@ def one_pass(inputs: Inputs, func: Func) -> tuple[list[Tensor], dict[str, float]
         if device.type == "cuda":
             torch.cuda.synchronize()
         times[direction] = time.perf_counter() - begin
-        result_bytes = sum(result.nbytes for result in results)
-        memory[direction] = max(0, peak(device) - before - result_bytes)
+        if measure_memory:
+            result_bytes = sum(result.nbytes for result in results)
+            memory[direction] = max(0, peak(device) - before - result_bytes)
 
     timed("forward", lambda: [inputs.call(func)])
     timed(

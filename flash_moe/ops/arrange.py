@@ -89,8 +89,11 @@ def arrange_ragged(
 
 def raise_ids_out_of_range(ids: Tensor, num_experts: int) -> None:
     """Raise ValueError, at once, unless all ids lie in [-1, num_experts)."""
-    outside = ids[(ids < -1) | (ids >= num_experts)]
-    if outside.numel() > 0:
+    if ids.numel() == 0:
+        return
+    least, greatest = (int(bound) for bound in ids.aminmax())
+    if least < -1 or greatest >= num_experts:
+        outside = ids[(ids < -1) | (ids >= num_experts)]
         raise ValueError(_id_message(int(outside.min()), int(outside.max()), num_experts))
 
 

@@ -100,9 +100,10 @@ class Pairs:
 
         Reads from the device how many slots are empty: for CPU backends only.
         """
-        kept = (self.expert_ids >= 0).nonzero().squeeze(1)
-        if kept.shape[0] == self.num_pairs:
+        is_occupied = self.expert_ids >= 0
+        if bool(is_occupied.all()):
             return self, None
+        kept = is_occupied.nonzero().squeeze(1)
         offsets = torch.searchsorted(kept, self.row_offsets)
         return Pairs(offsets, self.expert_ids[kept], self.num_experts), kept
 
