@@ -126,6 +126,9 @@ def prepare(args: argparse.Namespace, runtime: Runtime) -> tuple[Corpus, ModelCo
         args.num_experts,
         args.num_experts_per_tok,
     )
+    # Whatever the layers refuse, they refuse here, without memory for their parameters.
+    with torch.device("meta"):
+        Transformer(config)
     if runtime.is_main:
         check_out_folder(args.out)
     return corpus, config

@@ -199,6 +199,10 @@ BAD_OPTIONS = {
         ["--num-heads", "3"],
         "hidden_size must be an even multiple of num_heads = 3",
     ),
+    "number of experts without a key grid": (
+        ["--num-experts", "16381"],
+        "num_experts must have two factors near each other, or key_grid must be given: 16381",
+    ),
     "no steps": (["--steps", "0"], "--steps must be positive, got 0"),
     "learning rate is no number": (["--lr", "nan"], "--lr must be positive, got nan"),
     "negative seed": (["--seed", "-1"], "--seed must not be negative, got -1"),

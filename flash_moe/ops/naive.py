@@ -20,10 +20,9 @@ def naive_expert_func(
     All floating-point arguments must share one dtype, in which everything is computed.
     """
     empty = indices < 0
+    # An empty slot reads row 0 with a weight of zero: nothing, as long as that row is finite.
     ids = indices.masked_fill(empty, 0).long()
-    down_TKH = down_weights[ids].masked_fill(empty.unsqueeze(-1), 0)
-    up_TKH = up_weights[ids].masked_fill(empty.unsqueeze(-1), 0)
-    scores_TK = torch.matmul(down_TKH, hidden_states.unsqueeze(-1)).squeeze(-1)
     weights_TK = routing_weights.masked_fill(empty, 0)
+    scores_TK = torch.matmul(down_weights[ids], hidden_states.unsqueeze(-1)).squeeze(-1)
     activations_TK = torch.nn.functional.silu(scores_TK) * weights_TK
-    return torch.matmul(activations_TK.unsqueeze(-2), up_TKH).squeeze(-2)
+    return torch.matmul(activations_TK.unsqueeze(-2), up_weights[ids]).squeeze(-2)
