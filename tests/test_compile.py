@@ -7,13 +7,14 @@ from torch import Tensor
 
 from flash_moe import ragged_flash_expert_func, triton_flash_expert_func
 from flash_moe.ops import flash_expert
-from flash_moe.ops.pairs import uniform_row_offsets
+from flash_moe.ops.backends import TRITON_BACKENDS
 
 BACKENDS = ("reference", "torch_sparse", "gather")
+PRODUCT_BACKENDS = ("hot_cold", "dense")
 
 
 def place(backend: str, device: torch.device) -> torch.device:
-    return device if backend == "gather" else torch.device("cpu")
+    return device if backend in TRITON_BACKENDS else torch.device("cpu")
 
 
 def results(func: object, case: Case) -> list[Tensor]:
@@ -22,24 +23,27 @@ def results(func: object, case: Case) -> list[Tensor]:
     return [out, *torch.autograd.grad(out, case.differentiable(), case.grad)]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_opcheck(backend: str, device: torch.device) -> None:
-    case = make_case(4, 8, 9, 3, device=place(backend, device))
-    in_kernels = backend == "gather"
-    torch.library.opcheck(flash_expert._arrange_slots, (case.indices, 9, in_kernels))
-    offsets = uniform_row_offsets(4, 3, case.indices.device)
-    ids = case.indices.flatten()
-    torch.library.opcheck(flash_expert._arrange_ragged, (offsets, ids, 9, in_kernels))
-    arranged, order = flash_expert._arrange_slots(case.indices, 9, in_kernels)
-    weights = case.routing_weights.detach().flatten().requires_grad_()
-    tensors = (case.hidden_states, case.down_weights, case.up_weights, offsets, arranged, order)
-    torch.library.opcheck(flash_expert._expert_forward, (*tensors, weights, 0.5, backend))
-    inputs = [tensor.detach() for tensor in (*tensors, weights)]
-    _, scores = flash_expert._expert_forward(*inputs, 0.5, backend)
+@pytest.mark.parametrize(
+    ("backend", "ragged"),
+    [(backend, False) for backend in (*BACKENDS, *PRODUCT_BACKENDS)]
+    + [(backend, True) for backend in BACKENDS],
+)
+def test_opcheck(backend: str, ragged: bool, device: torch.device) -> None:
+    dtype = torch.float16 if backend in PRODUCT_BACKENDS else torch.float32
+    case = make_case(4, 8, 9, 3, dtype, device=place(backend, device))
+    ids, weights, offsets = case.indices, case.routing_weights, None
+    if ragged:
+        ids, weights = ids.flatten(), weights.detach().flatten().requires_grad_()
+        offsets = torch.arange(5, device=ids.device) * 3
+    tensors = (case.hidden_states, case.down_weights, case.up_weights, ids, offsets, weights)
+    torch.library.opcheck(flash_expert._expert_forward, (*tensors, 0.5, backend))
+    hidden, down, up, weights = (tensor.detach() for tensor in (*tensors[:3], weights))
+    kept = flash_expert._expert_forward(hidden, down, up, ids, offsets, weights, 0.5, backend)[1:]
+    slots = -1 if ragged else 3
     for needed in ([True] * 4, [False, True, False, False]):
         torch.library.opcheck(
             flash_expert._expert_backward,
-            (case.grad, *inputs, scores, needed, 0.5, backend),
+            (case.grad, hidden, down, up, weights, *kept, slots, needed, 0.5, backend),
         )
 
 

@@ -372,7 +372,7 @@ BAD_INPUTS = {
     "unknown backend": (
         replaced(backend="cublas"),
         ValueError,
-        "backend must be one of reference, torch_sparse, gather, got 'cublas'",
+        "backend must be one of reference, torch_sparse, gather, hot_cold, dense, got 'cublas'",
     ),
 }
 

@@ -18,21 +18,25 @@ from flash_moe.ops.arrange_kernels import (
     check_offsets_kernel,
     sort_slots_kernel,
 )
-from flash_moe.ops.devices import on_device
+from flash_moe.ops.cost import MAX_SORTED_SLOTS
+from flash_moe.ops.launch import cdiv, launch, next_power_of_2
 
 CHECK_BLOCK = 1024
-# A token's ids are sorted in the registers of one program up to this many slots.
-MAX_SORTED_SLOTS = 4096
+SORT_WARPS: dict[int, int] = {}
 NOTHING_FOUND = (2**63 - 1, 1 - 2**63, 0, -1)
 
 
-def arrange_slots(indices_TK: Tensor, num_experts: int, in_kernels: bool) -> tuple[Tensor, Tensor]:
+def arrange_slots(
+    indices_TK: Tensor, num_experts: int, in_kernels: bool, num_tokens_E: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Checked ids of tokens that all have K slots.
 
     Args:
         indices_TK: (T, K) int32 or int64.
         num_experts: E.
         in_kernels: check in Triton kernels, and sort the ids within each token.
+        num_tokens_E: (E,) int32, to be raised by the number of tokens that use each expert; for
+            K <= MAX_SORTED_SLOTS, in kernels.
 
     Returns:
         ids (T*K,) int32 in [-1, E); and, if sorted, the position (T*K,) in `indices_TK` that each
@@ -45,33 +49,42 @@ def arrange_slots(indices_TK: Tensor, num_experts: int, in_kernels: bool) -> tup
     if not in_kernels or indices_TK.numel() == 0:
         unsorted = torch.empty(0, device=indices_TK.device, dtype=torch.int32)
         return _checked_ids(indices_TK.reshape(-1), num_experts, in_kernels), unsorted
-    order_dtype = torch.int32 if indices_TK.numel() < 2**31 else torch.int64
     if slots > MAX_SORTED_SLOTS:
         ids_N = _checked_ids(indices_TK.reshape(-1), num_experts, in_kernels)
         ids_TK, slot_TK = ids_N.view(-1, slots).sort(dim=1, stable=True)
         first_slot_T = torch.arange(len(ids_TK), device=ids_TK.device) * slots
-        order_TK = (slot_TK + first_slot_T.unsqueeze(1)).to(order_dtype)
+        order_TK = (slot_TK + first_slot_T.unsqueeze(1)).to(order_dtype(ids_N.numel()))
         return ids_TK.view(-1), order_TK.view(-1)
     record = _record_for(indices_TK.device)
     ids_N = torch.empty(indices_TK.numel(), device=indices_TK.device, dtype=torch.int32)
-    order_N = torch.empty(indices_TK.numel(), device=indices_TK.device, dtype=order_dtype)
-    block = triton.next_power_of_2(slots)
+    order_N = torch.empty(
+        indices_TK.numel(), device=indices_TK.device, dtype=order_dtype(ids_N.numel())
+    )
+    block = next_power_of_2(slots)
     narrow = (num_experts + 2) * block < 2**31
-    with on_device(indices_TK):
-        sort_slots_kernel[(indices_TK.shape[0],)](
-            indices_TK.contiguous(),
-            ids_N,
-            order_N,
-            record.found,
-            record.flag,
-            num_experts,
-            SLOTS=slots,
-            BLOCK=block,
-            KEY=triton.language.int32 if narrow else triton.language.int64,
-            num_warps=max(1, min(8, block // 256)),
-        )
+    launch(
+        sort_slots_kernel,
+        (indices_TK.shape[0],),
+        indices_TK.contiguous(),
+        ids_N,
+        order_N,
+        ids_N if num_tokens_E is None else num_tokens_E,
+        record.found,
+        record.flag,
+        num_experts,
+        SLOTS=slots,
+        BLOCK=block,
+        KEY=triton.language.int32 if narrow else triton.language.int64,
+        HAS_COUNTS=num_tokens_E is not None,
+        num_warps=SORT_WARPS.get(block, max(1, min(8, block // 256))),
+    )
     record.after_launch()
     return ids_N, order_N
+
+
+def order_dtype(num_pairs: int) -> torch.dtype:
+    """Of positions among `num_pairs` pairs."""
+    return torch.int32 if num_pairs < 2**31 else torch.int64
 
 
 def arrange_ragged(
@@ -105,16 +118,17 @@ def _checked_ids(ids_N: Tensor, num_experts: int, in_kernels: bool) -> Tensor:
         raise_ids_out_of_range(ids_N, num_experts)
         return checked.copy_(ids_N)
     record = _record_for(ids_N.device)
-    with on_device(ids_N):
-        check_ids_kernel[(triton.cdiv(ids_N.numel(), CHECK_BLOCK),)](
-            ids_N.contiguous(),
-            checked,
-            record.found,
-            record.flag,
-            ids_N.numel(),
-            num_experts,
-            BLOCK=CHECK_BLOCK,
-        )
+    launch(
+        check_ids_kernel,
+        (cdiv(ids_N.numel(), CHECK_BLOCK),),
+        ids_N.contiguous(),
+        checked,
+        record.found,
+        record.flag,
+        ids_N.numel(),
+        num_experts,
+        BLOCK=CHECK_BLOCK,
+    )
     record.after_launch()
     return checked
 
@@ -128,16 +142,17 @@ def _checked_offsets(row_offsets: Tensor, num_pairs: int, in_kernels: bool) -> T
             raise ValueError(_offsets_message(num_pairs))
         return checked.copy_(row_offsets)
     record = _record_for(row_offsets.device)
-    with on_device(row_offsets):
-        check_offsets_kernel[(triton.cdiv(num_rows + 1, CHECK_BLOCK),)](
-            row_offsets.contiguous(),
-            checked,
-            record.found,
-            record.flag,
-            num_rows,
-            num_pairs,
-            BLOCK=CHECK_BLOCK,
-        )
+    launch(
+        check_offsets_kernel,
+        (cdiv(num_rows + 1, CHECK_BLOCK),),
+        row_offsets.contiguous(),
+        checked,
+        record.found,
+        record.flag,
+        num_rows,
+        num_pairs,
+        BLOCK=CHECK_BLOCK,
+    )
     record.after_launch()
     return checked
 

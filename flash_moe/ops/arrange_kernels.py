@@ -39,16 +39,19 @@ def sort_slots_kernel(
     ids,
     arranged_ids,
     order,
+    num_tokens,
     found,
     flag,
     num_experts,
     SLOTS: tl.constexpr,
     BLOCK: tl.constexpr,
     KEY: tl.constexpr,
+    HAS_COUNTS: tl.constexpr,
 ):
     """Checked ids sorted within each token, and the position each came from; grid (T,).
 
     An id and its slot are sorted as one number of type KEY, so that equal ids keep their order.
+    If HAS_COUNTS, num_tokens (num_experts,) is raised by one for each expert of the token.
     """
     row = tl.program_id(0).to(tl.int64) * SLOTS
     slots = tl.arange(0, BLOCK)
@@ -59,9 +62,17 @@ def sort_slots_kernel(
     past = tl.zeros_like(checked) + num_experts + 1
     keys = (tl.where(in_row, checked + 1, past) * BLOCK + slots).to(KEY)
     keys = tl.sort(keys)
-    tl.store(arranged_ids + row + slots, (keys // BLOCK - 1).to(tl.int32), mask=in_row)
+    sorted_ids = (keys // BLOCK - 1).to(tl.int32)
+    tl.store(arranged_ids + row + slots, sorted_ids, mask=in_row)
     positions = row + (keys % BLOCK).to(tl.int64)
     tl.store(order + row + slots, positions.to(order.dtype.element_ty), mask=in_row)
+    if HAS_COUNTS:
+        # What one thread wrote, its neighbour reads.
+        tl.debug_barrier()
+        before = tl.load(arranged_ids + row + slots - 1, mask=in_row & (slots > 0), other=-1)
+        first = in_row & (sorted_ids >= 0) & (sorted_ids != before)
+        # One atomic for an expert and a token, in whole numbers: any order gives the same.
+        tl.atomic_add(num_tokens + sorted_ids, 1, mask=first, sem="relaxed")
 
 
 @triton.jit

@@ -18,15 +18,24 @@ import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
-from flash_moe.ops.arrange import arrange_ragged, arrange_slots, poll_index_errors
+from flash_moe.ops.activation import activate, activate_backward
+from flash_moe.ops.arrange import arrange_ragged, arrange_slots, order_dtype, poll_index_errors
 from flash_moe.ops.backends import (
+    TRITON_BACKENDS,
     accumulator_dtype,
-    check_backend,
-    default_backend,
+    choose_backend,
     load_backend,
 )
 from flash_moe.ops.checks import check_expert_inputs, check_ragged_inputs
-from flash_moe.ops.pairs import Pairs, uniform_row_offsets
+from flash_moe.ops.cost import hot_threshold
+from flash_moe.ops.hot_pairs import (
+    HotPairs,
+    most_hot_experts,
+    set_hot_apart,
+    workspace_size,
+    zero_counts,
+)
+from flash_moe.ops.pairs import Pairs
 
 
 def triton_flash_expert_func(
@@ -76,20 +85,9 @@ def triton_flash_expert_func(
     """
     check_expert_inputs(hidden_states, down_weights, up_weights, indices, routing_weights)
     _refuse_forward_mode(hidden_states, down_weights, up_weights, routing_weights)
-    name = _chosen_backend(backend, hidden_states.device)
-    ids_N, order_N = _arrange_slots(indices, down_weights.shape[0], name == "gather")
-    out_TH, _ = _expert_forward(
-        hidden_states,
-        down_weights,
-        up_weights,
-        uniform_row_offsets(indices.shape[0], indices.shape[1], indices.device),
-        ids_N,
-        order_N,
-        routing_weights.reshape(-1),
-        1.0,
-        name,
-    )
-    return out_TH
+    name = choose_backend(backend, hidden_states, down_weights, up_weights, indices.shape[1])
+    tensors = (hidden_states, down_weights, up_weights, indices, None, routing_weights)
+    return _expert_forward(*tensors, 1.0, name)[0]
 
 
 def ragged_flash_expert_func(
@@ -124,22 +122,9 @@ def ragged_flash_expert_func(
         hidden_states, down_weights, up_weights, row_offsets, expert_ids, routing_weights
     )
     _refuse_forward_mode(hidden_states, down_weights, up_weights, routing_weights)
-    name = _chosen_backend(backend, hidden_states.device)
-    offsets, ids_N = _arrange_ragged(
-        row_offsets, expert_ids, down_weights.shape[0], name == "gather"
-    )
-    out_TH, _ = _expert_forward(
-        hidden_states,
-        down_weights,
-        up_weights,
-        offsets,
-        ids_N,
-        torch.empty(0, device=ids_N.device, dtype=torch.int32),
-        routing_weights,
-        weight_grad_scale,
-        name,
-    )
-    return out_TH
+    name = choose_backend(backend, hidden_states, down_weights, up_weights, None)
+    tensors = (hidden_states, down_weights, up_weights, expert_ids, row_offsets, routing_weights)
+    return _expert_forward(*tensors, weight_grad_scale, name)[0]
 
 
 def _refuse_forward_mode(*tensors: Tensor) -> None:
@@ -148,63 +133,47 @@ def _refuse_forward_mode(*tensors: Tensor) -> None:
         raise RuntimeError("triton_flash_expert_func has no forward-mode derivative (jvp)")
 
 
-def _chosen_backend(backend: str | None, device: torch.device) -> str:
-    name = backend or default_backend(device)
-    check_backend(name, device)
-    return name
-
-
-@torch.library.custom_op("flash_moe::arrange_slots", mutates_args=())
-def _arrange_slots(indices_TK: Tensor, num_experts: int, in_kernels: bool) -> tuple[Tensor, Tensor]:
-    return arrange_slots(indices_TK, num_experts, in_kernels)
-
-
-@_arrange_slots.register_fake
-def _(indices_TK: Tensor, num_experts: int, in_kernels: bool) -> tuple[Tensor, Tensor]:
-    num_pairs = indices_TK.numel()
-    order_dtype = torch.int32 if num_pairs < 2**31 or not in_kernels else torch.int64
-    return (
-        indices_TK.new_empty(num_pairs, dtype=torch.int32),
-        indices_TK.new_empty(num_pairs if in_kernels else 0, dtype=order_dtype),
-    )
-
-
-@torch.library.custom_op("flash_moe::arrange_ragged", mutates_args=())
-def _arrange_ragged(
-    row_offsets: Tensor, expert_ids_N: Tensor, num_experts: int, in_kernels: bool
-) -> tuple[Tensor, Tensor]:
-    return arrange_ragged(row_offsets, expert_ids_N, num_experts, in_kernels)
-
-
-@_arrange_ragged.register_fake
-def _(
-    row_offsets: Tensor, expert_ids_N: Tensor, num_experts: int, in_kernels: bool
-) -> tuple[Tensor, Tensor]:
-    return (
-        row_offsets.new_empty(row_offsets.shape, dtype=torch.int64),
-        expert_ids_N.new_empty(expert_ids_N.shape, dtype=torch.int32),
-    )
-
-
 @torch.library.custom_op("flash_moe::expert_forward", mutates_args=())
 def _expert_forward(
     hidden_TH: Tensor,
     down_EH: Tensor,
     up_EH: Tensor,
-    row_offsets: Tensor,
-    expert_ids_N: Tensor,
-    order_N: Tensor,
-    weights_N: Tensor,
+    ids: Tensor,
+    row_offsets: Tensor | None,
+    weights: Tensor,
     weight_grad_scale: float,
     backend: str,
-) -> tuple[Tensor, Tensor]:
-    """Output (T, H) and the scores (N,) in the order of `expert_ids_N`."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Output (T, H), scores (N,), and what `_pairs` makes the pattern of.
+
+    Args:
+        ids, weights: (T, K); with row_offsets (T + 1,): (N,).
+    """
+    num_experts = down_EH.shape[0]
+    hot = None
+    num_tokens, slots = hidden_TH.shape[0], _slots(ids)
+    size = _workspace_size(num_tokens, slots, num_experts, backend)
+    workspace = ids.new_empty(size, dtype=torch.int32)
+    if row_offsets is None:
+        counts_E = None
+        if workspace.shape[0] > 0:
+            hot = _hot_pairs(num_tokens, slots, num_experts, workspace, backend)
+            counts_E = zero_counts(hot, workspace)
+        ids_N, order_N = arrange_slots(ids, num_experts, backend in TRITON_BACKENDS, counts_E)
+        if hot is not None:
+            set_hot_apart(hot, ids_N, order_N, slots, _threshold(num_tokens, backend))
+        offsets = ids.new_empty(0, dtype=torch.int64)
+    else:
+        order_N = ids.new_empty(0, dtype=torch.int32)
+        offsets, ids_N = arrange_ragged(row_offsets, ids, num_experts, backend in TRITON_BACKENDS)
     primitives = load_backend(backend)
-    pairs = Pairs(row_offsets, expert_ids_N, down_EH.shape[0])
+    pairs = _pairs(ids_N, offsets, num_tokens, slots, num_experts, hot)
     scores_N = primitives.sddmm(hidden_TH, down_EH, pairs)
-    activations_N = torch.nn.functional.silu(scores_N)
-    activations_N.mul_(_in_pair_order(weights_N, order_N))
-    return primitives.spmm(activations_N, up_EH, pairs, hidden_TH.dtype), scores_N
+    activations_N = activate(
+        scores_N, weights.reshape(-1), order_N, in_kernels=backend in TRITON_BACKENDS
+    )
+    out_TH = primitives.spmm(activations_N, up_EH, pairs, hidden_TH.dtype)
+    return out_TH, scores_N, ids_N, order_N, offsets, workspace
 
 
 @_expert_forward.register_fake
@@ -212,17 +181,24 @@ def _(
     hidden_TH: Tensor,
     down_EH: Tensor,
     up_EH: Tensor,
-    row_offsets: Tensor,
-    expert_ids_N: Tensor,
-    order_N: Tensor,
-    weights_N: Tensor,
+    ids: Tensor,
+    row_offsets: Tensor | None,
+    weights: Tensor,
     weight_grad_scale: float,
     backend: str,
-) -> tuple[Tensor, Tensor]:
-    dtype = accumulator_dtype(hidden_TH.dtype, down_EH.dtype)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    num_pairs = ids.numel()
+    is_sorted = backend in TRITON_BACKENDS and row_offsets is None
     return (
         hidden_TH.new_empty(hidden_TH.shape),
-        hidden_TH.new_empty(expert_ids_N.shape, dtype=dtype),
+        hidden_TH.new_empty(num_pairs, dtype=accumulator_dtype(hidden_TH.dtype, down_EH.dtype)),
+        ids.new_empty(num_pairs, dtype=torch.int32),
+        ids.new_empty(num_pairs if is_sorted else 0, dtype=order_dtype(num_pairs)),
+        ids.new_empty(0 if row_offsets is None else row_offsets.shape[0], dtype=torch.int64),
+        ids.new_empty(
+            _workspace_size(hidden_TH.shape[0], _slots(ids), down_EH.shape[0], backend),
+            dtype=torch.int32,
+        ),
     )
 
 
@@ -232,42 +208,63 @@ def _expert_backward(
     hidden_TH: Tensor,
     down_EH: Tensor,
     up_EH: Tensor,
-    row_offsets: Tensor,
-    expert_ids_N: Tensor,
-    order_N: Tensor,
-    weights_N: Tensor,
+    weights: Tensor,
     scores_N: Tensor,
+    ids_N: Tensor,
+    order_N: Tensor,
+    offsets: Tensor,
+    workspace: Tensor,
+    slots: int,
     needed: list[bool],
     weight_grad_scale: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of hidden states, down table, up table, routing weights; empty if not needed."""
     poll_index_errors(hidden_TH.device)
+    num_tokens, num_experts = hidden_TH.shape[0], down_EH.shape[0]
     hidden_needed, down_needed, up_needed, weights_needed = needed
     # One tensor each: the outputs of a custom op may not alias.
     hidden_grad, down_grad, up_grad, weights_grad = (hidden_TH.new_empty(0) for _ in needed)
     primitives = load_backend(backend)
-    pairs = Pairs(row_offsets, expert_ids_N, down_EH.shape[0])
-    pair_weights_N = _in_pair_order(weights_N, order_N)
-    sigmoid_N = torch.sigmoid(scores_N)
-    silu_N = scores_N * sigmoid_N
-    if hidden_needed or down_needed or weights_needed:
-        activation_grad_N = primitives.sddmm(grad_TH, up_EH, pairs)
-        if weights_needed:
-            weights_grad = _in_slot_order(activation_grad_N * silu_N, order_N, weights_N.dtype)
-        if hidden_needed or down_needed:
-            # silu'(s) = sigma (1 + s (1 - sigma)): other forms cancel for large s.
-            silu_slope_N = (1 - sigmoid_N).mul_(scores_N).add_(1).mul_(sigmoid_N)
-            score_grad_N = activation_grad_N.mul_(pair_weights_N).mul_(silu_slope_N)
-            if hidden_needed:
-                hidden_grad = primitives.spmm(score_grad_N, down_EH, pairs, hidden_TH.dtype)
-            if down_needed:
-                down_grad = primitives.spmm_t(
-                    score_grad_N * weight_grad_scale, hidden_TH, pairs, down_EH.dtype
-                )
-    if up_needed:
-        activations_N = silu_N * pair_weights_N * weight_grad_scale
-        up_grad = primitives.spmm_t(activations_N, grad_TH, pairs, up_EH.dtype)
+    hot = None
+    if workspace.shape[0] > 0:
+        hot = _hot_pairs(num_tokens, slots, num_experts, workspace, backend)
+    pairs = _pairs(ids_N, offsets, num_tokens, slots, num_experts, hot)
+    scores_needed = hidden_needed or down_needed
+    activation_grads_N = None
+    if scores_needed or weights_needed:
+        activation_grads_N = primitives.sddmm(grad_TH, up_EH, pairs)
+    score_grads_N, activations_N, weights_grad_N = activate_backward(
+        activation_grads_N,
+        scores_N,
+        weights.reshape(-1),
+        order_N,
+        (scores_needed, up_needed, weights_needed),
+        in_kernels=backend in TRITON_BACKENDS,
+    )
+    del activation_grads_N
+    if weights_grad_N is not None:
+        weights_grad = weights_grad_N.view(weights.shape)
+    if hidden_needed and score_grads_N is not None:
+        hidden_grad = primitives.spmm(score_grads_N, down_EH, pairs, hidden_TH.dtype)
+    values_N = [
+        values if wanted else None
+        for values, wanted in ((score_grads_N, down_needed), (activations_N, up_needed))
+    ]
+    if values_N[0] is not None and values_N[1] is not None:
+        down_grad, up_grad = primitives.spmm_t_both(
+            (values_N[0], values_N[1]),
+            (hidden_TH, grad_TH),
+            pairs,
+            (down_EH.dtype, up_EH.dtype),
+            weight_grad_scale,
+        )
+    elif values_N[0] is not None:
+        down_grad = primitives.spmm_t(
+            values_N[0], hidden_TH, pairs, down_EH.dtype, weight_grad_scale
+        )
+    elif values_N[1] is not None:
+        up_grad = primitives.spmm_t(values_N[1], grad_TH, pairs, up_EH.dtype, weight_grad_scale)
     return hidden_grad, down_grad, up_grad, weights_grad
 
 
@@ -277,42 +274,84 @@ def _(
     hidden_TH: Tensor,
     down_EH: Tensor,
     up_EH: Tensor,
-    row_offsets: Tensor,
-    expert_ids_N: Tensor,
-    order_N: Tensor,
-    weights_N: Tensor,
+    weights: Tensor,
     scores_N: Tensor,
+    ids_N: Tensor,
+    order_N: Tensor,
+    offsets: Tensor,
+    workspace: Tensor,
+    slots: int,
     needed: list[bool],
     weight_grad_scale: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    hidden, down, up, weights = (
+    hidden, down, up, weights_grad = (
         like.new_empty(like.shape if wanted else 0)
-        for like, wanted in zip((hidden_TH, down_EH, up_EH, weights_N), needed, strict=True)
+        for like, wanted in zip((hidden_TH, down_EH, up_EH, weights), needed, strict=True)
     )
-    return hidden, down, up, weights
+    return hidden, down, up, weights_grad
 
 
-def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, weight_grad_scale, backend = inputs
-    scores_N = output[1]
-    ctx.mark_non_differentiable(scores_N)
+def _slots(ids: Tensor) -> int:
+    """K of ids (T, K); -1 for ragged rows."""
+    return ids.shape[1] if ids.ndim == 2 else -1
+
+
+def _pairs(
+    ids_N: Tensor,
+    offsets: Tensor,
+    num_tokens: int,
+    slots: int,
+    num_experts: int,
+    hot: HotPairs | None,
+) -> Pairs:
+    if slots > 0:
+        return Pairs(None, ids_N, num_experts, slots, hot)
+    if slots == 0:
+        offsets = offsets.new_zeros(num_tokens + 1)
+    return Pairs(offsets, ids_N, num_experts)
+
+
+def _threshold(num_tokens: int, backend: str) -> int:
+    return 0 if backend == "dense" else hot_threshold(num_tokens)
+
+
+def _workspace_size(num_tokens: int, slots: int, num_experts: int, backend: str) -> int:
+    if slots <= 0 or backend not in ("dense", "hot_cold"):
+        return 0
+    threshold = _threshold(num_tokens, backend)
+    most = most_hot_experts(num_tokens * slots, num_experts, threshold)
+    return workspace_size(num_tokens, num_experts, most)
+
+
+def _hot_pairs(
+    num_tokens: int, slots: int, num_experts: int, workspace: Tensor, backend: str
+) -> HotPairs:
+    threshold = _threshold(num_tokens, backend)
+    most = most_hot_experts(num_tokens * slots, num_experts, threshold)
+    return HotPairs.in_workspace(workspace, num_tokens, num_experts, most, threshold == 0)
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hidden_TH, down_EH, up_EH, ids, _, weights, weight_grad_scale, backend = inputs
+    _, *kept = output
+    ctx.mark_non_differentiable(*kept)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, scores_N)
-    ctx.weight_grad_scale, ctx.backend = weight_grad_scale, backend
+    ctx.save_for_backward(hidden_TH, down_EH, up_EH, weights, *kept)
+    ctx.slots, ctx.weight_grad_scale, ctx.backend = _slots(ids), weight_grad_scale, backend
 
 
-def _backward(ctx: Any, grad_TH: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-    hidden, down, up, _, _, _, weights, _, _ = ctx.needs_input_grad
+def _backward(ctx: Any, grad_TH: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    hidden, down, up, _, _, weights, _, _ = ctx.needs_input_grad
     needed = [hidden, down, up, weights]
     grads: list[Tensor | None] = [None] * 4
     if grad_TH is not None:
         computed = _expert_backward(
-            grad_TH, *ctx.saved_tensors, needed, ctx.weight_grad_scale, ctx.backend
+            grad_TH, *ctx.saved_tensors, ctx.slots, needed, ctx.weight_grad_scale, ctx.backend
         )
         grads = [grad if wanted else None for grad, wanted in zip(computed, needed, strict=True)]
     hidden_grad, down_grad, up_grad, weights_grad = grads
-    return hidden_grad, down_grad, up_grad, None, None, None, weights_grad, None, None
+    return hidden_grad, down_grad, up_grad, None, None, weights_grad, None, None
 
 
 def _refuse(ctx: Any, *grads: Tensor) -> None:
@@ -324,14 +363,3 @@ def _refuse(ctx: Any, *grads: Tensor) -> None:
 
 _expert_forward.register_autograd(_backward, setup_context=_save_for_backward)
 _expert_backward.register_autograd(_refuse)
-
-
-def _in_pair_order(values_N: Tensor, order_N: Tensor) -> Tensor:
-    return values_N if order_N.shape[0] == 0 else values_N.index_select(0, order_N)
-
-
-def _in_slot_order(values_N: Tensor, order_N: Tensor, dtype: torch.dtype) -> Tensor:
-    values_N = values_N.to(dtype)
-    if order_N.shape[0] == 0:
-        return values_N
-    return torch.empty_like(values_N).index_copy_(0, order_N.long(), values_N)

@@ -8,6 +8,8 @@ T tokens, E experts, N pairs. The pattern is ragged: a token may have any number
     expert_order    (N,)   int64   pair positions sorted by expert, stable; empty slots first
     expert_offsets  (E+1,) int64   pairs of expert e are
                                    expert_order[expert_offsets[e]:expert_offsets[e+1]]
+
+Pairs of experts that many tokens use may be set apart: see `flash_moe.ops.hot_pairs`.
 """
 
 from dataclasses import dataclass
@@ -15,6 +17,8 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
+
+from flash_moe.ops.hot_pairs import HotPairs
 
 # Pairs sorted at one time: torch.sort takes fewer than 2^31, and needs memory for each.
 SORT_LIMIT = 2**30
@@ -24,7 +28,8 @@ SORT_LIMIT = 2**30
 class Pairs:
     """Which experts each token uses, with the orders derived from that when first asked for.
 
-    Ids must already lie in [-1, num_experts).
+    Ids must already lie in [-1, num_experts), those of `hot` pairs apart. Where every token has
+    the same number of pairs, `slots` says how many and `offsets` may be left out.
 
     Example, two tokens of which the second has an empty slot:
 
@@ -35,20 +40,33 @@ class Pairs:
         ([2, 1, 0, 3], [1, 2, 2, 4])
     """
 
-    row_offsets: Tensor
+    offsets: Tensor | None
     expert_ids: Tensor
     num_experts: int
+    slots: int = 0
+    hot: HotPairs | None = None
 
     @classmethod
     def from_slots(cls, expert_ids_TK: Tensor, num_experts: int) -> "Pairs":
         """The pattern in which every token has K slots, given as a (T, K) tensor of ids."""
         num_tokens, slots = expert_ids_TK.shape
-        offsets = uniform_row_offsets(num_tokens, slots, expert_ids_TK.device)
-        return cls(offsets, expert_ids_TK.reshape(-1).to(torch.int32), num_experts)
+        ids_N = expert_ids_TK.reshape(-1).to(torch.int32)
+        # Without slots the ids do not tell how many tokens there are.
+        offsets = None if slots else ids_N.new_zeros(num_tokens + 1, dtype=torch.int64)
+        return cls(offsets, ids_N, num_experts, slots)
+
+    @cached_property
+    def row_offsets(self) -> Tensor:
+        if self.offsets is not None:
+            return self.offsets
+        tokens = torch.arange(self.num_tokens + 1, device=self.expert_ids.device)
+        return tokens.mul_(self.slots)
 
     @property
     def num_tokens(self) -> int:
-        return self.row_offsets.shape[0] - 1
+        if self.offsets is not None:
+            return self.offsets.shape[0] - 1
+        return self.num_pairs // self.slots
 
     @property
     def num_pairs(self) -> int:
@@ -56,7 +74,9 @@ class Pairs:
 
     @cached_property
     def token_ids(self) -> Tensor:
-        positions = torch.arange(self.num_pairs, device=self.row_offsets.device)
+        positions = torch.arange(self.num_pairs, device=self.expert_ids.device)
+        if self.slots:
+            return positions.div_(self.slots, rounding_mode="floor").int()
         after = torch.searchsorted(self.row_offsets, positions, right=True, out_int32=True)
         # Bad offsets are reported late on CUDA: until then no token may lie outside.
         return after.sub_(1).clamp_(min=0, max=max(0, self.num_tokens - 1))
@@ -74,14 +94,14 @@ class Pairs:
         if self.num_pairs > SORT_LIMIT:
             return self._by_expert_in_chunks()
         sorted_ids, order = torch.sort(self.expert_ids, stable=True)
-        experts = torch.arange(self.num_experts + 1, device=order.device).int()
+        experts = torch.arange(self.num_experts + 1, device=order.device, dtype=torch.int32)
         return order, torch.searchsorted(sorted_ids, experts)
 
     def _by_expert_in_chunks(self) -> tuple[Tensor, Tensor]:
         """Sort chunk by chunk, then give each chunk's run of an expert its place."""
         # Where the run of each id from -1 to E-1 begins in each sorted chunk, and its length.
         ids = torch.arange(-1, self.num_experts + 1, device=self.expert_ids.device).int()
-        chunks = self.expert_ids.split(SORT_LIMIT)
+        chunks = self.expert_ids.clamp(min=-1).split(SORT_LIMIT)
         bounds_CB = torch.stack([torch.searchsorted(chunk.sort()[0], ids) for chunk in chunks])
         counts_CB = bounds_CB.diff(dim=1)
         ends_B = counts_CB.sum(0).cumsum(0)
@@ -106,8 +126,3 @@ class Pairs:
         kept = is_occupied.nonzero().squeeze(1)
         offsets = torch.searchsorted(kept, self.row_offsets)
         return Pairs(offsets, self.expert_ids[kept], self.num_experts), kept
-
-
-def uniform_row_offsets(num_tokens: int, slots: int, device: torch.device) -> Tensor:
-    """Row offsets (T+1,) of a pattern in which every token has the same number of slots."""
-    return torch.arange(num_tokens + 1, device=device) * slots

@@ -7,8 +7,9 @@ T tokens, E experts, H hidden size, N pairs; `pairs` is a `flash_moe.ops.pairs.P
         in `accumulator_dtype(rows_TH, table_EH)`
     spmm(values_N, table_EH, pairs, out_dtype) -> (T, H)
         for each token the sum of its experts' table rows, each times its pair's value
-    spmm_t(values_N, rows_TH, pairs, out_dtype) -> (E, H)
-        for each expert the sum of its tokens' rows, each times its pair's value
+    spmm_t(values_N, rows_TH, pairs, out_dtype, scale) -> (E, H)
+        for each expert the sum of its tokens' rows, each times its pair's value; times scale
+    spmm_t_both: two of these over the same pairs
 
 Sums are kept in float32 (float64 where an input is float64) and rounded once, at the end.
 """
@@ -20,9 +21,12 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor
 
+from flash_moe.ops.cost import MAX_SORTED_SLOTS, cheapest_backend, takes_products
 from flash_moe.ops.pairs import Pairs
 
-BACKENDS = ("reference", "torch_sparse", "gather")
+# "dense" is "hot_cold" with every expert hot.
+BACKENDS = ("reference", "torch_sparse", "gather", "hot_cold", "dense")
+TRITON_BACKENDS = ("gather", "hot_cold", "dense")
 
 
 class Backend(Protocol):
@@ -33,13 +37,28 @@ class Backend(Protocol):
     ) -> Tensor: ...
 
     def spmm_t(
-        self, values_N: Tensor, rows_TH: Tensor, pairs: Pairs, out_dtype: torch.dtype
+        self,
+        values_N: Tensor,
+        rows_TH: Tensor,
+        pairs: Pairs,
+        out_dtype: torch.dtype,
+        scale: float = 1.0,
     ) -> Tensor: ...
+
+    def spmm_t_both(
+        self,
+        values_2N: tuple[Tensor, Tensor],
+        rows_2TH: tuple[Tensor, Tensor],
+        pairs: Pairs,
+        out_dtypes: tuple[torch.dtype, torch.dtype],
+        scale: float = 1.0,
+    ) -> tuple[Tensor, Tensor]: ...
 
 
 def load_backend(name: str) -> Backend:
     """The backend of that name, imported when first used."""
-    return cast(Backend, import_module(f"{__name__}.{name}"))
+    module = "hot_cold" if name == "dense" else name
+    return cast(Backend, import_module(f"{__name__}.{module}"))
 
 
 def default_backend(device: torch.device) -> str:
@@ -56,6 +75,40 @@ def default_backend(device: torch.device) -> str:
     return "torch_sparse" if device.type == "cpu" else "reference"
 
 
+def choose_backend(
+    backend: str | None, hidden_TH: Tensor, down_EH: Tensor, up_EH: Tensor, slots: int | None
+) -> str:
+    """Name of the backend that runs the op; `slots` (K) is None for ragged rows.
+
+    `backend` if given, else FLASH_MOE_BACKEND, else by device and, on CUDA, by cost. Pairs of
+    ragged rows are gathered, whatever the experts' load.
+
+    Raises:
+        ValueError: there is no such backend, or it does not take these tensors.
+    """
+    name = backend or default_backend(hidden_TH.device)
+    check_backend(name, hidden_TH.device)
+    if name not in TRITON_BACKENDS or slots is None:
+        return "gather" if name in TRITON_BACKENDS else name
+    (num_tokens, hidden_size), num_experts = hidden_TH.shape, down_EH.shape[0]
+    dtypes = (hidden_TH.dtype, down_EH.dtype, up_EH.dtype)
+    products = takes_products(num_tokens, slots, hidden_size, *dtypes)
+    if backend is None and "FLASH_MOE_BACKEND" not in os.environ:
+        if not products or not hidden_TH.is_cuda:
+            return name
+        return cheapest_backend(
+            num_tokens, slots, num_experts, hidden_size, hidden_TH.element_size()
+        )
+    if name != "gather" and not products:
+        raise ValueError(
+            f"backend {name!r} takes hidden states and tables of one dtype, float16 or bfloat16, "
+            f"at least one token and 1 to {MAX_SORTED_SLOTS} slots for each, got "
+            f"{', '.join(str(dtype).removeprefix('torch.') for dtype in dtypes)}, {num_tokens} "
+            f"tokens, {slots} slots"
+        )
+    return name
+
+
 def check_backend(name: str, device: torch.device) -> None:
     """Raise ValueError unless there is a backend of that name and it works on `device`."""
     if name not in BACKENDS:
@@ -63,9 +116,9 @@ def check_backend(name: str, device: torch.device) -> None:
     if name == "torch_sparse" and device.type != "cpu":
         raise ValueError(f"backend 'torch_sparse' takes tensors on the CPU, got {device}")
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if name == "gather" and device.type != "cuda" and not interpreted:
+    if name in TRITON_BACKENDS and device.type != "cuda" and not interpreted:
         raise ValueError(
-            f"backend 'gather' takes CUDA tensors (or CPU tensors when TRITON_INTERPRET=1 is "
+            f"backend {name!r} takes CUDA tensors (or CPU tensors when TRITON_INTERPRET=1 is "
             f"set before Triton is imported), got {device}"
         )
 

@@ -3,41 +3,67 @@
 from dataclasses import dataclass
 
 import torch
-import triton
 from torch import Tensor
 
 from flash_moe.ops.backends import accumulator_dtype
-from flash_moe.ops.backends.gather_kernels import sddmm_kernel, weighted_row_sum_kernel
-from flash_moe.ops.devices import on_device
+from flash_moe.ops.backends.gather_kernels import (
+    sddmm_kernel,
+    spmm_kernel,
+    spmm_t_kernel,
+    sum_chunks_kernel,
+    sum_pieces_kernel,
+)
+from flash_moe.ops.launch import cdiv, launch, next_power_of_2
 from flash_moe.ops.pairs import Pairs
 
 MAX_GRID_Y = 65_535
+SUM_BLOCK = 1024
 
 
 @dataclass(frozen=True)
 class SddmmConfig:
-    """Rows held at one time are block_pairs x block_hidden; the dot product stays in a warp."""
+    """Rows held at one time are block_pairs x block_hidden; the dot product stays in a warp.
 
-    block_pairs: int = 4
+    min_programs: with fewer, a program gets fewer pairs, down to block_pairs.
+    """
+
+    block_pairs: int = 8
     block_hidden: int = 512
     pairs_per_program: int = 64
+    min_programs: int = 16384
     num_warps: int = 1
 
 
 @dataclass(frozen=True)
-class RowSumConfig:
-    """Rows held at one time are block_pairs x block_hidden."""
+class SpmmConfig:
+    """Rows held at one time are block_pairs x block_hidden.
 
-    block_pairs: int
-    block_hidden: int
-    num_warps: int
+    min_programs: with fewer, a token's pairs are summed in up to max_pieces pieces.
+    """
+
+    block_pairs: int = 8
+    block_hidden: int = 256
+    min_programs: int = 4096
+    max_pieces: int = 64
+    num_warps: int = 1
 
 
-# The fastest of eight to ten tried for each, or within 2% of it, on an H200 with bf16, T=4096,
-# H=1024, E=102,400, K=512: 8.4, 9.0 and 8.8 TB/s of gathered rows.
+@dataclass(frozen=True)
+class SpmmTConfig:
+    """Rows held at one time are block_pairs x block_hidden, for one table or for each of two.
+
+    chunk: an expert of more pairs is summed in pieces of that many.
+    """
+
+    block_pairs: int = 2
+    block_hidden: int = 1024
+    chunk: int = 1024
+    num_warps: int = 2
+
+
 SDDMM = SddmmConfig()
-SPMM = RowSumConfig(block_pairs=4, block_hidden=512, num_warps=1)
-SPMM_T = RowSumConfig(block_pairs=2, block_hidden=1024, num_warps=2)
+SPMM = SpmmConfig()
+SPMM_T = SpmmTConfig()
 
 
 def sddmm(rows_TH: Tensor, table_EH: Tensor, pairs: Pairs) -> Tensor:
@@ -48,79 +74,213 @@ def sddmm(rows_TH: Tensor, table_EH: Tensor, pairs: Pairs) -> Tensor:
         return out_N.zero_()
     if pairs.num_pairs == 0:
         return out_N
-    rows_TH, table_EH = _contiguous_rows(rows_TH), _contiguous_rows(table_EH)
+    rows_TH, table_EH = contiguous_rows(rows_TH), contiguous_rows(table_EH)
+    pairs_per_program = SDDMM.pairs_per_program
+    while (
+        pairs_per_program > SDDMM.block_pairs
+        and pairs.num_pairs < SDDMM.min_programs * pairs_per_program
+    ):
+        pairs_per_program //= 2
     # Enough programs for a row of average length; a longer row is walked in strides.
-    mean_pairs = triton.cdiv(pairs.num_pairs, num_tokens)
-    blocks = min(triton.cdiv(mean_pairs, SDDMM.pairs_per_program), MAX_GRID_Y)
-    with on_device(rows_TH):
-        sddmm_kernel[(num_tokens, blocks)](
-            rows_TH,
-            table_EH,
-            pairs.row_offsets,
-            pairs.expert_ids,
-            out_N,
-            rows_TH.stride(0),
-            table_EH.stride(0),
-            HIDDEN_SIZE=hidden_size,
-            BLOCK_HIDDEN=min(SDDMM.block_hidden, triton.next_power_of_2(hidden_size)),
-            BLOCK_PAIRS=SDDMM.block_pairs,
-            PAIRS_PER_PROGRAM=SDDMM.pairs_per_program,
-            num_warps=SDDMM.num_warps,
-        )
+    mean_pairs = cdiv(pairs.num_pairs, num_tokens)
+    blocks = min(cdiv(mean_pairs, pairs_per_program), MAX_GRID_Y)
+    launch(
+        sddmm_kernel,
+        (
+            num_tokens,
+            blocks,
+        ),
+        rows_TH,
+        table_EH,
+        *_row_pointers(pairs),
+        pairs.expert_ids,
+        out_N,
+        rows_TH.stride(0),
+        table_EH.stride(0),
+        SLOTS=pairs.slots,
+        HAS_HOT=pairs.hot is not None,
+        HIDDEN_SIZE=hidden_size,
+        BLOCK_HIDDEN=min(SDDMM.block_hidden, next_power_of_2(hidden_size)),
+        BLOCK_PAIRS=SDDMM.block_pairs,
+        PAIRS_PER_PROGRAM=pairs_per_program,
+        num_warps=SDDMM.num_warps,
+    )
     return out_N
 
 
-def spmm(values_N: Tensor, table_EH: Tensor, pairs: Pairs, out_dtype: torch.dtype) -> Tensor:
-    return _weighted_row_sum(
-        values_N, table_EH, pairs.row_offsets, pairs.expert_ids, None, out_dtype, SPMM
-    )
-
-
-def spmm_t(values_N: Tensor, rows_TH: Tensor, pairs: Pairs, out_dtype: torch.dtype) -> Tensor:
-    return _weighted_row_sum(
-        values_N,
-        rows_TH,
-        pairs.expert_offsets,
-        pairs.token_ids,
-        pairs.expert_order,
-        out_dtype,
-        SPMM_T,
-    )
-
-
-def _weighted_row_sum(
+def spmm(
     values_N: Tensor,
-    source: Tensor,
-    offsets: Tensor,
-    ids_N: Tensor,
-    order_N: Tensor | None,
+    table_EH: Tensor,
+    pairs: Pairs,
     out_dtype: torch.dtype,
-    config: RowSumConfig,
+    hot_sums_PTH: Tensor | None = None,
 ) -> Tensor:
-    num_rows, hidden_size = offsets.shape[0] - 1, source.shape[1]
-    out = torch.empty(num_rows, hidden_size, device=source.device, dtype=out_dtype)
+    """As every backend's; the sums over hot pairs come from elsewhere, as (P, T, H)."""
+    num_tokens, hidden_size = pairs.num_tokens, table_EH.shape[1]
+    accumulator = accumulator_dtype(values_N.dtype, table_EH.dtype)
+    block_hidden = min(SPMM.block_hidden, next_power_of_2(max(1, hidden_size)))
+    blocks = cdiv(hidden_size, block_hidden)
+    pieces = _spmm_pieces(pairs, blocks) if hot_sums_PTH is None else 1
+    shape = (pieces, num_tokens, hidden_size) if pieces > 1 else (num_tokens, hidden_size)
+    dtype = accumulator if pieces > 1 else out_dtype
+    out = torch.empty(shape, device=table_EH.device, dtype=dtype)
     if out.numel() == 0:
         return out
-    source = _contiguous_rows(source)
-    values_N = values_N.to(accumulator_dtype(values_N.dtype, source.dtype)).contiguous()
-    block_hidden = min(config.block_hidden, triton.next_power_of_2(hidden_size))
-    with on_device(source):
-        weighted_row_sum_kernel[(num_rows, triton.cdiv(hidden_size, block_hidden))](
-            values_N,
-            source,
-            offsets,
-            ids_N,
-            ids_N if order_N is None else order_N,
-            out,
-            source.stride(0),
-            HIDDEN_SIZE=hidden_size,
-            HAS_ORDER=order_N is not None,
-            BLOCK_HIDDEN=block_hidden,
-            BLOCK_PAIRS=config.block_pairs,
-            num_warps=config.num_warps,
-        )
+    values_N = values_N.to(accumulator).contiguous()
+    table_EH = contiguous_rows(table_EH)
+    launch(
+        spmm_kernel,
+        (
+            num_tokens,
+            blocks,
+            pieces,
+        ),
+        values_N,
+        table_EH,
+        *_row_pointers(pairs),
+        pairs.expert_ids,
+        values_N if hot_sums_PTH is None else hot_sums_PTH,
+        pairs.expert_ids if pairs.hot is None else pairs.hot.num_hot,
+        out,
+        table_EH.stride(0),
+        SLOTS=pairs.slots,
+        HAS_HOT=pairs.hot is not None,
+        HIDDEN_SIZE=hidden_size,
+        BLOCK_HIDDEN=block_hidden,
+        BLOCK_PAIRS=SPMM.block_pairs,
+        PIECES=pieces,
+        HOT_PIECES=0 if hot_sums_PTH is None else hot_sums_PTH.shape[0],
+        num_warps=SPMM.num_warps,
+    )
+    if pieces == 1:
+        return out
+    total = torch.empty(shape[1:], device=out.device, dtype=out_dtype)
+    launch(
+        sum_pieces_kernel,
+        (cdiv(total.numel(), SUM_BLOCK),),
+        out,
+        total,
+        total.numel(),
+        NUM_PIECES=pieces,
+        BLOCK=SUM_BLOCK,
+    )
+    return total
+
+
+def spmm_t(
+    values_N: Tensor, rows_TH: Tensor, pairs: Pairs, out_dtype: torch.dtype, scale: float = 1.0
+) -> Tensor:
+    out = torch.empty(pairs.num_experts, rows_TH.shape[1], device=rows_TH.device, dtype=out_dtype)
+    sum_for_experts([(values_N, rows_TH, out)], pairs, scale)
     return out
 
 
-def _contiguous_rows(table: Tensor) -> Tensor:
+def spmm_t_both(
+    values_2N: tuple[Tensor, Tensor],
+    rows_2TH: tuple[Tensor, Tensor],
+    pairs: Pairs,
+    out_dtypes: tuple[torch.dtype, torch.dtype],
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    shape = (pairs.num_experts, rows_2TH[0].shape[1])
+    first, second = (
+        torch.empty(shape, device=rows_2TH[0].device, dtype=dtype) for dtype in out_dtypes
+    )
+    sums = list(zip(values_2N, rows_2TH, (first, second), strict=True))
+    sum_for_experts(sums, pairs, scale)
+    return first, second
+
+
+def sum_for_experts(sums: list[tuple[Tensor, Tensor, Tensor]], pairs: Pairs, scale: float) -> None:
+    """Values (N,), rows (T, H) and where their sums go (E, H), for one table or two."""
+    out = sums[0][2]
+    if out.numel() == 0:
+        return
+    hidden_size = out.shape[1]
+    accumulator = accumulator_dtype(*(tensor.dtype for one in sums for tensor in one[:2]))
+    tables: list[tuple[Tensor, Tensor, int, Tensor]] = []
+    for values_N, rows_TH, out_EH in sums:
+        rows_TH = contiguous_rows(rows_TH)
+        values_N = values_N.to(accumulator).contiguous()
+        if accumulator == torch.float64:
+            # A number reaches a kernel in float32.
+            values_N = values_N * scale
+        tables.append((values_N, rows_TH, rows_TH.stride(0), out_EH))
+    scale = 1.0 if accumulator == torch.float64 else scale
+    num_chunks = cdiv(pairs.num_pairs, SPMM_T.chunk)
+    # Nobody has more pairs than a chunk takes, if there is one chunk.
+    num_chunks = 0 if num_chunks == 1 else num_chunks
+    partials = torch.empty(
+        (num_chunks, 2, len(sums), hidden_size), device=out.device, dtype=accumulator
+    )
+    block_hidden = min(SPMM_T.block_hidden, next_power_of_2(hidden_size))
+    blocks = cdiv(hidden_size, block_hidden)
+    shared = {
+        "HIDDEN_SIZE": hidden_size,
+        "BLOCK_HIDDEN": block_hidden,
+        "CHUNK": SPMM_T.chunk,
+        "TABLES": len(sums),
+    }
+    launch(
+        spmm_t_kernel,
+        (
+            num_chunks + pairs.num_experts,
+            blocks,
+        ),
+        *tables[0],
+        *tables[-1],
+        partials,
+        pairs.expert_ids,
+        pairs.expert_ids if pairs.slots else pairs.token_ids,
+        pairs.expert_order,
+        pairs.expert_offsets,
+        pairs.expert_ids if pairs.hot is None else pairs.hot.places,
+        scale,
+        pairs.num_pairs,
+        num_chunks,
+        SLOTS=pairs.slots,
+        HAS_HOT=pairs.hot is not None,
+        BLOCK_PAIRS=SPMM_T.block_pairs,
+        num_warps=SPMM_T.num_warps,
+        **shared,
+    )
+    if num_chunks > 0:
+        launch(
+            sum_chunks_kernel,
+            (
+                num_chunks,
+                blocks,
+                len(sums),
+            ),
+            partials,
+            tables[0][3],
+            tables[-1][3],
+            pairs.expert_ids,
+            pairs.expert_order,
+            pairs.expert_offsets,
+            scale,
+            pairs.num_pairs,
+            BLOCK_CHUNKS=4,
+            **shared,
+        )
+
+
+def _spmm_pieces(pairs: Pairs, blocks: int) -> int:
+    programs = pairs.num_tokens * blocks
+    if programs == 0:
+        return 1
+    pieces = min(SPMM.min_programs // programs, SPMM.max_pieces)
+    mean_pairs = pairs.num_pairs // pairs.num_tokens
+    return max(1, min(pieces, mean_pairs // (4 * SPMM.block_pairs)))
+
+
+def _row_pointers(pairs: Pairs) -> tuple[Tensor, Tensor]:
+    """row_offsets and pair_counts, or anything where the kernels do not read them."""
+    return (
+        pairs.expert_ids if pairs.slots else pairs.row_offsets,
+        pairs.expert_ids if pairs.hot is None else pairs.hot.pair_counts,
+    )
+
+
+def contiguous_rows(table: Tensor) -> Tensor:
     return table if table.stride(-1) == 1 else table.contiguous()

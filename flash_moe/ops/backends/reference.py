@@ -28,10 +28,27 @@ def spmm(values_N: Tensor, table_EH: Tensor, pairs: Pairs, out_dtype: torch.dtyp
     ).to(out_dtype)
 
 
-def spmm_t(values_N: Tensor, rows_TH: Tensor, pairs: Pairs, out_dtype: torch.dtype) -> Tensor:
-    return _weighted_row_sum(
+def spmm_t(
+    values_N: Tensor, rows_TH: Tensor, pairs: Pairs, out_dtype: torch.dtype, scale: float = 1.0
+) -> Tensor:
+    total_EH = _weighted_row_sum(
         values_N, rows_TH, pairs.token_ids, pairs.expert_ids, pairs.num_experts, pairs
-    ).to(out_dtype)
+    )
+    return total_EH.mul_(scale).to(out_dtype)
+
+
+def spmm_t_both(
+    values_2N: tuple[Tensor, Tensor],
+    rows_2TH: tuple[Tensor, Tensor],
+    pairs: Pairs,
+    out_dtypes: tuple[torch.dtype, torch.dtype],
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    first, second = (
+        spmm_t(values_N, rows_TH, pairs, dtype, scale)
+        for values_N, rows_TH, dtype in zip(values_2N, rows_2TH, out_dtypes, strict=True)
+    )
+    return first, second
 
 
 def _weighted_row_sum(

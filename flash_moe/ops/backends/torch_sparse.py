@@ -48,12 +48,15 @@ def spmm(values_N: Tensor, table_EH: Tensor, pairs: Pairs, out_dtype: torch.dtyp
     return _product(matrix_TE, table_EH.to(dtype)).to(out_dtype)
 
 
-def spmm_t(values_N: Tensor, rows_TH: Tensor, pairs: Pairs, out_dtype: torch.dtype) -> Tensor:
+def spmm_t(
+    values_N: Tensor, rows_TH: Tensor, pairs: Pairs, out_dtype: torch.dtype, scale: float = 1.0
+) -> Tensor:
     if not _supported(rows_TH):
-        return reference.spmm_t(values_N, rows_TH, pairs, out_dtype)
+        return reference.spmm_t(values_N, rows_TH, pairs, out_dtype, scale)
     dtype = accumulator_dtype(values_N.dtype, rows_TH.dtype)
     full, kept = pairs.occupied
     values = values_N.to(dtype) if kept is None else values_N[kept].to(dtype)
+    values = values if scale == 1 else values * scale
     matrix_ET = _csr(
         full.expert_offsets,
         full.token_ids[full.expert_order],
@@ -61,6 +64,20 @@ def spmm_t(values_N: Tensor, rows_TH: Tensor, pairs: Pairs, out_dtype: torch.dty
         full.num_tokens,
     )
     return _product(matrix_ET, rows_TH.to(dtype)).to(out_dtype)
+
+
+def spmm_t_both(
+    values_2N: tuple[Tensor, Tensor],
+    rows_2TH: tuple[Tensor, Tensor],
+    pairs: Pairs,
+    out_dtypes: tuple[torch.dtype, torch.dtype],
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    first, second = (
+        spmm_t(values_N, rows_TH, pairs, dtype, scale)
+        for values_N, rows_TH, dtype in zip(values_2N, rows_2TH, out_dtypes, strict=True)
+    )
+    return first, second
 
 
 def _product(matrix: Tensor, dense: Tensor) -> Tensor:

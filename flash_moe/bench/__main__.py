@@ -1,0 +1,160 @@
+"""Options of `python -m flash_moe.bench`, and the run."""
+
+import argparse
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flash_moe import bench
+from flash_moe.bench.cases import CASES, DTYPES, ROUTINGS, Case, Func, make_inputs
+from flash_moe.bench.ceilings import measure_ceilings
+from flash_moe.bench.floors import floors, pairs_of_experts
+from flash_moe.bench.measure import count_launches, measure, one_pass
+from flash_moe.bench.peers import SUBJECT, load_func, variants
+from flash_moe.bench.report import CaseReport, header, table, write_json, write_plot
+
+# What stands for a shape or routing option that is not given; the names are fields of `Case`.
+DEFAULTS: dict[str, Any] = {
+    "tokens": 2048,
+    "hidden_size": 512,
+    "num_experts": 65536,
+    "num_experts_per_tok": 64,
+    "dtype": "float32",
+    "routing": "uniform",
+    "key_bias": 0.0,
+}
+REPEATS = {"cuda": 20, "cpu": 10}
+
+
+def parse(argv: list[str]) -> tuple[argparse.Namespace, list[Case]]:
+    parser = argparse.ArgumentParser(
+        prog="python -m flash_moe.bench",
+        description=bench.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--list", action="store_true", help="print the named cases and end")
+    parser.add_argument(
+        "--case",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME",
+        help="named cases; all: every one that is not for the CPU",
+    )
+    shape = parser.add_argument_group("a case of your own")
+    for name in ("tokens", "hidden_size", "num_experts", "num_experts_per_tok"):
+        shape.add_argument(_option(name), type=int, help=f"default {DEFAULTS[name]}")
+    shape.add_argument("--dtype", choices=DTYPES, help=f"default {DEFAULTS['dtype']}")
+    shape.add_argument("--routing", choices=ROUTINGS, help=f"default {DEFAULTS['routing']}")
+    shape.add_argument(
+        "--key-bias", type=float, help="of product keys: how much keys differ for all tokens"
+    )
+    parser.add_argument("--repeats", type=int, help="default 20 on CUDA, 10 on the CPU")
+    parser.add_argument(
+        "--peers",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="measure the built-in peers too",
+    )
+    parser.add_argument(
+        "--against",
+        action="append",
+        default=[],
+        metavar="PACKAGE.MODULE:FUNCTION",
+        help="one more peer, with the arguments of the op; may be given again",
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all that was measured")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="write a bar chart")
+    args = parser.parse_args(argv)
+
+    if args.repeats is not None and args.repeats < 2:
+        parser.error(f"--repeats must be at least 2, got {args.repeats}")
+    for name in ("tokens", "hidden_size", "num_experts", "num_experts_per_tok"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            parser.error(f"{_option(name)} must be positive, got {value}")
+    for name in ("json", "plot"):
+        path = getattr(args, name)
+        if path is not None and not path.parent.is_dir():
+            parser.error(f"{_option(name)}: there is no folder {path.parent}")
+    if args.plot and importlib.util.find_spec("matplotlib") is None:
+        parser.error("--plot needs matplotlib: pip install matplotlib")
+    try:
+        args.against = {name: load_func(name) for name in args.against}
+    except ValueError as error:
+        parser.error(f"--against: {error}")
+    return args, _cases(parser, args)
+
+
+def _option(field: str) -> str:
+    return "--" + field.replace("_", "-")
+
+
+def _cases(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[Case]:
+    given = {name: getattr(args, name) for name in DEFAULTS if getattr(args, name) is not None}
+    if not args.case:
+        try:
+            return [Case("custom", **(DEFAULTS | given))]
+        except ValueError as error:
+            parser.error(str(error))
+    if given:
+        parser.error(f"--case comes with its shape, leave out {', '.join(map(_option, given))}")
+    cases: dict[str, Case] = {}
+    for name in args.case:
+        if name != "all" and name not in CASES:
+            parser.error(f"--case: there is no case {name!r}; --list prints them")
+        names = [name] if name != "all" else [n for n, case in CASES.items() if not case.on_cpu]
+        cases |= {n: CASES[n] for n in names}
+    if "all" in args.case and not torch.cuda.is_available():
+        parser.error("--case all needs a CUDA device")
+    return list(cases.values())
+
+
+def run_case(
+    case: Case, with_peers: bool, against: dict[str, Func], repeats: int | None
+) -> CaseReport:
+    device = torch.device("cuda" if torch.cuda.is_available() and not case.on_cpu else "cpu")
+    funcs, left_out = variants(device, with_peers, against)
+    inputs = make_inputs(case, device)
+    loads = pairs_of_experts(inputs.indices, case.num_experts)
+    ceilings = measure_ceilings(device, DTYPES[case.dtype])
+    results = measure(inputs, funcs, repeats or REPEATS[device.type])
+    launches: dict[str, int] = {}
+    if case.few_tokens and device.type == "cuda":
+        _, launches = one_pass(inputs, funcs[SUBJECT], count_launches)
+    return CaseReport(
+        case=case,
+        device=device,
+        largest_load=int(loads.max()),
+        touched_experts=int((loads > 0).sum()),
+        ceilings=ceilings,
+        floors=floors(loads, case.tokens, case.hidden_size, inputs.grad.element_size(), ceilings),
+        launches=launches,
+        results=results,
+        left_out=left_out,
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    args, cases = parse(argv)
+    if args.list:
+        for case in CASES.values():
+            print(f"{case.name:18}{case.description}{', on the CPU' if case.on_cpu else ''}")
+        return
+    reports: list[CaseReport] = []
+    for case in cases:
+        reports.append(run_case(case, args.peers, args.against, args.repeats))
+        # At once, so that a run that is cut off still shows what it measured.
+        print(header(reports[-1]), table(reports[-1]), sep="\n", flush=True)
+        if args.json:
+            write_json(args.json, reports, argv)
+        if args.plot:
+            write_plot(args.plot, reports)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,34 @@
+"""The Triton kernel behind the gather ceiling."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def gather_kernel(
+    table,
+    ids,
+    out,
+    WORDS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    PAIRS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_WORDS: tl.constexpr,
+):
+    """out[t, p] = sum of all words of the rows ids[t, p * PAIRS : (p + 1) * PAIRS] of the table.
+
+    table (rows, WORDS) int32, ids (tokens, SLOTS) int32, out (tokens, SLOTS // PAIRS) int32,
+    wrapping; grid (tokens, SLOTS // PAIRS). ROWS divides PAIRS, which divides SLOTS; BLOCK_WORDS
+    divides WORDS.
+    """
+    token = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
+    pairs = token * SLOTS + part * PAIRS + tl.arange(0, ROWS)
+    total = tl.zeros([BLOCK_WORDS], dtype=tl.int32)
+    for step in range(0, PAIRS, ROWS):
+        rows = tl.load(ids + pairs + step).to(tl.int64)
+        for begin in tl.static_range(0, WORDS, BLOCK_WORDS):
+            words = begin + tl.arange(0, BLOCK_WORDS)
+            # One addition for each four bytes, so that loading is all that takes time.
+            total += tl.sum(tl.load(table + rows[:, None] * WORDS + words[None, :]), 0)
+    tl.store(out + token * tl.num_programs(1) + part, tl.sum(total, 0))

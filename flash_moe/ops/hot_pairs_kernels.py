@@ -1,0 +1,91 @@
+"""Triton kernels that set the pairs of hot experts apart: see `flash_moe.ops.hot_pairs`."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def count_hot_kernel(num_tokens, totals, num_experts, threshold, BLOCK: tl.constexpr):
+    """totals[i] = hot experts among the i-th BLOCK of experts; grid (blocks,)."""
+    experts = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    counts = tl.load(num_tokens + experts, mask=experts < num_experts, other=-1)
+    hot = (counts >= threshold) & (experts < num_experts)
+    tl.store(totals + tl.program_id(0), tl.sum(hot.to(tl.int32), 0))
+
+
+@triton.jit
+def place_hot_kernel(
+    places, totals, experts_by_place, num_hot, num_experts, threshold, BLOCK: tl.constexpr
+):
+    """Replace each expert's number of tokens in `places` by its place; grid (blocks,)."""
+    block = tl.program_id(0)
+    before = tl.zeros([BLOCK], dtype=tl.int32)
+    for first in range(0, block, BLOCK):
+        blocks = first + tl.arange(0, BLOCK)
+        before += tl.load(totals + blocks, mask=blocks < block, other=0)
+    experts = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    in_block = experts < num_experts
+    counts = tl.load(places + experts, mask=in_block, other=-1)
+    hot = (counts >= threshold) & in_block
+    place = tl.sum(before, 0) + tl.cumsum(hot.to(tl.int32), 0) - 1
+    tl.store(places + experts, tl.where(hot, place, -1), mask=in_block)
+    tl.store(experts_by_place + place, experts.to(tl.int32), mask=hot)
+    if block == tl.num_programs(0) - 1:
+        tl.store(num_hot, tl.max(place, 0) + 1)
+
+
+@triton.jit
+def set_hot_apart_kernel(
+    ids,
+    order,
+    places,
+    pair_counts,
+    words,
+    num_words,
+    SLOTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Bring one token's sorted pairs into the order of `HotPairs`, in place; grid (T,)."""
+    token = tl.program_id(0).to(tl.int64)
+    slots = tl.arange(0, BLOCK)
+    in_row = slots < SLOTS
+    row = token * SLOTS + slots
+    experts = tl.load(ids + row, mask=in_row, other=-1)
+    previous = tl.load(ids + row - 1, mask=in_row & (slots > 0), other=-1)
+    moved = tl.load(order + row, mask=in_row, other=0)
+    occupied = in_row & (experts >= 0)
+    place = tl.load(places + experts, mask=occupied, other=-1)
+    hot = place >= 0
+    first = hot & (experts != previous)
+    repeat = hot & (experts == previous)
+    cold = occupied & (place < 0)
+    # Three counts of up to SLOTS in one number, so that one scan does.
+    counted = cold.to(tl.int64) + (first.to(tl.int64) << 20) + (repeat.to(tl.int64) << 40)
+    running = tl.cumsum(counted, 0)
+    total = tl.sum(counted, 0)
+    num_cold = (total & 0xFFFFF).to(tl.int32)
+    num_first = ((total >> 20) & 0xFFFFF).to(tl.int32)
+    num_repeat = (total >> 40).to(tl.int32)
+    to_cold = (running & 0xFFFFF).to(tl.int32) - 1
+    to_first = num_cold + ((running >> 20) & 0xFFFFF).to(tl.int32) - 1
+    to_repeat = num_cold + num_first + (running >> 40).to(tl.int32) - 1
+    # Empty slots come first among sorted ids, and go last.
+    empty = in_row & (experts < 0)
+    num_empty = SLOTS - num_cold - num_first - num_repeat
+    to = tl.where(cold, to_cold, tl.where(first, to_first, to_repeat))
+    to = tl.where(empty, SLOTS - num_empty + slots, to)
+    # All is read before anything is written.
+    tl.debug_barrier()
+    tl.store(ids + token * SLOTS + to, tl.where(hot, -2 - experts, experts), mask=in_row)
+    tl.store(order + token * SLOTS + to, moved, mask=in_row)
+    tl.store(pair_counts + token * 3, num_cold)
+    tl.store(pair_counts + token * 3 + 1, num_first)
+    tl.store(pair_counts + token * 3 + 2, num_repeat)
+    # Each bit and each position is added once: both sums are exact, in any order.
+    bit = tl.full([BLOCK], 1, tl.int64) << (place % 32)
+    tl.atomic_add(
+        words + token * num_words + place // 32,
+        bit + (to.to(tl.int64) << 32),
+        mask=first,
+        sem="relaxed",
+    )
