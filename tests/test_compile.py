@@ -81,17 +81,21 @@ def test_fullgraph_with_the_default_backend_and_ragged_rows() -> None:
 
 
 @pytest.mark.gpu
-def test_cuda_graph_replays_with_new_values(device: torch.device) -> None:
+@pytest.mark.parametrize("backend", TRITON_BACKENDS)
+def test_cuda_graph_replays_with_new_values(backend: str, device: torch.device) -> None:
+    def op(*args: Tensor) -> Tensor:
+        return triton_flash_expert_func(*args, backend=backend)
+
     shape = (64, 256, 500, 16)
     static = make_case(*shape, torch.bfloat16, device)
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
         for _ in range(3):
-            results(triton_flash_expert_func, static)
+            results(op, static)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = results(triton_flash_expert_func, static)
+        captured = results(op, static)
     for seed in (1, 2):
         fresh = make_case(*shape, torch.bfloat16, device, seed=seed)
         with torch.no_grad():
@@ -99,7 +103,5 @@ def test_cuda_graph_replays_with_new_values(device: torch.device) -> None:
                 old.copy_(new)
             static.grad.copy_(fresh.grad)
         graph.replay()
-        for name, one, other in zip(
-            RESULTS, captured, results(triton_flash_expert_func, fresh), strict=True
-        ):
+        for name, one, other in zip(RESULTS, captured, results(op, fresh), strict=True):
             assert torch.equal(one, other), name

@@ -19,10 +19,9 @@ from flash_moe.ops.arrange_kernels import (
     sort_slots_kernel,
 )
 from flash_moe.ops.cost import MAX_SORTED_SLOTS
-from flash_moe.ops.launch import cdiv, launch, next_power_of_2
+from flash_moe.ops.launch import cdiv, launch, next_power_of_2, warps_for_slots
 
 CHECK_BLOCK = 1024
-SORT_WARPS: dict[int, int] = {}
 NOTHING_FOUND = (2**63 - 1, 1 - 2**63, 0, -1)
 
 
@@ -76,7 +75,7 @@ def arrange_slots(
         BLOCK=block,
         KEY=triton.language.int32 if narrow else triton.language.int64,
         HAS_COUNTS=num_tokens_E is not None,
-        num_warps=SORT_WARPS.get(block, max(1, min(8, block // 256))),
+        num_warps=warps_for_slots(block),
     )
     record.after_launch()
     return ids_N, order_N

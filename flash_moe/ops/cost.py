@@ -13,18 +13,20 @@ import torch
 
 @dataclass(frozen=True)
 class Rates:
-    """What the kernels reach on one H200.
+    """What a primitive reaches on one H200, all that belongs to it included.
 
-    gather: bytes of table rows a second. product: operations a second of a hot primitive,
-    16-bit, all that belongs to it included.
+    gather, memory: bytes of table rows a second, shared in cache or each read from memory once;
+    dense, hot: operations a second in 16 bits, with all experts and with those at hot places.
     """
 
-    gather: float = 9.0e12
-    product: float = 480e12
+    gather: float = 8.0e12
+    memory: float = 4.0e12
+    dense: float = 570e12
+    hot: float = 420e12
 
 
 RATES = Rates()
-HOT_PER_THOUSAND = round(1000 * RATES.gather / RATES.product)
+HOT_PER_THOUSAND = round(1000 * RATES.gather / RATES.hot)
 # Setting hot pairs apart costs time even where there are none: not where a primitive takes less.
 LEAST_SECONDS_TO_SPLIT = 0.3e-3
 # A token's slots are sorted and set apart in the registers of one program up to this many.
@@ -44,16 +46,22 @@ def cheapest_backend(
     num_tokens: int, slots: int, num_experts: int, hidden_size: int, element_bytes: int
 ) -> str:
     """ "gather", "dense" or "hot_cold", for inputs that `takes_products`."""
-    gather = num_tokens * slots * hidden_size * element_bytes / RATES.gather
-    dense = 2 * num_tokens * num_experts * hidden_size / RATES.product
+    row_bytes = hidden_size * element_bytes
+    num_pairs = num_tokens * slots
+    cached = num_pairs * row_bytes / RATES.gather
+    gather = max(cached, min(num_pairs, num_experts) * row_bytes / RATES.memory)
+    dense = max(
+        2 * num_tokens * num_experts * hidden_size / RATES.dense,
+        num_experts * row_bytes / RATES.memory,
+    )
     if dense < gather:
         return "dense"
-    return "hot_cold" if gather >= LEAST_SECONDS_TO_SPLIT else "gather"
+    return "hot_cold" if cached >= LEAST_SECONDS_TO_SPLIT else "gather"
 
 
 def hot_threshold(num_tokens: int) -> int:
     """Tokens that must use an expert to make its matrix product cheaper than gathering.
 
-    load H b / gather = 2 T H / product, solved for load, with b = 2.
+    load H b / gather = 2 T H / hot, solved for load, with b = 2.
     """
     return max(1, num_tokens * HOT_PER_THOUSAND // 1000)

@@ -59,20 +59,27 @@ def triton_flash_expert_func(
         up_weights: (E, H), a float dtype.
         indices: (T, K) int64 or int32, each in [-1, E).
         routing_weights: (T, K), a float dtype.
-        backend: "gather" (Triton; CUDA tensors), "torch_sparse" (CPU tensors) or "reference"
-            (any). Chosen by device if None; the environment variable FLASH_MOE_BACKEND
-            overrides that choice.
+        backend: "gather" (Triton; CUDA tensors), "hot_cold" and "dense" (CUDA tensors too, for
+            hidden states and tables of one 16-bit dtype: experts that many tokens use, or all of
+            them, by matrix products, with values of pairs rounded to 16 bits before a product),
+            "torch_sparse" (CPU tensors) or "reference" (any). If None, chosen by device, and on
+            CUDA by cost from the shapes (`flash_moe.ops.cost`); the environment variable
+            FLASH_MOE_BACKEND overrides that choice.
 
     Returns:
         (T, H) in the dtype of `hidden_states`. Gradients flow to all arguments but `indices`,
         each in its argument's dtype.
 
-    Memory on CUDA in bytes, with N = T K pairs, b for an element of `hidden_states` and g for
-    one of `routing_weights`: forward at its peak 16 N + 8 (T + 1) + max(g N, b T H) more than
-    before, the output included; of that, 12 N + 8 (T + 1) stay for the backward pass. (Ids,
-    their order, scores and activations take 4 N each, all but the last stay. This is for
-    contiguous arguments of at most 32 bits, K <= 4096 and N < 2^31; a tensor whose rows are not
-    contiguous is copied by each primitive that reads it.)
+    Memory on CUDA in bytes, with N = T K pairs and b for an element of `hidden_states`, by the
+    backend "gather": forward at its peak max(16 N + b T H, 12 N + 4 N S) more than before, the
+    output included, where S = ceil(b H / 2048); and up to 4 MB where tokens are few. 12 N stay for
+    the backward pass. (Ids, their order, scores and activations take 4 N each, all but the last
+    stay; scores of rows wider than 2 KB are summed from S parts. This is for contiguous arguments
+    of at most 32 bits, K <= 4096 and N < 2^31; a tensor whose rows are not contiguous is copied by
+    each primitive that reads it.) "hot_cold" takes up to 256 MB and 64 T H more for a matrix of
+    hot pairs and sums over it, and keeps 4 (E + M + 3 T) + 8 T (M / 32 + 1), where
+    M = min(E, N / (0.019 T)) bounds the number of hot experts; "dense" takes up to 512 MB and
+    8 T H more.
 
     Raises:
         TypeError: an argument has a dtype that is not listed above.
@@ -157,11 +164,11 @@ def _expert_forward(
     if row_offsets is None:
         counts_E = None
         if workspace.shape[0] > 0:
-            hot = _hot_pairs(num_tokens, slots, num_experts, workspace, backend)
+            hot = _hot_pairs(num_tokens, slots, num_experts, workspace)
             counts_E = zero_counts(hot, workspace)
         ids_N, order_N = arrange_slots(ids, num_experts, backend in TRITON_BACKENDS, counts_E)
         if hot is not None:
-            set_hot_apart(hot, ids_N, order_N, slots, _threshold(num_tokens, backend))
+            set_hot_apart(hot, ids_N, order_N, slots, hot_threshold(num_tokens))
         offsets = ids.new_empty(0, dtype=torch.int64)
     else:
         order_N = ids.new_empty(0, dtype=torch.int32)
@@ -228,9 +235,12 @@ def _expert_backward(
     primitives = load_backend(backend)
     hot = None
     if workspace.shape[0] > 0:
-        hot = _hot_pairs(num_tokens, slots, num_experts, workspace, backend)
+        hot = _hot_pairs(num_tokens, slots, num_experts, workspace)
     pairs = _pairs(ids_N, offsets, num_tokens, slots, num_experts, hot)
     scores_needed = hidden_needed or down_needed
+    # Kernels that leave much of the device unused, beside some that wait for memory.
+    tables_needed = backend in ("gather", "hot_cold") and (down_needed or up_needed)
+    sorting = pairs.sort_aside() if tables_needed else None
     activation_grads_N = None
     if scores_needed or weights_needed:
         activation_grads_N = primitives.sddmm(grad_TH, up_EH, pairs)
@@ -247,6 +257,8 @@ def _expert_backward(
         weights_grad = weights_grad_N.view(weights.shape)
     if hidden_needed and score_grads_N is not None:
         hidden_grad = primitives.spmm(score_grads_N, down_EH, pairs, hidden_TH.dtype)
+    if sorting is not None:
+        sorting.join(pairs.expert_order, pairs.expert_offsets)
     values_N = [
         values if wanted else None
         for values, wanted in ((score_grads_N, down_needed), (activations_N, up_needed))
@@ -312,24 +324,16 @@ def _pairs(
     return Pairs(offsets, ids_N, num_experts)
 
 
-def _threshold(num_tokens: int, backend: str) -> int:
-    return 0 if backend == "dense" else hot_threshold(num_tokens)
-
-
 def _workspace_size(num_tokens: int, slots: int, num_experts: int, backend: str) -> int:
-    if slots <= 0 or backend not in ("dense", "hot_cold"):
+    if slots <= 0 or backend != "hot_cold":
         return 0
-    threshold = _threshold(num_tokens, backend)
-    most = most_hot_experts(num_tokens * slots, num_experts, threshold)
+    most = most_hot_experts(num_tokens * slots, num_experts, hot_threshold(num_tokens))
     return workspace_size(num_tokens, num_experts, most)
 
 
-def _hot_pairs(
-    num_tokens: int, slots: int, num_experts: int, workspace: Tensor, backend: str
-) -> HotPairs:
-    threshold = _threshold(num_tokens, backend)
-    most = most_hot_experts(num_tokens * slots, num_experts, threshold)
-    return HotPairs.in_workspace(workspace, num_tokens, num_experts, most, threshold == 0)
+def _hot_pairs(num_tokens: int, slots: int, num_experts: int, workspace: Tensor) -> HotPairs:
+    most = most_hot_experts(num_tokens * slots, num_experts, hot_threshold(num_tokens))
+    return HotPairs.in_workspace(workspace, num_tokens, num_experts, most)
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

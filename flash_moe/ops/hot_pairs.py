@@ -23,7 +23,7 @@ Example: K = 4, one token with experts [7, 2, 7, 5], of which 2 and 7 are hot (p
 ids become [5, -4, -9, -9], pair_counts [1, 2, 1], words [[3 + (1 + 2 << 32)]].
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -33,32 +33,26 @@ from flash_moe.ops.hot_pairs_kernels import (
     place_hot_kernel,
     set_hot_apart_kernel,
 )
-from flash_moe.ops.launch import cdiv, launch, next_power_of_2
+from flash_moe.ops.launch import cdiv, launch, next_power_of_2, warps_for_slots
 
 BLOCK_EXPERTS = 1024
-APART_WARPS: dict[int, int] = {}
 # Parts of the workspace begin on multiples of 16 bytes.
 ALIGNMENT = 4
 
 
 @dataclass(frozen=True)
 class HotPairs:
-    """See the head of this file.
-
-    all_hot: every expert has a place, used or not. matrices: what a backend keeps of a pattern.
-    """
+    """See the head of this file."""
 
     pair_counts: Tensor
     places: Tensor
     experts: Tensor
     num_hot: Tensor
     words: Tensor
-    all_hot: bool
-    matrices: list[Tensor] = field(default_factory=list)
 
     @classmethod
     def in_workspace(
-        cls, workspace: Tensor, num_tokens: int, num_experts: int, most: int, all_hot: bool
+        cls, workspace: Tensor, num_tokens: int, num_experts: int, most: int
     ) -> "HotPairs":
         """Views of one int32 tensor of `workspace_size` elements."""
         num_words = _num_words(most)
@@ -70,7 +64,6 @@ class HotPairs:
             experts[:most],
             num_hot[:1],
             words[: num_tokens * num_words * 2].view(torch.int64).view(num_tokens, num_words),
-            all_hot,
         )
 
 
@@ -80,15 +73,15 @@ def workspace_size(num_tokens: int, num_experts: int, most: int) -> int:
 
 
 def most_hot_experts(num_pairs: int, num_experts: int, threshold: int) -> int:
-    """How many experts `threshold` tokens can use; all are hot where the threshold is 0."""
-    return min(num_experts, num_pairs // threshold) if threshold > 0 else num_experts
+    """How many experts `threshold` tokens each can use."""
+    return min(num_experts, num_pairs // threshold)
 
 
-def zero_counts(hot: HotPairs, workspace: Tensor) -> Tensor | None:
-    """Zero what is counted up; the (E,) counters of tokens, unless nothing depends on them."""
+def zero_counts(hot: HotPairs, workspace: Tensor) -> Tensor:
+    """Zero what is counted up; the (E,) counters of tokens, which become the places."""
     end_of_words = (hot.words.storage_offset() + hot.words.numel()) * 2
     workspace[:end_of_words].zero_()
-    return None if hot.all_hot else hot.places
+    return hot.places
 
 
 def set_hot_apart(
@@ -127,7 +120,7 @@ def set_hot_apart(
         num_words,
         SLOTS=slots,
         BLOCK=block,
-        num_warps=APART_WARPS.get(block, max(1, min(8, block // 256))),
+        num_warps=warps_for_slots(block),
     )
 
 

@@ -12,12 +12,13 @@ T tokens, E experts, N pairs. The pattern is ragged: a token may have any number
 Pairs of experts that many tokens use may be set apart: see `flash_moe.ops.hot_pairs`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from flash_moe.ops.aside import Aside
 from flash_moe.ops.hot_pairs import HotPairs
 
 # Pairs sorted at one time: torch.sort takes fewer than 2^31, and needs memory for each.
@@ -29,7 +30,8 @@ class Pairs:
     """Which experts each token uses, with the orders derived from that when first asked for.
 
     Ids must already lie in [-1, num_experts), those of `hot` pairs apart. Where every token has
-    the same number of pairs, `slots` says how many and `offsets` may be left out.
+    the same number of pairs, `slots` says how many and `offsets` may be left out. `kept`: what a
+    backend keeps from one primitive to the next.
 
     Example, two tokens of which the second has an empty slot:
 
@@ -45,6 +47,7 @@ class Pairs:
     num_experts: int
     slots: int = 0
     hot: HotPairs | None = None
+    kept: list[Tensor] = field(default_factory=list, compare=False)
 
     @classmethod
     def from_slots(cls, expert_ids_TK: Tensor, num_experts: int) -> "Pairs":
@@ -88,6 +91,16 @@ class Pairs:
     @property
     def expert_offsets(self) -> Tensor:
         return self._by_expert[1]
+
+    def sort_aside(self) -> Aside:
+        """Start sorting by expert beside what the current stream does until the result's `join`.
+
+        Nobody may ask for the order before.
+        """
+        aside = Aside(self.expert_ids.device)
+        with aside:
+            self._by_expert  # noqa: B018
+        return aside
 
     @cached_property
     def _by_expert(self) -> tuple[Tensor, Tensor]:

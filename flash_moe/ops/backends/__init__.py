@@ -24,7 +24,6 @@ from torch import Tensor
 from flash_moe.ops.cost import MAX_SORTED_SLOTS, cheapest_backend, takes_products
 from flash_moe.ops.pairs import Pairs
 
-# "dense" is "hot_cold" with every expert hot.
 BACKENDS = ("reference", "torch_sparse", "gather", "hot_cold", "dense")
 TRITON_BACKENDS = ("gather", "hot_cold", "dense")
 
@@ -57,8 +56,7 @@ class Backend(Protocol):
 
 def load_backend(name: str) -> Backend:
     """The backend of that name, imported when first used."""
-    module = "hot_cold" if name == "dense" else name
-    return cast(Backend, import_module(f"{__name__}.{module}"))
+    return cast(Backend, import_module(f"{__name__}.{name}"))
 
 
 def default_backend(device: torch.device) -> str:
@@ -104,7 +102,12 @@ def choose_backend(
             f"backend {name!r} takes hidden states and tables of one dtype, float16 or bfloat16, "
             f"at least one token and 1 to {MAX_SORTED_SLOTS} slots for each, got "
             f"{', '.join(str(dtype).removeprefix('torch.') for dtype in dtypes)}, {num_tokens} "
-            f"tokens, {slots} slots"
+            f"tokens of hidden size {hidden_size}, {slots} slots"
+        )
+    if name == "hot_cold" and not hidden_TH.is_cuda and hidden_TH.dtype == torch.bfloat16:
+        raise ValueError(
+            "backend 'hot_cold' takes float16, not bfloat16, under Triton's interpreter, which "
+            "multiplies no bfloat16 matrices"
         )
     return name
 

@@ -22,27 +22,32 @@ SUM_BLOCK = 1024
 
 @dataclass(frozen=True)
 class SddmmConfig:
-    """Rows held at one time are block_pairs x block_hidden; the dot product stays in a warp.
+    """Rows held at one time are block_pairs x block_bytes; the dot product stays in a warp.
 
-    min_programs: with fewer, a program gets fewer pairs, down to block_pairs.
+    Wider rows are done in slices of slice_bytes, one after the other, and a program gets
+    least_pairs to most_pairs pairs: few enough that the `programs` which run at one time read a
+    part of the table that stays in a cache of cached_bytes.
     """
 
     block_pairs: int = 8
-    block_hidden: int = 512
-    pairs_per_program: int = 64
-    min_programs: int = 16384
+    block_bytes: int = 1024
+    slice_bytes: int = 2048
     num_warps: int = 1
+    least_pairs: int = 8
+    most_pairs: int = 64
+    programs: int = 4224
+    cached_bytes: int = 45_000_000
 
 
 @dataclass(frozen=True)
 class SpmmConfig:
-    """Rows held at one time are block_pairs x block_hidden.
+    """Rows held at one time are block_pairs x block_bytes.
 
     min_programs: with fewer, a token's pairs are summed in up to max_pieces pieces.
     """
 
-    block_pairs: int = 8
-    block_hidden: int = 256
+    block_pairs: int
+    block_bytes: int
     min_programs: int = 4096
     max_pieces: int = 64
     num_warps: int = 1
@@ -55,57 +60,65 @@ class SpmmTConfig:
     chunk: an expert of more pairs is summed in pieces of that many.
     """
 
-    block_pairs: int = 2
+    block_pairs: int = 1
     block_hidden: int = 1024
     chunk: int = 1024
     num_warps: int = 2
 
 
+# Rows of this many bytes are wide.
+WIDE_BYTES = 4096
 SDDMM = SddmmConfig()
-SPMM = SpmmConfig()
+SPMM = SpmmConfig(block_pairs=8, block_bytes=512)
+SPMM_WIDE = SpmmConfig(block_pairs=16, block_bytes=256)
 SPMM_T = SpmmTConfig()
 
 
 def sddmm(rows_TH: Tensor, table_EH: Tensor, pairs: Pairs) -> Tensor:
+    """As every backend's; the values of hot pairs are left to others to write."""
     dtype = accumulator_dtype(rows_TH.dtype, table_EH.dtype)
-    out_N = torch.empty(pairs.num_pairs, device=rows_TH.device, dtype=dtype)
     num_tokens, hidden_size = rows_TH.shape
+    element_bytes = table_EH.element_size()
+    width = min(SDDMM.slice_bytes // element_bytes, next_power_of_2(max(1, hidden_size)))
+    slices = max(1, cdiv(hidden_size, width))
+    out_SN = torch.empty((slices, pairs.num_pairs), device=rows_TH.device, dtype=dtype)
     if hidden_size == 0:
-        return out_N.zero_()
+        return out_SN.zero_()[0]
     if pairs.num_pairs == 0:
-        return out_N
+        return out_SN[0]
     rows_TH, table_EH = contiguous_rows(rows_TH), contiguous_rows(table_EH)
-    pairs_per_program = SDDMM.pairs_per_program
+    # Programs go through all tokens before they go on in the table.
+    read_at_once = SDDMM.programs / num_tokens * pairs.num_experts * width * element_bytes
+    mean_pairs = cdiv(pairs.num_pairs, num_tokens)
+    pairs_per_program = SDDMM.most_pairs
     while (
-        pairs_per_program > SDDMM.block_pairs
-        and pairs.num_pairs < SDDMM.min_programs * pairs_per_program
+        pairs_per_program > SDDMM.least_pairs
+        and read_at_once * pairs_per_program > SDDMM.cached_bytes * mean_pairs
     ):
         pairs_per_program //= 2
     # Enough programs for a row of average length; a longer row is walked in strides.
-    mean_pairs = cdiv(pairs.num_pairs, num_tokens)
     blocks = min(cdiv(mean_pairs, pairs_per_program), MAX_GRID_Y)
     launch(
         sddmm_kernel,
-        (
-            num_tokens,
-            blocks,
-        ),
+        (num_tokens, blocks, slices),
         rows_TH,
         table_EH,
         *_row_pointers(pairs),
         pairs.expert_ids,
-        out_N,
+        out_SN,
         rows_TH.stride(0),
         table_EH.stride(0),
+        pairs.num_pairs,
         SLOTS=pairs.slots,
         HAS_HOT=pairs.hot is not None,
         HIDDEN_SIZE=hidden_size,
-        BLOCK_HIDDEN=min(SDDMM.block_hidden, next_power_of_2(hidden_size)),
+        SLICE=width,
+        BLOCK_HIDDEN=min(SDDMM.block_bytes // element_bytes, width),
         BLOCK_PAIRS=SDDMM.block_pairs,
         PAIRS_PER_PROGRAM=pairs_per_program,
         num_warps=SDDMM.num_warps,
     )
-    return out_N
+    return _sum_pieces(out_SN, dtype)
 
 
 def spmm(
@@ -118,9 +131,12 @@ def spmm(
     """As every backend's; the sums over hot pairs come from elsewhere, as (P, T, H)."""
     num_tokens, hidden_size = pairs.num_tokens, table_EH.shape[1]
     accumulator = accumulator_dtype(values_N.dtype, table_EH.dtype)
-    block_hidden = min(SPMM.block_hidden, next_power_of_2(max(1, hidden_size)))
+    row_bytes = hidden_size * table_EH.element_size()
+    config = SPMM_WIDE if row_bytes >= WIDE_BYTES else SPMM
+    block_hidden = config.block_bytes // table_EH.element_size()
+    block_hidden = min(block_hidden, next_power_of_2(max(1, hidden_size)))
     blocks = cdiv(hidden_size, block_hidden)
-    pieces = _spmm_pieces(pairs, blocks) if hot_sums_PTH is None else 1
+    pieces = _spmm_pieces(pairs, blocks, config) if hot_sums_PTH is None else 1
     shape = (pieces, num_tokens, hidden_size) if pieces > 1 else (num_tokens, hidden_size)
     dtype = accumulator if pieces > 1 else out_dtype
     out = torch.empty(shape, device=table_EH.device, dtype=dtype)
@@ -147,21 +163,26 @@ def spmm(
         HAS_HOT=pairs.hot is not None,
         HIDDEN_SIZE=hidden_size,
         BLOCK_HIDDEN=block_hidden,
-        BLOCK_PAIRS=SPMM.block_pairs,
+        BLOCK_PAIRS=config.block_pairs,
         PIECES=pieces,
         HOT_PIECES=0 if hot_sums_PTH is None else hot_sums_PTH.shape[0],
-        num_warps=SPMM.num_warps,
+        num_warps=config.num_warps,
     )
-    if pieces == 1:
-        return out
-    total = torch.empty(shape[1:], device=out.device, dtype=out_dtype)
+    return out if pieces == 1 else _sum_pieces(out, out_dtype)
+
+
+def _sum_pieces(pieces: Tensor, out_dtype: torch.dtype) -> Tensor:
+    """Summed over the first dimension, in order, and rounded once."""
+    if len(pieces) == 1:
+        return pieces[0]
+    total = torch.empty(pieces.shape[1:], device=pieces.device, dtype=out_dtype)
     launch(
         sum_pieces_kernel,
         (cdiv(total.numel(), SUM_BLOCK),),
-        out,
+        pieces,
         total,
         total.numel(),
-        NUM_PIECES=pieces,
+        NUM_PIECES=len(pieces),
         BLOCK=SUM_BLOCK,
     )
     return total
@@ -265,13 +286,13 @@ def sum_for_experts(sums: list[tuple[Tensor, Tensor, Tensor]], pairs: Pairs, sca
         )
 
 
-def _spmm_pieces(pairs: Pairs, blocks: int) -> int:
+def _spmm_pieces(pairs: Pairs, blocks: int, config: SpmmConfig) -> int:
     programs = pairs.num_tokens * blocks
     if programs == 0:
         return 1
-    pieces = min(SPMM.min_programs // programs, SPMM.max_pieces)
+    pieces = min(config.min_programs // programs, config.max_pieces)
     mean_pairs = pairs.num_pairs // pairs.num_tokens
-    return max(1, min(pieces, mean_pairs // (4 * SPMM.block_pairs)))
+    return max(1, min(pieces, mean_pairs // (2 * config.block_pairs)))
 
 
 def _row_pointers(pairs: Pairs) -> tuple[Tensor, Tensor]:

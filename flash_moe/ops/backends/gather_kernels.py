@@ -40,14 +40,23 @@ def sddmm_kernel(
     out,
     rows_stride,
     table_stride,
+    num_pairs,
     SLOTS: tl.constexpr,
     HAS_HOT: tl.constexpr,
     HIDDEN_SIZE: tl.constexpr,
+    SLICE: tl.constexpr,
     BLOCK_HIDDEN: tl.constexpr,
     BLOCK_PAIRS: tl.constexpr,
     PAIRS_PER_PROGRAM: tl.constexpr,
 ):
-    """out[n] = <rows[token of n], table[expert_ids[n]]>; grid (tokens, blocks of its pairs)."""
+    """out[i, n] = <rows[token of n], table[expert_ids[n]]> over the i-th SLICE of HIDDEN_SIZE.
+
+    grid (tokens, blocks of a token's pairs, slices).
+    """
+    slice_begin = 0
+    if SLICE < HIDDEN_SIZE:
+        slice_begin = tl.program_id(2) * SLICE
+        out += tl.program_id(2).to(tl.int64) * num_pairs
     token = tl.program_id(0).to(tl.int64)
     row_begin, row_end = _row_range(token, row_offsets, pair_counts, SLOTS, HAS_HOT)
     length = tl.full([], PAIRS_PER_PROGRAM, tl.int64)
@@ -63,8 +72,8 @@ def sddmm_kernel(
             in_block = pairs < program_end
             ids = tl.load(expert_ids + pairs, mask=in_block, other=-1).to(tl.int64)
             products = tl.zeros([BLOCK_PAIRS, BLOCK_HIDDEN], dtype=out.dtype.element_ty)
-            for hidden_begin in tl.static_range(0, HIDDEN_SIZE, BLOCK_HIDDEN):
-                hidden = hidden_begin + tl.arange(0, BLOCK_HIDDEN)
+            for hidden_begin in tl.static_range(0, SLICE, BLOCK_HIDDEN):
+                hidden = slice_begin + hidden_begin + tl.arange(0, BLOCK_HIDDEN)
                 in_row = hidden < HIDDEN_SIZE
                 row = tl.load(rows + token * rows_stride + hidden, mask=in_row, other=0.0)
                 experts = tl.load(

@@ -1,7 +1,7 @@
 """CUDA tensors: experts that many tokens use by matrix products, the others by gathered rows.
 
-Where `pairs.hot.all_hot`, everything goes by matrix products. Values of pairs are rounded to the
-dtype of the tables before a product; products are summed in float32.
+Values of pairs are rounded to the dtype of the tables before a product; products are summed in
+float32.
 """
 
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from flash_moe.ops.backends import accumulator_dtype, gather
+from flash_moe.ops.backends import gather
 from flash_moe.ops.backends.hot_cold_kernels import (
     fill_matrix_kernel,
     fill_rest_kernel,
@@ -38,52 +38,52 @@ class ProductConfig:
 
 
 HOT_SDDMM = ProductConfig(128, 128, 64, num_warps=8, num_stages=3, programs=2)
-HOT_SPMM = ProductConfig(128, 64, 256, num_warps=8, num_stages=3, programs=1)
+HOT_SPMM = ProductConfig(128, 64, 128, num_warps=4, num_stages=3, programs=2)
 HOT_SPMM_T = ProductConfig(64, 128, 128, num_warps=4, num_stages=3, programs=2)
 # Places are filled with zeros up to a multiple of this, which every block of places divides.
 WIDTH = 128
 MAX_PIECES = 16
 FILL_PROGRAMS = 1024
 FILL_WORDS = 64
-REST_BLOCK = 1024
+REST_BLOCK = 256
 
 
 def sddmm(rows_TH: Tensor, table_EH: Tensor, pairs: Pairs) -> Tensor:
-    hot = _hot(pairs)
     rows_TH, table_EH = gather.contiguous_rows(rows_TH), gather.contiguous_rows(table_EH)
-    if hot.all_hot:
-        dtype = accumulator_dtype(rows_TH.dtype, table_EH.dtype)
-        out_N = torch.empty(pairs.num_pairs, device=rows_TH.device, dtype=dtype)
-    else:
-        out_N = gather.sddmm(rows_TH, table_EH, pairs)
+    out_N = gather.sddmm(rows_TH, table_EH, pairs)
+    _hot_sddmm_into(out_N, rows_TH, table_EH, pairs)
+    return out_N
+
+
+def _hot_sddmm_into(out_N: Tensor, rows_TH: Tensor, table_EH: Tensor, pairs: Pairs) -> None:
+    hot = _hot(pairs)
     num_tokens, hidden_size = rows_TH.shape
     config = HOT_SDDMM
     block_hidden = _block(config.block_hidden, hidden_size)
     blocks = cdiv(num_tokens, config.block_tokens)
     blocks *= cdiv(hot.experts.shape[0], config.block_experts)
-    if blocks == 0:
-        return out_N
-    launch(
-        hot_sddmm_kernel,
-        (min(blocks, _programs(rows_TH.device, config)),),
-        rows_TH,
-        table_EH,
-        hot.experts,
-        hot.num_hot,
-        hot.words,
-        out_N,
-        rows_TH.stride(0),
-        table_EH.stride(0),
-        num_tokens,
-        hot.words.shape[1],
-        pairs.slots,
-        HIDDEN_SIZE=hidden_size,
-        BLOCK_TOKENS=config.block_tokens,
-        BLOCK_EXPERTS=config.block_experts,
-        BLOCK_HIDDEN=block_hidden,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )
+    if blocks > 0:
+        launch(
+            hot_sddmm_kernel,
+            (min(blocks, _programs(rows_TH.device, config)),),
+            rows_TH,
+            table_EH,
+            hot.experts,
+            hot.num_hot,
+            hot.words,
+            out_N,
+            rows_TH.stride(0),
+            table_EH.stride(0),
+            num_tokens,
+            hot.words.shape[1],
+            pairs.slots,
+            HIDDEN_SIZE=hidden_size,
+            BLOCK_TOKENS=config.block_tokens,
+            BLOCK_EXPERTS=config.block_experts,
+            BLOCK_HIDDEN=block_hidden,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
     launch(
         fill_rest_kernel,
         (num_tokens,),
@@ -96,7 +96,6 @@ def sddmm(rows_TH: Tensor, table_EH: Tensor, pairs: Pairs) -> Tensor:
         pairs.slots,
         BLOCK=REST_BLOCK,
     )
-    return out_N
 
 
 def spmm(values_N: Tensor, table_EH: Tensor, pairs: Pairs, out_dtype: torch.dtype) -> Tensor:
@@ -128,7 +127,6 @@ def spmm(values_N: Tensor, table_EH: Tensor, pairs: Pairs, out_dtype: torch.dtyp
             table_EH.stride(0),
             num_tokens,
             begin,
-            ALL_HOT=hot.all_hot,
             CHUNK=matrix_TC.shape[1],
             PIECES=pieces,
             HIDDEN_SIZE=hidden_size,
@@ -145,8 +143,7 @@ def spmm_t(
     values_N: Tensor, rows_TH: Tensor, pairs: Pairs, out_dtype: torch.dtype, scale: float = 1.0
 ) -> Tensor:
     out = torch.empty(pairs.num_experts, rows_TH.shape[1], device=rows_TH.device, dtype=out_dtype)
-    if not _hot(pairs).all_hot:
-        gather.sum_for_experts([(values_N, rows_TH, out)], pairs, scale)
+    gather.sum_for_experts([(values_N, rows_TH, out)], pairs, scale)
     _sum_for_hot_experts(values_N, rows_TH, out, pairs, scale)
     return out
 
@@ -163,8 +160,7 @@ def spmm_t_both(
         torch.empty(shape, device=rows_2TH[0].device, dtype=dtype) for dtype in out_dtypes
     )
     sums = list(zip(values_2N, rows_2TH, (first, second), strict=True))
-    if not _hot(pairs).all_hot:
-        gather.sum_for_experts(sums, pairs, scale)
+    gather.sum_for_experts(sums, pairs, scale)
     for values_N, rows_TH, out in sums:
         _sum_for_hot_experts(values_N, rows_TH, out, pairs, scale)
     return first, second
@@ -215,10 +211,10 @@ def _filled(values_N: Tensor, pairs: Pairs, dtype: torch.dtype) -> Iterator[tupl
         return
     widest = max(1, MATRIX_ELEMENTS // num_tokens // WIDTH) * WIDTH
     chunk = min(widest, cdiv(most, WIDTH) * WIDTH)
-    if hot.matrices and hot.matrices[0] is values_N:
-        yield 0, hot.matrices[1]
+    if pairs.kept and pairs.kept[0] is values_N:
+        yield 0, pairs.kept[1]
         return
-    hot.matrices.clear()
+    pairs.kept.clear()
     matrix_TC = torch.empty((num_tokens, chunk), device=values_N.device, dtype=dtype)
     programs = cdiv(FILL_PROGRAMS, num_tokens)
     for begin in range(0, most, chunk):
@@ -238,13 +234,13 @@ def _filled(values_N: Tensor, pairs: Pairs, dtype: torch.dtype) -> Iterator[tupl
             hot.words.shape[1],
             begin,
             SLOTS=pairs.slots,
-            BLOCK_SLOTS=next_power_of_2(pairs.slots),
+            BLOCK_REPEATS=REST_BLOCK,
             CHUNK=chunk,
             WIDTH=WIDTH,
             BLOCK_WORDS=FILL_WORDS,
         )
         if chunk >= most:
-            hot.matrices.extend((values_N, matrix_TC))
+            pairs.kept.extend((values_N, matrix_TC))
         yield begin, matrix_TC
 
 

@@ -133,7 +133,7 @@ def fill_matrix_kernel(
     num_words,
     chunk_begin,
     SLOTS: tl.constexpr,
-    BLOCK_SLOTS: tl.constexpr,
+    BLOCK_REPEATS: tl.constexpr,
     CHUNK: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_WORDS: tl.constexpr,
@@ -165,24 +165,29 @@ def fill_matrix_kernel(
     if num_repeats > 0:
         # What one thread wrote, another writes again.
         tl.debug_barrier()
-        repeats = tl.arange(0, BLOCK_SLOTS)
-        inside = repeats < num_repeats
-        pointers = ids + token * SLOTS + begin + repeats
-        coded = tl.load(pointers, mask=inside, other=0)
-        starts = coded != tl.load(pointers - 1, mask=inside & (repeats > 0), other=0)
-        ends = coded != tl.load(pointers + 1, mask=repeats < num_repeats - 1, other=0)
-        value = tl.load(row + begin + repeats, mask=inside, other=0.0)
-        total, _ = tl.associative_scan((value, starts.to(tl.int32)), 0, _add_within_run)
-        # The last of each run of repeats stores its sum and the pair that it repeats.
-        ends = ends & inside
-        place = tl.load(places + (-2 - coded), mask=ends, other=-1)
-        first = _first_positions(place, words, token, num_words, ends)
-        total += tl.load(row + first, mask=ends, other=0.0)
-        column = place - chunk_begin
-        # Each program of the token, the columns that it has filled.
-        mine = (column // 32 // BLOCK_WORDS) % tl.num_programs(1) == tl.program_id(1)
-        mine = mine & ends & (column >= 0) & (column < CHUNK)
-        tl.store(target + column, total.to(dtype), mask=mine)
+        carried = tl.zeros([], dtype=values.dtype.element_ty)
+        coded_row = ids + token * SLOTS + begin
+        for block in range(0, num_repeats, BLOCK_REPEATS):
+            repeats = block + tl.arange(0, BLOCK_REPEATS)
+            inside = repeats < num_repeats
+            coded = tl.load(coded_row + repeats, mask=inside, other=0)
+            before = tl.load(coded_row + repeats - 1, mask=inside & (repeats > 0), other=0)
+            after = tl.load(coded_row + repeats + 1, mask=repeats + 1 < num_repeats, other=0)
+            value = tl.load(row + begin + repeats, mask=inside, other=0.0)
+            starts = (coded != before).to(tl.int32)
+            total, started = tl.associative_scan((value, starts), 0, _add_within_run)
+            total += tl.where(started == 0, carried, 0.0)
+            carried = tl.sum(tl.where(repeats == block + BLOCK_REPEATS - 1, total, 0.0), 0)
+            # The last of each run of repeats stores its sum and the pair that it repeats.
+            last = inside & (coded != after)
+            place = tl.load(places + (-2 - coded), mask=last, other=-1)
+            first = _first_positions(place, words, token, num_words, last)
+            total += tl.load(row + first, mask=last, other=0.0)
+            column = place - chunk_begin
+            # Each program of the token, the columns that it has filled.
+            mine = (column // 32 // BLOCK_WORDS) % tl.num_programs(1) == tl.program_id(1)
+            mine = mine & last & (column >= 0) & (column < CHUNK)
+            tl.store(target + column, total.to(dtype), mask=mine)
 
 
 @triton.jit
@@ -195,7 +200,6 @@ def hot_spmm_kernel(
     table_stride,
     num_tokens,
     chunk_begin,
-    ALL_HOT: tl.constexpr,
     CHUNK: tl.constexpr,
     PIECES: tl.constexpr,
     HIDDEN_SIZE: tl.constexpr,
@@ -227,10 +231,7 @@ def hot_spmm_kernel(
         for block in range(begin, end, BLOCK_EXPERTS):
             places = block + tl.arange(0, BLOCK_EXPERTS)
             real = places < taken
-            if ALL_HOT:
-                ids = (chunk_begin + places).to(tl.int64)
-            else:
-                ids = tl.load(experts + chunk_begin + places, mask=real, other=0).to(tl.int64)
+            ids = tl.load(experts + chunk_begin + places, mask=real, other=0).to(tl.int64)
             values = tl.load(matrix_pointers + places[None, :])
             mask = real[:, None]
             if HIDDEN_SIZE % BLOCK_HIDDEN != 0:

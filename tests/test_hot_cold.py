@@ -1,0 +1,240 @@
+"""Hot experts by matrix products, and everything dense: right, bounded and repeatable."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from cases import INTERPRETED_TOLERANCES, RESULTS, Case, assert_close, make_case, oracle
+from torch import Tensor
+
+from flash_moe import triton_flash_expert_func
+from flash_moe.ops import flash_expert
+from flash_moe.ops.arrange import arrange_slots
+from flash_moe.ops.backends import dense, gather, hot_cold
+from flash_moe.ops.cost import cheapest_backend, hot_threshold
+from flash_moe.ops.hot_pairs import (
+    HotPairs,
+    most_hot_experts,
+    set_hot_apart,
+    workspace_size,
+    zero_counts,
+)
+
+NUM_TOKENS, NUM_EXPERTS, SLOTS = 13, 41, 12
+# A value is rounded before its product, and the sum of products once more.
+ROUNDINGS = 2
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's interpreter scans element by element, in each of the programs of a token."""
+    if device.type == "cpu":
+        monkeypatch.setattr(hot_cold, "FILL_PROGRAMS", 2 * NUM_TOKENS)
+        monkeypatch.setattr(hot_cold, "REST_BLOCK", 16)
+        monkeypatch.setattr(dense, "BLOCK", 16)
+
+
+def uniform() -> Tensor:
+    return torch.randint(NUM_EXPERTS, (NUM_TOKENS, SLOTS), generator=torch.Generator())
+
+
+def one_expert() -> Tensor:
+    return torch.full((NUM_TOKENS, SLOTS), 7)
+
+
+def skewed() -> Tensor:
+    """Two experts that all tokens use, one of them several times; empty slots; an empty token."""
+    ids = uniform()
+    ids[:, 0] = 40
+    ids[:, 3:6] = 2
+    ids[4, 2] = ids[5, 0] = ids[5, 11] = -1
+    ids[8] = -1
+    return ids
+
+
+def distinct() -> Tensor:
+    return torch.stack([torch.randperm(NUM_EXPERTS)[:SLOTS] for _ in range(NUM_TOKENS)])
+
+
+ROUTINGS: dict[str, Callable[[], Tensor]] = {
+    "uniform": uniform,
+    "one expert": one_expert,
+    "skewed": skewed,
+    "distinct": distinct,
+}
+
+
+def results(case: Case, backend: str) -> list[Tensor]:
+    out = triton_flash_expert_func(*case.args(), backend=backend)
+    return [out, *torch.autograd.grad(out, case.differentiable(), case.grad)]
+
+
+def check(case: Case, backend: str) -> None:
+    tolerance = ROUNDINGS * INTERPRETED_TOLERANCES[case.grad.dtype]
+    for name, one, exact in zip(RESULTS, results(case, backend), oracle(case), strict=True):
+        assert_close(one, exact, tolerance, f"{backend}, {name}")
+
+
+@pytest.mark.parametrize("hidden_size", [40, 130])
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("threshold", [1, 4, 12, 100])
+def test_hot_cold(
+    routing: str,
+    threshold: int,
+    hidden_size: int,
+    device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Thresholds at which all, some, hardly any and no experts are hot."""
+    monkeypatch.setattr(flash_expert, "hot_threshold", lambda num_tokens: threshold)
+    ids = ROUTINGS[routing]()
+    check(
+        make_case(NUM_TOKENS, hidden_size, NUM_EXPERTS, SLOTS, torch.float16, device, indices=ids),
+        "hot_cold",
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_dense(routing: str, dtype: torch.dtype, device: torch.device) -> None:
+    ids = ROUTINGS[routing]()
+    check(make_case(NUM_TOKENS, 40, NUM_EXPERTS, SLOTS, dtype, device, indices=ids), "dense")
+
+
+@pytest.mark.parametrize("backend", ["hot_cold", "dense"])
+def test_several_chunks_of_experts(
+    backend: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """200 experts in chunks of 128 places, or of 30 experts."""
+    monkeypatch.setattr(flash_expert, "hot_threshold", lambda num_tokens: 1)
+    monkeypatch.setattr(hot_cold, "MATRIX_ELEMENTS", 128 * NUM_TOKENS)
+    monkeypatch.setattr(dense, "MATRIX_ELEMENTS", 30 * NUM_TOKENS)
+    check(make_case(NUM_TOKENS, 24, 200, 30, torch.float16, device), backend)
+
+
+@pytest.mark.parametrize("backend", ["hot_cold", "dense"])
+def test_many_repeats_in_blocks(
+    backend: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Runs of one expert that go on from block to block, and end with a block."""
+    monkeypatch.setattr(flash_expert, "hot_threshold", lambda num_tokens: 1)
+    monkeypatch.setattr(hot_cold, "REST_BLOCK", 8)
+    monkeypatch.setattr(dense, "BLOCK", 8)
+    ids = torch.tensor([[3] * 20 + [5] * 9, [1] * 8 + [2] * 16 + [4] * 5, list(range(29))])
+    check(make_case(3, 24, 30, 29, torch.float16, device, indices=ids), backend)
+
+
+@pytest.mark.parametrize("backend", ["hot_cold", "dense", "gather"])
+def test_repeatable(backend: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flash_expert, "hot_threshold", lambda num_tokens: 4)
+    case = make_case(13, 40, 41, 12, torch.float16, device, indices=skewed())
+    first = results(case, backend)
+    for _ in range(3):
+        for name, one, other in zip(RESULTS, first, results(case, backend), strict=True):
+            assert torch.equal(one, other), name
+
+
+@pytest.mark.parametrize("backend", ["hot_cold", "dense"])
+@pytest.mark.parametrize("place", range(4))
+def test_one_gradient_alone(backend: str, place: int, device: torch.device) -> None:
+    case = make_case(13, 40, 41, 12, torch.float16, device, indices=skewed())
+    expected = results(case, backend)[1 + place]
+    leaf = case.differentiable()[place]
+    args = [arg if arg is leaf else arg.detach() for arg in case.args()]
+    (alone,) = torch.autograd.grad(
+        triton_flash_expert_func(*args, backend=backend), leaf, case.grad
+    )
+    assert torch.equal(alone, expected)
+
+
+def test_example_of_the_arrays(device: torch.device) -> None:
+    """The numbers in the head of flash_moe/ops/hot_pairs.py."""
+    ids = torch.tensor([[7, 2, 7, 5]], device=device)
+    most = most_hot_experts(num_pairs=4, num_experts=9, threshold=1)
+    workspace = torch.empty(workspace_size(1, 9, most), device=device, dtype=torch.int32)
+    hot = HotPairs.in_workspace(workspace, 1, 9, most)
+    counts = zero_counts(hot, workspace)
+    ids_N, order_N = arrange_slots(ids, 9, True, counts)
+    assert counts.tolist() == [0, 0, 1, 0, 0, 1, 0, 1, 0]
+    counts[5] = 0
+    set_hot_apart(hot, ids_N, order_N, slots=4, threshold=1)
+    assert ids_N.tolist() == [5, -4, -9, -9]
+    assert order_N.tolist() == [3, 1, 0, 2]
+    assert hot.pair_counts.tolist() == [[1, 2, 1]]
+    assert hot.words.tolist() == [[3 + ((1 + 2) << 32)]]
+    assert hot.places.tolist() == [-1, -1, 0, -1, -1, -1, -1, 1, -1]
+    assert hot.experts[: int(hot.num_hot)].tolist() == [2, 7]
+
+
+def test_experts_with_more_pairs_than_a_chunk(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sums cut into chunks of 4 pairs: experts that begin, end or lie across their bounds."""
+    monkeypatch.setattr(gather, "SPMM_T", replace(gather.SPMM_T, chunk=4))
+    for loads in ([30], [4, 5, 4], [5, 5, 6, 1], [3, 0, 9, 2, 8], [1, 1, 4, 4, 12]):
+        ids = torch.repeat_interleave(torch.arange(len(loads)), torch.tensor(loads))
+        ids = ids[torch.randperm(len(ids))].unsqueeze(1)
+        check(make_case(len(ids), 40, len(loads), 1, torch.float32, device, indices=ids), "gather")
+
+
+def test_rows_in_several_slices(device: torch.device) -> None:
+    """Rows of 8 bytes times 700: three slices of 2 KB, the last one cut off."""
+    check(make_case(3, 700, 20, 9, torch.float64, device), "gather")
+
+
+def test_choice_of_backend() -> None:
+    """From shapes alone: T, K, E, H and bytes of an element."""
+    assert cheapest_backend(1024, 512, 102_400, 1024, 2) == "gather"
+    assert cheapest_backend(4096, 512, 102_400, 1024, 2) == "hot_cold"
+    assert cheapest_backend(1024, 4096, 102_400, 1024, 2) == "dense"
+    # Few tokens: all rows of the tables would be read for nothing.
+    assert cheapest_backend(1, 4096, 102_400, 1024, 2) == "gather"
+    assert cheapest_backend(8192, 64, 2**20, 2048, 2) == "gather"
+    assert hot_threshold(4096) == 4096 * 19 // 1000
+    assert hot_threshold(1) == 1
+
+
+def test_products_need_one_16_bit_dtype(device: torch.device) -> None:
+    for backend in ("hot_cold", "dense"):
+        with pytest.raises(ValueError, match=r"one dtype, float16 or bfloat16.*got float32"):
+            triton_flash_expert_func(
+                *make_case(3, 8, 9, 2, torch.float32, device).args(), backend=backend
+            )
+
+
+def test_interpreter_has_no_bfloat16_products(device: torch.device) -> None:
+    case = make_case(3, 8, 9, 2, torch.bfloat16, device)
+    if device.type == "cuda":
+        results(case, "hot_cold")
+        return
+    with pytest.raises(ValueError, match="'hot_cold' takes float16, not bfloat16, under Triton's"):
+        results(case, "hot_cold")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", ["hot_cold", "dense", "gather"])
+@pytest.mark.parametrize("routing", ["zipf", "product_keys", "one_expert", "uniform"])
+def test_at_size(backend: str, routing: str, dtype: torch.dtype, device: torch.device) -> None:
+    """Where several blocks of tokens, experts and hidden size meet, none of them full."""
+    from flash_moe.bench.cases import Case as BenchCase
+    from flash_moe.bench.cases import make_inputs
+    from flash_moe.bench.measure import exact_results, relative_error
+
+    name = str(dtype).removeprefix("torch.")
+    bias = 2.0 if routing == "product_keys" else 0.0
+    inputs = make_inputs(
+        BenchCase("test", 1000, 1000, 2500, 300, dtype=name, routing=routing, key_bias=bias),
+        device,
+    )
+    out = inputs.call(lambda *args: triton_flash_expert_func(*args, backend=backend))
+    computed = (out, *torch.autograd.grad(out, inputs.leaves, inputs.grad, retain_graph=True))
+    largest = 2**-8 if dtype == torch.bfloat16 else 2**-11
+    for what, one, exact in zip(RESULTS, computed, exact_results(inputs), strict=True):
+        assert relative_error(one, exact) < largest, what
+    for _ in range(50 if routing == "zipf" else 3):
+        again = inputs.call(lambda *args: triton_flash_expert_func(*args, backend=backend))
+        grads = torch.autograd.grad(again, inputs.leaves, inputs.grad)
+        for what, one, other in zip(RESULTS, computed, (again, *grads), strict=True):
+            assert torch.equal(one, other), what
