@@ -13,6 +13,8 @@ if not torch.cuda.is_available():
 from poison import poison_fresh_memory
 from ranks import RankPools
 
+from flash_moe.ops.backends import dense, hot_cold
+
 poison_fresh_memory()
 
 
@@ -28,6 +30,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def device() -> torch.device:
     """Where the Triton kernels run."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's interpreter scans element by element, in each of the programs of a token."""
+    if device.type == "cpu":
+        monkeypatch.setattr(hot_cold, "FILL_PROGRAMS", 26)
+        monkeypatch.setattr(hot_cold, "REST_BLOCK", 16)
+        monkeypatch.setattr(dense, "BLOCK", 16)
+        monkeypatch.setattr(dense, "BLOCK_ZEROS", 16)
 
 
 @pytest.fixture(scope="session")

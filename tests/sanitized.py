@@ -8,18 +8,26 @@ from cases import make_case
 from flash_moe import ragged_flash_expert_func, triton_flash_expert_func
 from flash_moe.ops.arrange import raise_index_errors
 
-for dtype in (torch.float32, torch.bfloat16):
-    for shape in ((13, 7, 57, 5), (5, 1000, 33, 130), (3, 2880, 20, 600)):
-        case = make_case(*shape, dtype, "cuda")
-        case.indices[1, 2] = -1
-        out = triton_flash_expert_func(*case.args())
-        out.backward(case.grad)
-        num_tokens, slots = case.indices.shape
-        offsets = torch.arange(num_tokens + 1, device="cuda") * slots
-        ragged = ragged_flash_expert_func(
-            *case.args()[:3], offsets, case.indices.flatten(), case.routing_weights.flatten()
-        )
-        ragged.backward(case.grad)
+CASES = [
+    (dtype, shape, "gather")
+    for dtype in (torch.float32, torch.bfloat16)
+    for shape in ((13, 7, 57, 5), (5, 1000, 33, 130), (3, 2880, 20, 600))
+] + [
+    (torch.bfloat16, shape, backend)
+    for shape in ((106, 40, 400, 3), (5, 1000, 33, 130))
+    for backend in ("hot_cold", "dense")
+]
+for dtype, shape, backend in CASES:
+    case = make_case(*shape, dtype, "cuda")
+    case.indices[1, 2] = -1
+    out = triton_flash_expert_func(*case.args(), backend=backend)
+    out.backward(case.grad)
+    num_tokens, slots = case.indices.shape
+    offsets = torch.arange(num_tokens + 1, device="cuda") * slots
+    ragged = ragged_flash_expert_func(
+        *case.args()[:3], offsets, case.indices.flatten(), case.routing_weights.flatten()
+    )
+    ragged.backward(case.grad)
 
 
 def reported(call: Callable[[], object]) -> None:

@@ -26,15 +26,6 @@ NUM_TOKENS, NUM_EXPERTS, SLOTS = 13, 41, 12
 ROUNDINGS = 2
 
 
-@pytest.fixture(autouse=True)
-def small_blocks(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton's interpreter scans element by element, in each of the programs of a token."""
-    if device.type == "cpu":
-        monkeypatch.setattr(hot_cold, "FILL_PROGRAMS", 2 * NUM_TOKENS)
-        monkeypatch.setattr(hot_cold, "REST_BLOCK", 16)
-        monkeypatch.setattr(dense, "BLOCK", 16)
-
-
 def uniform() -> Tensor:
     return torch.randint(NUM_EXPERTS, (NUM_TOKENS, SLOTS), generator=torch.Generator())
 
@@ -154,7 +145,7 @@ def test_example_of_the_arrays(device: torch.device) -> None:
     most = most_hot_experts(num_pairs=4, num_experts=9, threshold=1)
     workspace = torch.empty(workspace_size(1, 9, most), device=device, dtype=torch.int32)
     hot = HotPairs.in_workspace(workspace, 1, 9, most)
-    counts = zero_counts(hot, workspace)
+    counts = zero_counts(hot)
     ids_N, order_N = arrange_slots(ids, 9, True, counts)
     assert counts.tolist() == [0, 0, 1, 0, 0, 1, 0, 1, 0]
     counts[5] = 0

@@ -21,13 +21,13 @@ DIRECTIONS = ("forward", "backward")
 # A result further from float64 than this is wrong, and gets no time: the op rounds once; autograd
 # keeps its sums for table rows in 16 bits, and errs the more, the more tokens use a row.
 LARGEST_ERROR = {torch.float32: 1e-5, torch.float16: 2**-10, torch.bfloat16: 2**-8}
-LARGEST_PEER_ERROR = {torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+LARGEST_PEER_ERROR = {torch.float32: 1e-5, torch.float16: 5e-2, torch.bfloat16: 2.5e-1}
 # Elements of the largest float64 tensor made on the way.
 EXACT_ELEMENTS = {"cuda": 2**29, "cpu": 2**25}
 # More than the level-2 cache of any GPU.
 FLUSHED_BYTES = 2**28
 # Each takes about 60 us on an H200: together longer than the host needs to launch a pass.
-FLUSHES_AHEAD = 20
+FLUSHES_AHEAD = 40
 
 R = TypeVar("R")
 S = TypeVar("S")

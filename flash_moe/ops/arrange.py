@@ -19,7 +19,7 @@ from flash_moe.ops.arrange_kernels import (
     sort_slots_kernel,
 )
 from flash_moe.ops.cost import MAX_SORTED_SLOTS
-from flash_moe.ops.launch import cdiv, launch, next_power_of_2, warps_for_slots
+from flash_moe.ops.launch import cdiv, launch, next_power_of_2
 
 CHECK_BLOCK = 1024
 NOTHING_FOUND = (2**63 - 1, 1 - 2**63, 0, -1)
@@ -75,10 +75,15 @@ def arrange_slots(
         BLOCK=block,
         KEY=triton.language.int32 if narrow else triton.language.int64,
         HAS_COUNTS=num_tokens_E is not None,
-        num_warps=warps_for_slots(block),
+        num_warps=_sorting_warps(block),
     )
     record.after_launch()
     return ids_N, order_N
+
+
+def _sorting_warps(block: int) -> int:
+    # As long as one warp can hold the keys, none of them crosses to another.
+    return 1 if block <= 1024 else block // 128
 
 
 def order_dtype(num_pairs: int) -> torch.dtype:

@@ -29,6 +29,8 @@ RATES = Rates()
 HOT_PER_THOUSAND = round(1000 * RATES.gather / RATES.hot)
 # Setting hot pairs apart costs time even where there are none: not where a primitive takes less.
 LEAST_SECONDS_TO_SPLIT = 0.3e-3
+# Sorting fewer by expert takes less time than the host does to change streams.
+LEAST_PAIRS_ASIDE = 2**17
 # A token's slots are sorted and set apart in the registers of one program up to this many.
 MAX_SORTED_SLOTS = 4096
 # Elements of the (tokens, places) matrix that is built at one time.

@@ -27,7 +27,7 @@ from flash_moe.ops.backends import (
     load_backend,
 )
 from flash_moe.ops.checks import check_expert_inputs, check_ragged_inputs
-from flash_moe.ops.cost import hot_threshold
+from flash_moe.ops.cost import LEAST_PAIRS_ASIDE, hot_threshold
 from flash_moe.ops.hot_pairs import (
     HotPairs,
     most_hot_experts,
@@ -72,14 +72,14 @@ def triton_flash_expert_func(
 
     Memory on CUDA in bytes, with N = T K pairs and b for an element of `hidden_states`, by the
     backend "gather": forward at its peak max(16 N + b T H, 12 N + 4 N S) more than before, the
-    output included, where S = ceil(b H / 2048); and up to 4 MB where tokens are few. 12 N stay for
-    the backward pass. (Ids, their order, scores and activations take 4 N each, all but the last
-    stay; scores of rows wider than 2 KB are summed from S parts. This is for contiguous arguments
-    of at most 32 bits, K <= 4096 and N < 2^31; a tensor whose rows are not contiguous is copied by
-    each primitive that reads it.) "hot_cold" takes up to 256 MB and 64 T H more for a matrix of
-    hot pairs and sums over it, and keeps 4 (E + M + 3 T) + 8 T (M / 32 + 1), where
-    M = min(E, N / (0.019 T)) bounds the number of hot experts; "dense" takes up to 512 MB and
-    8 T H more.
+    output included, where S = 1 for rows of up to 2 KB (of 1 KB if K <= 128), else
+    ceil(b H / 1024); and up to 4 MB where tokens are few. 12 N stay for the backward pass. (Ids,
+    their order, scores and activations take 4 N each, all but the last stay; scores of longer rows
+    are summed from S parts. This is for contiguous arguments of at most 32 bits, K <= 4096 and
+    N < 2^31; a tensor whose rows are not contiguous is copied by each primitive that reads it.)
+    "hot_cold" takes up to 256 MB and 64 T H more for a matrix of hot pairs and sums over it, and
+    keeps 4 (E + M + 3 T) + 8 T (M / 32 + 1), where M = min(E, N / (0.019 T)) bounds the number of
+    hot experts; "dense" takes up to 512 MB and 8 T H more.
 
     Raises:
         TypeError: an argument has a dtype that is not listed above.
@@ -165,7 +165,7 @@ def _expert_forward(
         counts_E = None
         if workspace.shape[0] > 0:
             hot = _hot_pairs(num_tokens, slots, num_experts, workspace)
-            counts_E = zero_counts(hot, workspace)
+            counts_E = zero_counts(hot)
         ids_N, order_N = arrange_slots(ids, num_experts, backend in TRITON_BACKENDS, counts_E)
         if hot is not None:
             set_hot_apart(hot, ids_N, order_N, slots, hot_threshold(num_tokens))
@@ -239,8 +239,9 @@ def _expert_backward(
     pairs = _pairs(ids_N, offsets, num_tokens, slots, num_experts, hot)
     scores_needed = hidden_needed or down_needed
     # Kernels that leave much of the device unused, beside some that wait for memory.
-    tables_needed = backend in ("gather", "hot_cold") and (down_needed or up_needed)
-    sorting = pairs.sort_aside() if tables_needed else None
+    by_expert = backend in ("gather", "hot_cold") and (down_needed or up_needed)
+    sorts_aside = by_expert and pairs.num_pairs >= LEAST_PAIRS_ASIDE
+    sorting = pairs.sort_aside() if sorts_aside else None
     activation_grads_N = None
     if scores_needed or weights_needed:
         activation_grads_N = primitives.sddmm(grad_TH, up_EH, pairs)

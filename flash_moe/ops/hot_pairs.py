@@ -12,10 +12,11 @@ by ascending expert in each part; hot pairs carry -2 - expert in place of the ex
     places       (E,)            int32  place of an expert, -1 if it is cold
     experts      (most,)         int32  expert at each place
     num_hot      (1,)            int32  how many places are taken
-    words        (T, words)      int64  for 32 places each: bit b of the lower half says whether
-                                        the token has a pair of the expert at place 32 w + b; the
-                                        upper half is the sum of the positions within the token
-                                        of the first such pairs of each expert
+    words        (T, words)      int64  for 32 places each, as far as places are taken: bit b of
+                                        the lower half says whether the token has a pair of the
+                                        expert at place 32 w + b; the upper half is the sum of
+                                        the positions within the token of the first such pairs
+                                        of each expert
 
 These positions follow one another, so the sum and the number of bits tell them all.
 
@@ -33,9 +34,11 @@ from flash_moe.ops.hot_pairs_kernels import (
     place_hot_kernel,
     set_hot_apart_kernel,
 )
-from flash_moe.ops.launch import cdiv, launch, next_power_of_2, warps_for_slots
+from flash_moe.ops.launch import cdiv, launch, next_power_of_2
 
 BLOCK_EXPERTS = 1024
+# Places are gone through in blocks of which this is a multiple.
+WIDTH = 128
 # Parts of the workspace begin on multiples of 16 bytes.
 ALIGNMENT = 4
 
@@ -77,11 +80,9 @@ def most_hot_experts(num_pairs: int, num_experts: int, threshold: int) -> int:
     return min(num_experts, num_pairs // threshold)
 
 
-def zero_counts(hot: HotPairs, workspace: Tensor) -> Tensor:
-    """Zero what is counted up; the (E,) counters of tokens, which become the places."""
-    end_of_words = (hot.words.storage_offset() + hot.words.numel()) * 2
-    workspace[:end_of_words].zero_()
-    return hot.places
+def zero_counts(hot: HotPairs) -> Tensor:
+    """The (E,) counters of tokens, which become the places, at zero."""
+    return hot.places.zero_()
 
 
 def set_hot_apart(
@@ -115,13 +116,19 @@ def set_hot_apart(
         ids_N,
         order_N,
         hot.places,
+        hot.num_hot,
         hot.pair_counts,
         hot.words,
         num_words,
         SLOTS=slots,
         BLOCK=block,
-        num_warps=warps_for_slots(block),
+        WIDTH=WIDTH,
+        num_warps=_apart_warps(block),
     )
+
+
+def _apart_warps(block: int) -> int:
+    return max(1, min(32, block // 256 if block < 2048 else block // 128))
 
 
 def _num_words(most: int) -> int:

@@ -39,13 +39,18 @@ def set_hot_apart_kernel(
     ids,
     order,
     places,
+    num_hot,
     pair_counts,
     words,
     num_words,
     SLOTS: tl.constexpr,
     BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
-    """Bring one token's sorted pairs into the order of `HotPairs`, in place; grid (T,)."""
+    """Bring one token's sorted pairs into the order of `HotPairs`, in place; grid (T,).
+
+    Of the token's words those of the first multiple of WIDTH places are set that holds all taken.
+    """
     token = tl.program_id(0).to(tl.int64)
     slots = tl.arange(0, BLOCK)
     in_row = slots < SLOTS
@@ -60,21 +65,29 @@ def set_hot_apart_kernel(
     repeat = hot & (experts == previous)
     cold = occupied & (place < 0)
     # Three counts of up to SLOTS in one number, so that one scan does.
-    counted = cold.to(tl.int64) + (first.to(tl.int64) << 20) + (repeat.to(tl.int64) << 40)
+    BITS: tl.constexpr = 10 if SLOTS < 1024 else 20
+    COUNT: tl.constexpr = tl.int32 if SLOTS < 1024 else tl.int64
+    counted = cold.to(COUNT) + (first.to(COUNT) << BITS) + (repeat.to(COUNT) << 2 * BITS)
     running = tl.cumsum(counted, 0)
     total = tl.sum(counted, 0)
-    num_cold = (total & 0xFFFFF).to(tl.int32)
-    num_first = ((total >> 20) & 0xFFFFF).to(tl.int32)
-    num_repeat = (total >> 40).to(tl.int32)
-    to_cold = (running & 0xFFFFF).to(tl.int32) - 1
-    to_first = num_cold + ((running >> 20) & 0xFFFFF).to(tl.int32) - 1
-    to_repeat = num_cold + num_first + (running >> 40).to(tl.int32) - 1
+    MASK: tl.constexpr = (1 << BITS) - 1
+    num_cold = (total & MASK).to(tl.int32)
+    num_first = ((total >> BITS) & MASK).to(tl.int32)
+    num_repeat = (total >> 2 * BITS).to(tl.int32)
+    to_cold = (running & MASK).to(tl.int32) - 1
+    to_first = num_cold + ((running >> BITS) & MASK).to(tl.int32) - 1
+    to_repeat = num_cold + num_first + (running >> 2 * BITS).to(tl.int32) - 1
     # Empty slots come first among sorted ids, and go last.
     empty = in_row & (experts < 0)
     num_empty = SLOTS - num_cold - num_first - num_repeat
     to = tl.where(cold, to_cold, tl.where(first, to_first, to_repeat))
     to = tl.where(empty, SLOTS - num_empty + slots, to)
-    # All is read before anything is written.
+    word_row = words + token * num_words
+    words_taken = tl.minimum(tl.cdiv(tl.load(num_hot), WIDTH) * (WIDTH // 32), num_words)
+    for begin in range(0, words_taken, BLOCK):
+        zeroed = begin + slots
+        tl.store(word_row + zeroed, tl.zeros([BLOCK], dtype=tl.int64), mask=zeroed < words_taken)
+    # All is read before anything is written, all is zero before anything is added.
     tl.debug_barrier()
     tl.store(ids + token * SLOTS + to, tl.where(hot, -2 - experts, experts), mask=in_row)
     tl.store(order + token * SLOTS + to, moved, mask=in_row)
@@ -84,7 +97,7 @@ def set_hot_apart_kernel(
     # Each bit and each position is added once: both sums are exact, in any order.
     bit = tl.full([BLOCK], 1, tl.int64) << (place % 32)
     tl.atomic_add(
-        words + token * num_words + place // 32,
+        word_row + place // 32,
         bit + (to.to(tl.int64) << 32),
         mask=first,
         sem="relaxed",

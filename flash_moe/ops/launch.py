@@ -29,8 +29,3 @@ def cdiv(number: int, divisor: int) -> int:
 
 def next_power_of_2(number: int) -> int:
     return 1 << max(0, number - 1).bit_length()
-
-
-def warps_for_slots(block: int) -> int:
-    """For kernels that hold one token's slots in registers and compare all with all."""
-    return max(1, min(32, block // 256 if block < 2048 else block // 128))

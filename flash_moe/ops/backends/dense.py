@@ -10,12 +10,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from flash_moe.ops.backends.dense_kernels import read_pairs_kernel, write_pairs_kernel
+from flash_moe.ops.backends.dense_kernels import fill_matrix_kernel, read_pairs_kernel
 from flash_moe.ops.cost import MATRIX_ELEMENTS
 from flash_moe.ops.launch import launch
 from flash_moe.ops.pairs import Pairs
 
 BLOCK = 256
+BLOCK_ZEROS = 2048
 
 
 def sddmm(rows_TH: Tensor, table_EH: Tensor, pairs: Pairs) -> Tensor:
@@ -105,9 +106,9 @@ def _matrices(
         if begin == 0:
             elements = pairs.num_tokens * end
             buffer = torch.empty(elements, device=values_N.device, dtype=dtype)
-        matrix_TC = buffer[: pairs.num_tokens * (end - begin)].view(pairs.num_tokens, -1).zero_()
+        matrix_TC = buffer[: pairs.num_tokens * (end - begin)].view(pairs.num_tokens, -1)
         launch(
-            write_pairs_kernel,
+            fill_matrix_kernel,
             (pairs.num_tokens,),
             values_N,
             _offsets(pairs),
@@ -117,6 +118,7 @@ def _matrices(
             CHUNK=end - begin,
             SLOTS=pairs.slots,
             BLOCK=BLOCK,
+            BLOCK_ZEROS=BLOCK_ZEROS,
         )
         if end - begin == pairs.num_experts:
             pairs.kept.extend((values_N, matrix_TC))

@@ -48,7 +48,16 @@ def _add_within_run(value, starts, next_value, next_starts):
 
 
 @triton.jit
-def write_pairs_kernel(
+def _zero_until(row, column, until, CHUNK: tl.constexpr, BLOCK_ZEROS: tl.constexpr, dtype):
+    """Zeros from `column`, a multiple of BLOCK_ZEROS, to the next one at or past `until`."""
+    for begin in range(column, until, BLOCK_ZEROS):
+        columns = begin + tl.arange(0, BLOCK_ZEROS)
+        tl.store(row + columns, tl.zeros([BLOCK_ZEROS], dtype=dtype), mask=columns < CHUNK)
+    return tl.maximum(column, tl.cdiv(until, BLOCK_ZEROS) * BLOCK_ZEROS)
+
+
+@triton.jit
+def fill_matrix_kernel(
     values,
     row_offsets,
     expert_ids,
@@ -57,13 +66,15 @@ def write_pairs_kernel(
     CHUNK: tl.constexpr,
     SLOTS: tl.constexpr,
     BLOCK: tl.constexpr,
+    BLOCK_ZEROS: tl.constexpr,
 ):
-    """matrix[t, e] = sum of the values of token t's pairs with expert e, where there are any."""
+    """matrix[t, e] = sum of the values of token t's pairs with expert e, 0 where there are none."""
     token = tl.program_id(0).to(tl.int64)
     dtype = matrix.dtype.element_ty
     row = matrix + token * CHUNK
     begin, end = _row_range(token, row_offsets, SLOTS)
     carried = tl.zeros([], dtype=values.dtype.element_ty)
+    zeroed = 0
     for block_begin in range(begin, end, BLOCK):
         pairs = block_begin + tl.arange(0, BLOCK)
         in_block = pairs < end
@@ -75,7 +86,13 @@ def write_pairs_kernel(
         total, started = tl.associative_scan((value, starts), 0, _add_within_run)
         total += tl.where(started == 0, carried, 0.0)
         carried = tl.sum(tl.where(pairs == block_begin + BLOCK - 1, total, 0.0), 0)
-        # The last pair of each run of one expert stores the sum of the run.
         column = ids - chunk_begin
+        # Zeros just before the values among them: both meet in cache.
+        until = tl.minimum(tl.max(column, 0) + 1, CHUNK)
+        zeroed = _zero_until(row, zeroed, until, CHUNK, BLOCK_ZEROS, dtype)
+        # What one thread set to zero, another writes again.
+        tl.debug_barrier()
+        # The last pair of each run of one expert stores the sum of the run.
         last = in_block & (ids != after) & (ids >= 0) & (column >= 0) & (column < CHUNK)
         tl.store(row + column, total.to(dtype), mask=last)
+    _zero_until(row, zeroed, CHUNK, CHUNK, BLOCK_ZEROS, dtype)

@@ -29,9 +29,9 @@ class SddmmConfig:
     part of the table that stays in a cache of cached_bytes.
     """
 
-    block_pairs: int = 8
+    slice_bytes: int
+    block_pairs: int
     block_bytes: int = 1024
-    slice_bytes: int = 2048
     num_warps: int = 1
     least_pairs: int = 8
     most_pairs: int = 64
@@ -43,34 +43,43 @@ class SddmmConfig:
 class SpmmConfig:
     """Rows held at one time are block_pairs x block_bytes.
 
-    min_programs: with fewer, a token's pairs are summed in up to max_pieces pieces.
+    min_programs: with fewer, a token's pairs are summed in up to max_pieces pieces of least_pairs
+    or more.
     """
 
     block_pairs: int
     block_bytes: int
     min_programs: int = 4096
     max_pieces: int = 64
+    least_pairs: int = 16
     num_warps: int = 1
 
 
 @dataclass(frozen=True)
 class SpmmTConfig:
-    """Rows held at one time are block_pairs x block_hidden, for one table or for each of two.
+    """Of a row, most_hidden to least_hidden elements are summed at a time, warp_hidden in a warp.
 
-    chunk: an expert of more pairs is summed in pieces of that many.
+    So few that what is read of the rows (T, H) of the tables together stays in a cache of
+    cached_bytes, beside the sums that are written. chunk: an expert of more pairs is summed in
+    pieces of that many.
     """
 
     block_pairs: int = 1
-    block_hidden: int = 1024
+    most_hidden: int = 2048
+    least_hidden: int = 512
+    warp_hidden: int = 512
+    cached_bytes: int = 24_000_000
     chunk: int = 1024
-    num_warps: int = 2
 
 
-# Rows of this many bytes are wide.
-WIDE_BYTES = 4096
-SDDMM = SddmmConfig()
+# Rows of this many bytes are long for an spmm, longer ones for an sddmm.
+LONG_BYTES = 2048
+# Tokens of this many pairs go fast through the table.
+FEW_PAIRS = 128
+SDDMM = SddmmConfig(slice_bytes=LONG_BYTES, block_pairs=8)
+SDDMM_IN_SLICES = SddmmConfig(slice_bytes=1024, block_pairs=4)
 SPMM = SpmmConfig(block_pairs=8, block_bytes=512)
-SPMM_WIDE = SpmmConfig(block_pairs=16, block_bytes=256)
+SPMM_LONG = SpmmConfig(block_pairs=32, block_bytes=256)
 SPMM_T = SpmmTConfig()
 
 
@@ -79,7 +88,10 @@ def sddmm(rows_TH: Tensor, table_EH: Tensor, pairs: Pairs) -> Tensor:
     dtype = accumulator_dtype(rows_TH.dtype, table_EH.dtype)
     num_tokens, hidden_size = rows_TH.shape
     element_bytes = table_EH.element_size()
-    width = min(SDDMM.slice_bytes // element_bytes, next_power_of_2(max(1, hidden_size)))
+    mean_pairs = cdiv(pairs.num_pairs, max(1, num_tokens))
+    in_slices = hidden_size * element_bytes > LONG_BYTES or mean_pairs <= FEW_PAIRS
+    config = SDDMM_IN_SLICES if in_slices else SDDMM
+    width = min(config.slice_bytes // element_bytes, next_power_of_2(max(1, hidden_size)))
     slices = max(1, cdiv(hidden_size, width))
     out_SN = torch.empty((slices, pairs.num_pairs), device=rows_TH.device, dtype=dtype)
     if hidden_size == 0:
@@ -88,12 +100,11 @@ def sddmm(rows_TH: Tensor, table_EH: Tensor, pairs: Pairs) -> Tensor:
         return out_SN[0]
     rows_TH, table_EH = contiguous_rows(rows_TH), contiguous_rows(table_EH)
     # Programs go through all tokens before they go on in the table.
-    read_at_once = SDDMM.programs / num_tokens * pairs.num_experts * width * element_bytes
-    mean_pairs = cdiv(pairs.num_pairs, num_tokens)
-    pairs_per_program = SDDMM.most_pairs
+    read_at_once = config.programs / num_tokens * pairs.num_experts * width * element_bytes
+    pairs_per_program = config.most_pairs
     while (
-        pairs_per_program > SDDMM.least_pairs
-        and read_at_once * pairs_per_program > SDDMM.cached_bytes * mean_pairs
+        pairs_per_program > config.least_pairs
+        and read_at_once * pairs_per_program > config.cached_bytes * mean_pairs
     ):
         pairs_per_program //= 2
     # Enough programs for a row of average length; a longer row is walked in strides.
@@ -113,10 +124,10 @@ def sddmm(rows_TH: Tensor, table_EH: Tensor, pairs: Pairs) -> Tensor:
         HAS_HOT=pairs.hot is not None,
         HIDDEN_SIZE=hidden_size,
         SLICE=width,
-        BLOCK_HIDDEN=min(SDDMM.block_bytes // element_bytes, width),
-        BLOCK_PAIRS=SDDMM.block_pairs,
+        BLOCK_HIDDEN=min(config.block_bytes // element_bytes, width),
+        BLOCK_PAIRS=config.block_pairs,
         PAIRS_PER_PROGRAM=pairs_per_program,
-        num_warps=SDDMM.num_warps,
+        num_warps=config.num_warps,
     )
     return _sum_pieces(out_SN, dtype)
 
@@ -132,7 +143,7 @@ def spmm(
     num_tokens, hidden_size = pairs.num_tokens, table_EH.shape[1]
     accumulator = accumulator_dtype(values_N.dtype, table_EH.dtype)
     row_bytes = hidden_size * table_EH.element_size()
-    config = SPMM_WIDE if row_bytes >= WIDE_BYTES else SPMM
+    config = SPMM_LONG if row_bytes >= LONG_BYTES else SPMM
     block_hidden = config.block_bytes // table_EH.element_size()
     block_hidden = min(block_hidden, next_power_of_2(max(1, hidden_size)))
     blocks = cdiv(hidden_size, block_hidden)
@@ -234,7 +245,7 @@ def sum_for_experts(sums: list[tuple[Tensor, Tensor, Tensor]], pairs: Pairs, sca
     partials = torch.empty(
         (num_chunks, 2, len(sums), hidden_size), device=out.device, dtype=accumulator
     )
-    block_hidden = min(SPMM_T.block_hidden, next_power_of_2(hidden_size))
+    block_hidden = _block_of_sums([rows_TH for _, rows_TH, _, _ in tables])
     blocks = cdiv(hidden_size, block_hidden)
     shared = {
         "HIDDEN_SIZE": hidden_size,
@@ -262,7 +273,7 @@ def sum_for_experts(sums: list[tuple[Tensor, Tensor, Tensor]], pairs: Pairs, sca
         SLOTS=pairs.slots,
         HAS_HOT=pairs.hot is not None,
         BLOCK_PAIRS=SPMM_T.block_pairs,
-        num_warps=SPMM_T.num_warps,
+        num_warps=max(1, block_hidden // SPMM_T.warp_hidden),
         **shared,
     )
     if num_chunks > 0:
@@ -286,13 +297,22 @@ def sum_for_experts(sums: list[tuple[Tensor, Tensor, Tensor]], pairs: Pairs, sca
         )
 
 
+def _block_of_sums(rows: list[Tensor]) -> int:
+    num_tokens, hidden_size = rows[0].shape
+    column_bytes = num_tokens * sum(rows_TH.element_size() for rows_TH in rows)
+    block_hidden = SPMM_T.most_hidden
+    while block_hidden > SPMM_T.least_hidden and column_bytes * block_hidden > SPMM_T.cached_bytes:
+        block_hidden //= 2
+    return min(block_hidden, next_power_of_2(hidden_size))
+
+
 def _spmm_pieces(pairs: Pairs, blocks: int, config: SpmmConfig) -> int:
     programs = pairs.num_tokens * blocks
     if programs == 0:
         return 1
     pieces = min(config.min_programs // programs, config.max_pieces)
     mean_pairs = pairs.num_pairs // pairs.num_tokens
-    return max(1, min(pieces, mean_pairs // (2 * config.block_pairs)))
+    return max(1, min(pieces, mean_pairs // config.least_pairs))
 
 
 def _row_pointers(pairs: Pairs) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from flash_moe.ops.aside import Aside
 from flash_moe.ops.backends import gather
 from flash_moe.ops.backends.hot_cold_kernels import (
     fill_matrix_kernel,
@@ -20,7 +21,7 @@ from flash_moe.ops.backends.hot_cold_kernels import (
     hot_spmm_t_kernel,
 )
 from flash_moe.ops.cost import MATRIX_ELEMENTS
-from flash_moe.ops.hot_pairs import HotPairs
+from flash_moe.ops.hot_pairs import WIDTH, HotPairs
 from flash_moe.ops.launch import cdiv, launch, next_power_of_2
 from flash_moe.ops.pairs import Pairs
 
@@ -37,11 +38,10 @@ class ProductConfig:
     programs: int
 
 
-HOT_SDDMM = ProductConfig(128, 128, 64, num_warps=8, num_stages=3, programs=2)
+HOT_SDDMM = ProductConfig(128, 128, 64, num_warps=8, num_stages=4, programs=1)
 HOT_SPMM = ProductConfig(128, 64, 128, num_warps=4, num_stages=3, programs=2)
-HOT_SPMM_T = ProductConfig(64, 128, 128, num_warps=4, num_stages=3, programs=2)
-# Places are filled with zeros up to a multiple of this, which every block of places divides.
-WIDTH = 128
+# One on a multiprocessor leaves room for the gathers that run beside it.
+HOT_SPMM_T = ProductConfig(64, 128, 128, num_warps=4, num_stages=3, programs=1)
 MAX_PIECES = 16
 FILL_PROGRAMS = 1024
 FILL_WORDS = 64
@@ -143,8 +143,7 @@ def spmm_t(
     values_N: Tensor, rows_TH: Tensor, pairs: Pairs, out_dtype: torch.dtype, scale: float = 1.0
 ) -> Tensor:
     out = torch.empty(pairs.num_experts, rows_TH.shape[1], device=rows_TH.device, dtype=out_dtype)
-    gather.sum_for_experts([(values_N, rows_TH, out)], pairs, scale)
-    _sum_for_hot_experts(values_N, rows_TH, out, pairs, scale)
+    _sum_for_experts([(values_N, rows_TH, out)], pairs, scale)
     return out
 
 
@@ -159,11 +158,21 @@ def spmm_t_both(
     first, second = (
         torch.empty(shape, device=rows_2TH[0].device, dtype=dtype) for dtype in out_dtypes
     )
-    sums = list(zip(values_2N, rows_2TH, (first, second), strict=True))
-    gather.sum_for_experts(sums, pairs, scale)
-    for values_N, rows_TH, out in sums:
-        _sum_for_hot_experts(values_N, rows_TH, out, pairs, scale)
+    _sum_for_experts(list(zip(values_2N, rows_2TH, (first, second), strict=True)), pairs, scale)
     return first, second
+
+
+def _sum_for_experts(sums: list[tuple[Tensor, Tensor, Tensor]], pairs: Pairs, scale: float) -> None:
+    """Rows of hot and of cold experts side by side."""
+    # Read aside: this stream may not have its memory back before it waits.
+    matrix = list(pairs.kept)
+    aside = Aside(sums[0][2].device)
+    with aside:
+        for values_N, rows_TH, out_EH in sums:
+            _sum_for_hot_experts(values_N, rows_TH, out_EH, pairs, scale)
+    gather.sum_for_experts(sums, pairs, scale)
+    aside.join()
+    del matrix
 
 
 def _sum_for_hot_experts(

@@ -152,7 +152,7 @@ def fill_matrix_kernel(
     step = tl.num_programs(1) * BLOCK_WORDS
     for begin in range(first_word, width // 32, step):
         word = begin + tl.arange(0, BLOCK_WORDS)
-        real = chunk_begin // 32 + word < num_words
+        real = (word < width // 32) & (chunk_begin // 32 + word < num_words)
         bits, first = _bits_and_position(tl.load(word_row + word, mask=real, other=0))
         bits = bits[:, None]
         chosen = ((bits >> bit) & one) != 0
