@@ -22,7 +22,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from flash_moe.ops.arrange import poll_index_errors, raise_ids_out_of_range
-from flash_moe.ops.backends import check_backend, default_backend, load_backend
+from flash_moe.ops.backends import (
+    check_backend,
+    default_backend,
+    load_backend,
+    ragged_backend,
+)
 from flash_moe.ops.checks import check_routing
 from flash_moe.ops.pairs import Pairs
 from flash_moe_dist.agreement import raise_same_error
@@ -318,5 +323,5 @@ class _SumRows(torch.autograd.Function):
 def _sum_rows(rows_SH: Tensor, sent: SentRows) -> Tensor:
     # In float32 and in the order of the ranks, so that the sum is repeatable.
     ones_N = torch.ones(sent.pattern.num_pairs, device=rows_SH.device)
-    primitives = load_backend(default_backend(rows_SH.device))
+    primitives = load_backend(ragged_backend(default_backend(rows_SH.device)))
     return primitives.spmm(ones_N, rows_SH, sent.pattern, rows_SH.dtype)

@@ -13,7 +13,13 @@ from flash_moe.bench.__main__ import main
 from flash_moe.bench.cases import CASES, Case, Inputs, make_inputs
 from flash_moe.bench.ceilings import Ceilings, GatherShape, sum_rows
 from flash_moe.bench.floors import floors, launch_bound, pairs_of_experts
-from flash_moe.bench.measure import PeakMemory, exact_results, one_pass, relative_error
+from flash_moe.bench.measure import (
+    PeakMemory,
+    exact_results,
+    measure,
+    one_pass,
+    relative_error,
+)
 from flash_moe.bench.peers import elementwise_expert_func, embedding_bag_expert_func, variants
 from flash_moe.ops.naive import naive_expert_func
 
@@ -90,10 +96,50 @@ def test_failing_peers_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
     for direction in ("forward", "backward"):
         assert len(cells[f"{direction}, {right}"]) == 7
         assert cells[f"{direction}, test_bench:wrong"] == [
-            "test_bench:wrong is wrong: relative error 1.0e-03"
+            "test_bench:wrong is wrong: relative error 1.0e-03 of the output"
         ]
         assert cells[f"{direction}, test_bench:raising"] == ["not on Tuesdays"]
         assert cells[f"{direction}, test_bench:exhausting"] == ["out of memory"]
+
+
+def far_off(*args: Tensor) -> Tensor:
+    return naive_expert_func(*args) * 1.2
+
+
+@pytest.mark.usefixtures("on_the_cpu")
+def test_a_peer_in_16_bits_may_not_be_far_off(capsys: pytest.CaptureFixture[str]) -> None:
+    main([*OPTIONS, "--dtype", "bfloat16", "--no-peers", "--against=test_bench:far_off"])
+    assert capsys.readouterr().out.count("test_bench:far_off is wrong: relative error 2.0e-01") == 2
+
+
+class LaterWrong:
+    """Right when first called."""
+
+    calls = 0
+
+    def __call__(self, *args: Tensor) -> Tensor:
+        self.calls += 1
+        return naive_expert_func(*args) * (1 if self.calls == 1 else 1.001)
+
+
+def test_no_time_for_what_is_wrong_later() -> None:
+    inputs = make_inputs(Case("small", 6, 16, 40, 3, "float32"), CPU)
+    results = measure(inputs, {"flash_moe": naive_expert_func, "later": LaterWrong()}, repeats=2)
+    assert results["later"].failure == "later is wrong: relative error 1.0e-03 of the output"
+    assert not any(results["later"].seconds.values())
+    assert all(len(seconds) == 2 for seconds in results["flash_moe"].seconds.values())
+
+
+def writing(hidden: Tensor, down: Tensor, up: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+    out = naive_expert_func(hidden, down, up, indices.clone(), weights)
+    indices.zero_()
+    return out
+
+
+def test_a_peer_that_writes_to_its_inputs_ends_the_run() -> None:
+    inputs = make_inputs(Case("small", 6, 16, 40, 3, "float32"), CPU)
+    with pytest.raises(RuntimeError, match="writing writes to its inputs"):
+        measure(inputs, {"flash_moe": naive_expert_func, "writing": writing}, repeats=2)
 
 
 @pytest.mark.usefixtures("on_the_cpu")

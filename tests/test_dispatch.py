@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from flash_moe_dist.dispatch import _Routing
+from flash_moe_dist.dispatch import _Routing, _sum_rows
 from flash_moe_dist.sharding import experts_per_rank
 
 
@@ -27,6 +27,17 @@ def test_worked_example() -> None:
     assert to_send.slots.tolist() == [1, 3, 2, 0, 4]
     pattern = to_send.rows.pattern
     assert pattern.expert_ids.view(3, 2).tolist() == [[0, 2], [1, -1], [-1, 3]]
+
+
+@pytest.mark.parametrize("backend", ["gather", "hot_cold", "dense"])
+def test_sum_of_returned_rows_with_any_triton_backend(
+    backend: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FLASH_MOE_BACKEND", backend)
+    routing = _Routing.of(torch.tensor([[3, 0], [1, 0], [2, -1]], device=device), 4, 2)
+    rows_SH = torch.randn(4, 6, device=device)
+    sums_TH = _sum_rows(rows_SH, routing.to_send(4, 5).rows)
+    assert torch.equal(sums_TH, torch.stack([rows_SH[0] + rows_SH[2], rows_SH[1], rows_SH[3]]))
 
 
 def test_ids_out_of_range_are_counted_and_sent_nowhere() -> None:

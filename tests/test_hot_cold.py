@@ -170,7 +170,7 @@ def test_experts_with_more_pairs_than_a_chunk(
 
 
 def test_rows_in_several_slices(device: torch.device) -> None:
-    """Rows of 8 bytes times 700: three slices of 2 KB, the last one cut off."""
+    """Rows of 8 bytes times 700: six slices of 1 KB, the last one cut off."""
     check(make_case(3, 700, 20, 9, torch.float64, device), "gather")
 
 

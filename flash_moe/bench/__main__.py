@@ -15,6 +15,7 @@ from flash_moe.bench.floors import floors, pairs_of_experts
 from flash_moe.bench.measure import count_launches, measure, one_pass
 from flash_moe.bench.peers import SUBJECT, load_func, variants
 from flash_moe.bench.report import CaseReport, header, table, write_json, write_plot
+from flash_moe.ops.backends import choose_backend
 
 # What stands for a shape or routing option that is not given; the names are fields of `Case`.
 DEFAULTS: dict[str, Any] = {
@@ -78,6 +79,8 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[Case]]:
             parser.error(f"{_option(name)} must be positive, got {value}")
     for name in ("json", "plot"):
         path = getattr(args, name)
+        if path is not None and path.is_dir():
+            parser.error(f"{_option(name)}: {path} is a folder")
         if path is not None and not path.parent.is_dir():
             parser.error(f"{_option(name)}: there is no folder {path.parent}")
     if args.plot and importlib.util.find_spec("matplotlib") is None:
@@ -128,6 +131,7 @@ def run_case(
     return CaseReport(
         case=case,
         device=device,
+        backend=choose_backend(None, *inputs.leaves[:3], case.num_experts_per_tok),
         largest_load=int(loads.max()),
         touched_experts=int((loads > 0).sum()),
         ceilings=ceilings,

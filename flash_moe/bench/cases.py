@@ -3,6 +3,7 @@
 T tokens, H hidden size, E experts, K experts per token.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 # Elements of the largest tensor that a routing makes on its way.
 CHUNK_ELEMENTS = 2**26
 FEW_TOKENS = 128
+LEAVES = ("hidden_states", "down_weights", "up_weights", "routing_weights")
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,8 @@ class Case:
     on_cpu: bool = False
 
     def __post_init__(self) -> None:
+        if not math.isfinite(self.key_bias):
+            raise ValueError(f"the key bias must be a finite number, got {self.key_bias}")
         if self.routing != "product_keys":
             if self.key_bias:
                 raise ValueError(f"a key bias is for product keys, not for routing {self.routing}")
@@ -162,7 +166,7 @@ CASES = {
 
 @dataclass(frozen=True)
 class Inputs:
-    """Leaves (hidden states, down table, up table, routing weights), ids, gradient of output."""
+    """Leaves in the order of LEAVES, ids, gradient of the output."""
 
     leaves: tuple[Tensor, Tensor, Tensor, Tensor]
     indices: Tensor
@@ -171,6 +175,10 @@ class Inputs:
     def call(self, func: Func) -> Tensor:
         hidden_states, down_weights, up_weights, routing_weights = self.leaves
         return func(hidden_states, down_weights, up_weights, self.indices, routing_weights)
+
+    def versions(self) -> list[int]:
+        """How often each tensor was written to."""
+        return [tensor._version for tensor in (*self.leaves, self.indices, self.grad)]
 
 
 def make_inputs(case: Case, device: torch.device) -> Inputs:

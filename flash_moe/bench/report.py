@@ -26,6 +26,7 @@ class CaseReport:
 
     case: Case
     device: torch.device
+    backend: str
     largest_load: int
     touched_experts: int
     ceilings: Ceilings
@@ -73,7 +74,8 @@ def header(report: CaseReport) -> str:
         f"({device_name(report.device)}), {named}",
         f"  ceilings: copy {_rate(ceilings.copy, 'B/s')}, gather {_rate(ceilings.gather, 'B/s')}, "
         f"products {_rate(ceilings.matrix, 'FLOP/s')}",
-        f"  {report.touched_experts} experts touched, {report.largest_load} pairs at the busiest",
+        f"  backend {report.backend}; {report.touched_experts} experts touched, "
+        f"{report.largest_load} pairs at the busiest",
         *(f"  {line}" for line in report.left_out),
     ]
     return "\n".join(lines)
@@ -102,7 +104,7 @@ def _cells(report: CaseReport, direction: str, name: str) -> str:
     if result.failure:
         return result.failure
     median = report.median(name, direction)
-    low, *_, high = statistics.quantiles(result.seconds[direction], n=5)
+    low, *_, high = statistics.quantiles(result.seconds[direction], n=5, method="inclusive")
     of_floor = f"{report.floor(direction) / median:.2f}" if name == SUBJECT else ""
     idle = report.idle_median(name, direction)
     return (

@@ -70,16 +70,16 @@ def triton_flash_expert_func(
         (T, H) in the dtype of `hidden_states`. Gradients flow to all arguments but `indices`,
         each in its argument's dtype.
 
-    Memory on CUDA in bytes, with N = T K pairs and b for an element of `hidden_states`, by the
-    backend "gather": forward at its peak max(16 N + b T H, 12 N + 4 N S) more than before, the
+    Memory on CUDA in bytes, with N = T K pairs and b for an element of the tables, by the
+    backend "gather": forward at its peak max(16 N + output, 12 N + 4 N S) more than before, the
     output included, where S = 1 for rows of up to 2 KB (of 1 KB if K <= 128), else
     ceil(b H / 1024); and up to 4 MB where tokens are few. 12 N stay for the backward pass. (Ids,
     their order, scores and activations take 4 N each, all but the last stay; scores of longer rows
     are summed from S parts. This is for contiguous arguments of at most 32 bits, K <= 4096 and
     N < 2^31; a tensor whose rows are not contiguous is copied by each primitive that reads it.)
     "hot_cold" takes up to 256 MB and 64 T H more for a matrix of hot pairs and sums over it, and
-    keeps 4 (E + M + 3 T) + 8 T (M / 32 + 1), where M = min(E, N / (0.019 T)) bounds the number of
-    hot experts; "dense" takes up to 512 MB and 8 T H more.
+    keeps 4 (E + M + 3 T) + 8 T (M / 32 + 1), where M = min(E, N / max(1, floor(0.019 T)))
+    bounds the number of hot experts; "dense" takes up to 512 MB and 8 T H more.
 
     Raises:
         TypeError: an argument has a dtype that is not listed above.
@@ -121,7 +121,7 @@ def ragged_flash_expert_func(
         routing_weights: (N,), a float dtype.
         weight_grad_scale: factor on the gradients of the two tables, applied before their one
             rounding. Expert parallelism averages over ranks with it.
-        backend: as there.
+        backend: as there; "hot_cold" and "dense" gather here too.
 
     Returns and raises: as there.
     """

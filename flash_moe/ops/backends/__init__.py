@@ -73,21 +73,26 @@ def default_backend(device: torch.device) -> str:
     return "torch_sparse" if device.type == "cpu" else "reference"
 
 
+def ragged_backend(name: str) -> str:
+    """The backend for ragged rows where `name` was chosen: pairs that no kernel set apart are
+    gathered, whatever the experts' load."""
+    return "gather" if name in TRITON_BACKENDS else name
+
+
 def choose_backend(
     backend: str | None, hidden_TH: Tensor, down_EH: Tensor, up_EH: Tensor, slots: int | None
 ) -> str:
     """Name of the backend that runs the op; `slots` (K) is None for ragged rows.
 
-    `backend` if given, else FLASH_MOE_BACKEND, else by device and, on CUDA, by cost. Pairs of
-    ragged rows are gathered, whatever the experts' load.
+    `backend` if given, else FLASH_MOE_BACKEND, else by device and, on CUDA, by cost.
 
     Raises:
         ValueError: there is no such backend, or it does not take these tensors.
     """
-    name = backend or default_backend(hidden_TH.device)
+    name = default_backend(hidden_TH.device) if backend is None else backend
     check_backend(name, hidden_TH.device)
     if name not in TRITON_BACKENDS or slots is None:
-        return "gather" if name in TRITON_BACKENDS else name
+        return ragged_backend(name)
     (num_tokens, hidden_size), num_experts = hidden_TH.shape, down_EH.shape[0]
     dtypes = (hidden_TH.dtype, down_EH.dtype, up_EH.dtype)
     products = takes_products(num_tokens, slots, hidden_size, *dtypes)
@@ -115,7 +120,9 @@ def choose_backend(
 def check_backend(name: str, device: torch.device) -> None:
     """Raise ValueError unless there is a backend of that name and it works on `device`."""
     if name not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {name!r}")
+        raise ValueError(
+            f"backend (or FLASH_MOE_BACKEND) must be one of {', '.join(BACKENDS)}, got {name!r}"
+        )
     if name == "torch_sparse" and device.type != "cpu":
         raise ValueError(f"backend 'torch_sparse' takes tensors on the CPU, got {device}")
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
