@@ -372,8 +372,8 @@ BAD_INPUTS = {
     "unknown backend": (
         replaced(backend="cublas"),
         ValueError,
-        r"backend \(or FLASH_MOE_BACKEND\) must be one of reference, torch_sparse, gather, hot_cold, "
-        "dense, got 'cublas'",
+        r"backend \(or FLASH_MOE_BACKEND\) must be one of reference, torch_sparse, gather, "
+        "hot_cold, dense, got 'cublas'",
     ),
 }
 
