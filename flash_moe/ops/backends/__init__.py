@@ -15,6 +15,7 @@ Sums are kept in float32 (float64 where an input is float64) and rounded once, a
 """
 
 import os
+from collections.abc import Callable
 from importlib import import_module
 from typing import Protocol, cast
 
@@ -52,6 +53,22 @@ class Backend(Protocol):
         out_dtypes: tuple[torch.dtype, torch.dtype],
         scale: float = 1.0,
     ) -> tuple[Tensor, Tensor]: ...
+
+
+def spmm_t_in_turn(
+    spmm_t: Callable[..., Tensor],
+    values_2N: tuple[Tensor, Tensor],
+    rows_2TH: tuple[Tensor, Tensor],
+    pairs: Pairs,
+    out_dtypes: tuple[torch.dtype, torch.dtype],
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """`spmm_t_both` for a backend that gains nothing by doing both at once."""
+    first, second = (
+        spmm_t(values_N, rows_TH, pairs, dtype, scale)
+        for values_N, rows_TH, dtype in zip(values_2N, rows_2TH, out_dtypes, strict=True)
+    )
+    return first, second
 
 
 def load_backend(name: str) -> Backend:

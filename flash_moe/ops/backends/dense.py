@@ -6,10 +6,12 @@ Values of pairs are rounded to the dtype of the tables before a product, which s
 """
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from flash_moe.ops.backends import spmm_t_in_turn
 from flash_moe.ops.backends.dense_kernels import fill_matrix_kernel, read_pairs_kernel
 from flash_moe.ops.cost import MATRIX_ELEMENTS
 from flash_moe.ops.launch import launch
@@ -68,18 +70,7 @@ def spmm_t(
     return out_EH
 
 
-def spmm_t_both(
-    values_2N: tuple[Tensor, Tensor],
-    rows_2TH: tuple[Tensor, Tensor],
-    pairs: Pairs,
-    out_dtypes: tuple[torch.dtype, torch.dtype],
-    scale: float = 1.0,
-) -> tuple[Tensor, Tensor]:
-    first, second = (
-        spmm_t(values_N, rows_TH, pairs, dtype, scale)
-        for values_N, rows_TH, dtype in zip(values_2N, rows_2TH, out_dtypes, strict=True)
-    )
-    return first, second
+spmm_t_both = partial(spmm_t_in_turn, spmm_t)
 
 
 def _chunks(pairs: Pairs) -> Iterator[tuple[int, int]]:

@@ -1,11 +1,12 @@
 """Plain PyTorch, any device and dtype: gathered rows, a bounded block of pairs at a time."""
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from flash_moe.ops.backends import accumulator_dtype
+from flash_moe.ops.backends import accumulator_dtype, spmm_t_in_turn
 from flash_moe.ops.pairs import Pairs
 
 # Elements of one gathered block: two such blocks in float32 take 32 MiB.
@@ -37,18 +38,7 @@ def spmm_t(
     return total_EH.mul_(scale).to(out_dtype)
 
 
-def spmm_t_both(
-    values_2N: tuple[Tensor, Tensor],
-    rows_2TH: tuple[Tensor, Tensor],
-    pairs: Pairs,
-    out_dtypes: tuple[torch.dtype, torch.dtype],
-    scale: float = 1.0,
-) -> tuple[Tensor, Tensor]:
-    first, second = (
-        spmm_t(values_N, rows_TH, pairs, dtype, scale)
-        for values_N, rows_TH, dtype in zip(values_2N, rows_2TH, out_dtypes, strict=True)
-    )
-    return first, second
+spmm_t_both = partial(spmm_t_in_turn, spmm_t)
 
 
 def _weighted_row_sum(

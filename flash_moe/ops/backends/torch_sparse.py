@@ -5,11 +5,12 @@ backend, whose memory is bounded too.
 """
 
 import warnings
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from flash_moe.ops.backends import accumulator_dtype, reference
+from flash_moe.ops.backends import accumulator_dtype, reference, spmm_t_in_turn
 from flash_moe.ops.pairs import Pairs
 
 
@@ -66,18 +67,7 @@ def spmm_t(
     return _product(matrix_ET, rows_TH.to(dtype)).to(out_dtype)
 
 
-def spmm_t_both(
-    values_2N: tuple[Tensor, Tensor],
-    rows_2TH: tuple[Tensor, Tensor],
-    pairs: Pairs,
-    out_dtypes: tuple[torch.dtype, torch.dtype],
-    scale: float = 1.0,
-) -> tuple[Tensor, Tensor]:
-    first, second = (
-        spmm_t(values_N, rows_TH, pairs, dtype, scale)
-        for values_N, rows_TH, dtype in zip(values_2N, rows_2TH, out_dtypes, strict=True)
-    )
-    return first, second
+spmm_t_both = partial(spmm_t_in_turn, spmm_t)
 
 
 def _product(matrix: Tensor, dense: Tensor) -> Tensor:
