@@ -1,15 +1,7 @@
-"""The expert op: public functions, custom ops and autograd formulas over three primitives.
+"""The expert op: public functions and custom ops with their autograd.
 
-T tokens, H hidden size, E experts, K experts per token, N (token, expert) pairs; an expert is
-one row d of `down_weights` and one row u of `up_weights`, g its routing weight for a token.
-
-    forward    s = <x, d>       a = silu(s) g      y = sum over the token's experts of a u
-    backward   da = <dy, u>     dg = da silu(s)    ds = da g silu'(s)
-               dx = sum of ds d over the token's experts
-               dd = sum of ds x and du = sum of a dy over the expert's tokens
-
-Every dot product is an `sddmm`, every sum for tokens an `spmm`, every sum for experts an
-`spmm_t` (see `flash_moe.ops.backends`). The scores s are kept for the backward pass.
+T tokens, H hidden size, E experts, K experts per token, N (token, expert) pairs. The mathematics
+is in `flash_moe.ops.formulas`.
 """
 
 from typing import Any
@@ -18,24 +10,10 @@ import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
-from flash_moe.ops.activation import activate, activate_backward
-from flash_moe.ops.arrange import arrange_ragged, arrange_slots, order_dtype, poll_index_errors
-from flash_moe.ops.backends import (
-    TRITON_BACKENDS,
-    accumulator_dtype,
-    choose_backend,
-    load_backend,
-)
+from flash_moe.ops.arrange import order_dtype
+from flash_moe.ops.backends import TRITON_BACKENDS, accumulator_dtype, choose_backend
 from flash_moe.ops.checks import check_expert_inputs, check_ragged_inputs
-from flash_moe.ops.cost import LEAST_PAIRS_ASIDE, hot_threshold
-from flash_moe.ops.hot_pairs import (
-    HotPairs,
-    most_hot_experts,
-    set_hot_apart,
-    workspace_size,
-    zero_counts,
-)
-from flash_moe.ops.pairs import Pairs
+from flash_moe.ops.formulas import Backward, forward, size_of_workspace, slots_of
 
 
 def triton_flash_expert_func(
@@ -151,36 +129,12 @@ def _expert_forward(
     weight_grad_scale: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Output (T, H), scores (N,), and what `_pairs` makes the pattern of.
+    """Output (T, H), scores (N,), and what `formulas.Backward` keeps.
 
     Args:
         ids, weights: (T, K); with row_offsets (T + 1,): (N,).
     """
-    num_experts = down_EH.shape[0]
-    hot = None
-    num_tokens, slots = hidden_TH.shape[0], _slots(ids)
-    size = _workspace_size(num_tokens, slots, num_experts, backend)
-    workspace = ids.new_empty(size, dtype=torch.int32)
-    if row_offsets is None:
-        counts_E = None
-        if workspace.shape[0] > 0:
-            hot = _hot_pairs(num_tokens, slots, num_experts, workspace)
-            counts_E = zero_counts(hot)
-        ids_N, order_N = arrange_slots(ids, num_experts, backend in TRITON_BACKENDS, counts_E)
-        if hot is not None:
-            set_hot_apart(hot, ids_N, order_N, slots, hot_threshold(num_tokens))
-        offsets = ids.new_empty(0, dtype=torch.int64)
-    else:
-        order_N = ids.new_empty(0, dtype=torch.int32)
-        offsets, ids_N = arrange_ragged(row_offsets, ids, num_experts, backend in TRITON_BACKENDS)
-    primitives = load_backend(backend)
-    pairs = _pairs(ids_N, offsets, num_tokens, slots, num_experts, hot)
-    scores_N = primitives.sddmm(hidden_TH, down_EH, pairs)
-    activations_N = activate(
-        scores_N, weights.reshape(-1), order_N, in_kernels=backend in TRITON_BACKENDS
-    )
-    out_TH = primitives.spmm(activations_N, up_EH, pairs, hidden_TH.dtype)
-    return out_TH, scores_N, ids_N, order_N, offsets, workspace
+    return forward(hidden_TH, down_EH, up_EH, ids, row_offsets, weights, backend, hidden_TH.dtype)
 
 
 @_expert_forward.register_fake
@@ -203,7 +157,7 @@ def _(
         ids.new_empty(num_pairs if is_sorted else 0, dtype=order_dtype(num_pairs)),
         ids.new_empty(0 if row_offsets is None else row_offsets.shape[0], dtype=torch.int64),
         ids.new_empty(
-            _workspace_size(hidden_TH.shape[0], _slots(ids), down_EH.shape[0], backend),
+            size_of_workspace(hidden_TH.shape[0], slots_of(ids), down_EH.shape[0], backend),
             dtype=torch.int32,
         ),
     )
@@ -227,57 +181,13 @@ def _expert_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of hidden states, down table, up table, routing weights; empty if not needed."""
-    poll_index_errors(hidden_TH.device)
-    num_tokens, num_experts = hidden_TH.shape[0], down_EH.shape[0]
-    hidden_needed, down_needed, up_needed, weights_needed = needed
+    kept = (scores_N, ids_N, order_N, offsets, workspace)
+    backward = Backward(grad_TH, hidden_TH, down_EH, up_EH, weights, kept, slots, needed, backend)
+    grads = (*backward.for_tokens(hidden_TH.dtype), *backward.for_tables(weight_grad_scale))
     # One tensor each: the outputs of a custom op may not alias.
-    hidden_grad, down_grad, up_grad, weights_grad = (hidden_TH.new_empty(0) for _ in needed)
-    primitives = load_backend(backend)
-    hot = None
-    if workspace.shape[0] > 0:
-        hot = _hot_pairs(num_tokens, slots, num_experts, workspace)
-    pairs = _pairs(ids_N, offsets, num_tokens, slots, num_experts, hot)
-    scores_needed = hidden_needed or down_needed
-    # Kernels that leave much of the device unused, beside some that wait for memory.
-    by_expert = backend in ("gather", "hot_cold") and (down_needed or up_needed)
-    sorts_aside = by_expert and pairs.num_pairs >= LEAST_PAIRS_ASIDE
-    sorting = pairs.sort_aside() if sorts_aside else None
-    activation_grads_N = None
-    if scores_needed or weights_needed:
-        activation_grads_N = primitives.sddmm(grad_TH, up_EH, pairs)
-    score_grads_N, activations_N, weights_grad_N = activate_backward(
-        activation_grads_N,
-        scores_N,
-        weights.reshape(-1),
-        order_N,
-        (scores_needed, up_needed, weights_needed),
-        in_kernels=backend in TRITON_BACKENDS,
+    hidden_grad, weights_grad, down_grad, up_grad = (
+        hidden_TH.new_empty(0) if grad is None else grad for grad in grads
     )
-    del activation_grads_N
-    if weights_grad_N is not None:
-        weights_grad = weights_grad_N.view(weights.shape)
-    if hidden_needed and score_grads_N is not None:
-        hidden_grad = primitives.spmm(score_grads_N, down_EH, pairs, hidden_TH.dtype)
-    if sorting is not None:
-        sorting.join(pairs.expert_order, pairs.expert_offsets)
-    values_N = [
-        values if wanted else None
-        for values, wanted in ((score_grads_N, down_needed), (activations_N, up_needed))
-    ]
-    if values_N[0] is not None and values_N[1] is not None:
-        down_grad, up_grad = primitives.spmm_t_both(
-            (values_N[0], values_N[1]),
-            (hidden_TH, grad_TH),
-            pairs,
-            (down_EH.dtype, up_EH.dtype),
-            weight_grad_scale,
-        )
-    elif values_N[0] is not None:
-        down_grad = primitives.spmm_t(
-            values_N[0], hidden_TH, pairs, down_EH.dtype, weight_grad_scale
-        )
-    elif values_N[1] is not None:
-        up_grad = primitives.spmm_t(values_N[1], grad_TH, pairs, up_EH.dtype, weight_grad_scale)
     return hidden_grad, down_grad, up_grad, weights_grad
 
 
@@ -305,45 +215,13 @@ def _(
     return hidden, down, up, weights_grad
 
 
-def _slots(ids: Tensor) -> int:
-    """K of ids (T, K); -1 for ragged rows."""
-    return ids.shape[1] if ids.ndim == 2 else -1
-
-
-def _pairs(
-    ids_N: Tensor,
-    offsets: Tensor,
-    num_tokens: int,
-    slots: int,
-    num_experts: int,
-    hot: HotPairs | None,
-) -> Pairs:
-    if slots > 0:
-        return Pairs(None, ids_N, num_experts, slots, hot)
-    if slots == 0:
-        offsets = offsets.new_zeros(num_tokens + 1)
-    return Pairs(offsets, ids_N, num_experts)
-
-
-def _workspace_size(num_tokens: int, slots: int, num_experts: int, backend: str) -> int:
-    if slots <= 0 or backend != "hot_cold":
-        return 0
-    most = most_hot_experts(num_tokens * slots, num_experts, hot_threshold(num_tokens))
-    return workspace_size(num_tokens, num_experts, most)
-
-
-def _hot_pairs(num_tokens: int, slots: int, num_experts: int, workspace: Tensor) -> HotPairs:
-    most = most_hot_experts(num_tokens * slots, num_experts, hot_threshold(num_tokens))
-    return HotPairs.in_workspace(workspace, num_tokens, num_experts, most)
-
-
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden_TH, down_EH, up_EH, ids, _, weights, weight_grad_scale, backend = inputs
     _, *kept = output
     ctx.mark_non_differentiable(*kept)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(hidden_TH, down_EH, up_EH, weights, *kept)
-    ctx.slots, ctx.weight_grad_scale, ctx.backend = _slots(ids), weight_grad_scale, backend
+    ctx.slots, ctx.weight_grad_scale, ctx.backend = slots_of(ids), weight_grad_scale, backend
 
 
 def _backward(ctx: Any, grad_TH: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:

@@ -1,0 +1,198 @@
+"""The formulas of the expert op over three primitives, forward and backward, without autograd.
+
+T tokens, H hidden size, E experts, K experts per token, N (token, expert) pairs; an expert is
+one row d of `down_weights` and one row u of `up_weights`, g its routing weight for a token.
+
+    forward    s = <x, d>       a = silu(s) g      y = sum over the token's experts of a u
+    backward   da = <dy, u>     dg = da silu(s)    ds = da g silu'(s)
+               dx = sum of ds d over the token's experts
+               dd = sum of ds x and du = sum of a dy over the expert's tokens
+
+Every dot product is an `sddmm`, every sum for tokens an `spmm`, every sum for experts an
+`spmm_t` (see `flash_moe.ops.backends`). The scores s are kept for the backward pass.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from flash_moe.ops.activation import activate, activate_backward
+from flash_moe.ops.arrange import arrange_ragged, arrange_slots, poll_index_errors
+from flash_moe.ops.backends import TRITON_BACKENDS, load_backend
+from flash_moe.ops.cost import LEAST_PAIRS_ASIDE, hot_threshold
+from flash_moe.ops.hot_pairs import (
+    HotPairs,
+    most_hot_experts,
+    set_hot_apart,
+    workspace_size,
+    zero_counts,
+)
+from flash_moe.ops.pairs import Pairs
+
+# Scores (N,), and what the pattern is made of: ids, their order, row offsets, workspace.
+Kept = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def forward(
+    hidden_TH: Tensor,
+    down_EH: Tensor,
+    up_EH: Tensor,
+    ids: Tensor,
+    row_offsets: Tensor | None,
+    weights: Tensor,
+    backend: str,
+    out_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Output (T, H) in `out_dtype`, and after it the five tensors that `Backward` wants kept.
+
+    Args:
+        ids, weights: (T, K); with row_offsets (T + 1,): (N,).
+    """
+    num_experts = down_EH.shape[0]
+    hot = None
+    num_tokens, slots = hidden_TH.shape[0], slots_of(ids)
+    size = size_of_workspace(num_tokens, slots, num_experts, backend)
+    workspace = ids.new_empty(size, dtype=torch.int32)
+    if row_offsets is None:
+        counts_E = None
+        if workspace.shape[0] > 0:
+            hot = _hot_pairs(num_tokens, slots, num_experts, workspace)
+            counts_E = zero_counts(hot)
+        ids_N, order_N = arrange_slots(ids, num_experts, backend in TRITON_BACKENDS, counts_E)
+        if hot is not None:
+            set_hot_apart(hot, ids_N, order_N, slots, hot_threshold(num_tokens))
+        offsets = ids.new_empty(0, dtype=torch.int64)
+    else:
+        order_N = ids.new_empty(0, dtype=torch.int32)
+        offsets, ids_N = arrange_ragged(row_offsets, ids, num_experts, backend in TRITON_BACKENDS)
+    primitives = load_backend(backend)
+    pairs = _pairs(ids_N, offsets, num_tokens, slots, num_experts, hot)
+    scores_N = primitives.sddmm(hidden_TH, down_EH, pairs)
+    activations_N = activate(
+        scores_N, weights.reshape(-1), order_N, in_kernels=backend in TRITON_BACKENDS
+    )
+    out_TH = primitives.spmm(activations_N, up_EH, pairs, out_dtype)
+    return out_TH, scores_N, ids_N, order_N, offsets, workspace
+
+
+class Backward:
+    """The backward pass in two steps: gradients of the tokens, then of the tables.
+
+    In two, so that the first can travel between ranks while the second is computed.
+
+    Args:
+        grad_TH: gradient of the output, in any float dtype.
+        hidden_TH, down_EH, up_EH, weights, backend: as `forward` had them.
+        kept: as `forward` returned them.
+        slots: `slots_of` the ids.
+        needed: which gradients are asked for: hidden states, down, up, routing weights.
+    """
+
+    def __init__(
+        self,
+        grad_TH: Tensor,
+        hidden_TH: Tensor,
+        down_EH: Tensor,
+        up_EH: Tensor,
+        weights: Tensor,
+        kept: Kept,
+        slots: int,
+        needed: Sequence[bool],
+        backend: str,
+    ) -> None:
+        poll_index_errors(hidden_TH.device)
+        scores_N, ids_N, order_N, offsets, workspace = kept
+        num_tokens, num_experts = hidden_TH.shape[0], down_EH.shape[0]
+        self.rows_2TH = (hidden_TH, grad_TH)
+        self.tables = (down_EH, up_EH)
+        self.hidden_needed, self.down_needed, self.up_needed, weights_needed = needed
+        self.primitives = load_backend(backend)
+        hot = None
+        if workspace.shape[0] > 0:
+            hot = _hot_pairs(num_tokens, slots, num_experts, workspace)
+        self.pairs = _pairs(ids_N, offsets, num_tokens, slots, num_experts, hot)
+        scores_needed = self.hidden_needed or self.down_needed
+        # Kernels that leave much of the device unused, beside some that wait for memory.
+        by_expert = backend in ("gather", "hot_cold") and (self.down_needed or self.up_needed)
+        sorts_aside = by_expert and self.pairs.num_pairs >= LEAST_PAIRS_ASIDE
+        self.sorting = self.pairs.sort_aside() if sorts_aside else None
+        activation_grads_N = None
+        if scores_needed or weights_needed:
+            activation_grads_N = self.primitives.sddmm(grad_TH, up_EH, self.pairs)
+        self.score_grads_N, self.activations_N, weights_grad_N = activate_backward(
+            activation_grads_N,
+            scores_N,
+            weights.reshape(-1),
+            order_N,
+            (scores_needed, self.up_needed, weights_needed),
+            in_kernels=backend in TRITON_BACKENDS,
+        )
+        self.weights_grad = None if weights_grad_N is None else weights_grad_N.view(weights.shape)
+
+    def for_tokens(self, hidden_dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+        """Gradients of hidden states, in that dtype, and of routing weights; None if not needed."""
+        hidden_grad = None
+        if self.hidden_needed and self.score_grads_N is not None:
+            hidden_grad = self.primitives.spmm(
+                self.score_grads_N, self.tables[0], self.pairs, hidden_dtype
+            )
+        return hidden_grad, self.weights_grad
+
+    def for_tables(self, scale: float) -> tuple[Tensor | None, Tensor | None]:
+        """Gradients of the down and the up table, times `scale`; None if not needed."""
+        if self.sorting is not None:
+            self.sorting.join(self.pairs.expert_order, self.pairs.expert_offsets)
+        down_EH, up_EH = self.tables
+        hidden_TH, grad_TH = self.rows_2TH
+        down_values_N = self.score_grads_N if self.down_needed else None
+        up_values_N = self.activations_N if self.up_needed else None
+        if down_values_N is not None and up_values_N is not None:
+            return self.primitives.spmm_t_both(
+                (down_values_N, up_values_N),
+                self.rows_2TH,
+                self.pairs,
+                (down_EH.dtype, up_EH.dtype),
+                scale,
+            )
+        down_grad = up_grad = None
+        if down_values_N is not None:
+            down_grad = self.primitives.spmm_t(
+                down_values_N, hidden_TH, self.pairs, down_EH.dtype, scale
+            )
+        if up_values_N is not None:
+            up_grad = self.primitives.spmm_t(up_values_N, grad_TH, self.pairs, up_EH.dtype, scale)
+        return down_grad, up_grad
+
+
+def slots_of(ids: Tensor) -> int:
+    """K of ids (T, K); -1 for ragged rows."""
+    return ids.shape[1] if ids.ndim == 2 else -1
+
+
+def size_of_workspace(num_tokens: int, slots: int, num_experts: int, backend: str) -> int:
+    """Elements that setting hot pairs apart takes; 0 where none are set apart."""
+    if slots <= 0 or backend != "hot_cold":
+        return 0
+    most = most_hot_experts(num_tokens * slots, num_experts, hot_threshold(num_tokens))
+    return workspace_size(num_tokens, num_experts, most)
+
+
+def _pairs(
+    ids_N: Tensor,
+    offsets: Tensor,
+    num_tokens: int,
+    slots: int,
+    num_experts: int,
+    hot: HotPairs | None,
+) -> Pairs:
+    if slots > 0:
+        return Pairs(None, ids_N, num_experts, slots, hot)
+    if slots == 0:
+        offsets = offsets.new_zeros(num_tokens + 1)
+    return Pairs(offsets, ids_N, num_experts)
+
+
+def _hot_pairs(num_tokens: int, slots: int, num_experts: int, workspace: Tensor) -> HotPairs:
+    most = most_hot_experts(num_tokens * slots, num_experts, hot_threshold(num_tokens))
+    return HotPairs.in_workspace(workspace, num_tokens, num_experts, most)
