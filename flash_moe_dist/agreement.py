@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch.distributed as dist
 
@@ -25,13 +26,18 @@ def raise_same_error(error: Exception | None, group: dist.ProcessGroup | None = 
 
     Returns if nothing went wrong anywhere. Every rank must call it.
     """
-    size = dist.get_world_size(group)
     mine = None if error is None else (type(error).__name__, str(error))
-    reports: list[tuple[str, str] | None] = [None] * size
-    dist.all_gather_object(reports, mine, group=group)
+    reports = gather_objects(mine, group)
     for rank, report in enumerate(reports):
         if report is not None:
             name, message = report
             kind = {"TypeError": TypeError, "ValueError": ValueError}.get(name, RuntimeError)
             where = f"rank {rank}: " if len(set(reports)) > 1 else ""
             raise kind(where + message) from error
+
+
+def gather_objects(mine: Any, group: dist.ProcessGroup | None) -> list[Any]:
+    """What every rank of `group` gives, by rank."""
+    everyone: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(everyone, mine, group=group)
+    return everyone

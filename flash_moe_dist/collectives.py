@@ -1,8 +1,9 @@
-"""Collectives that autograd sees through."""
+"""Collectives over rows of tensors: every byte that the expert layer sends goes through here.
 
-from typing import Any
+W ranks of the group. All of them must call alike. Autograd does not see through these: see
+`flash_moe_dist.expert_parallel` for the backward pass.
+"""
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -10,42 +11,29 @@ from torch import Tensor
 def all_to_all_rows(
     rows: Tensor, input_splits: list[int], output_splits: list[int], group: dist.ProcessGroup
 ) -> Tensor:
-    """Send consecutive runs of rows to the ranks of `group` and receive theirs; differentiable.
+    """Send consecutive runs of rows to the ranks of `group` and receive theirs.
 
     Args:
         rows: (sum(input_splits), ...); the first input_splits[0] rows go to rank 0, and so on.
         input_splits, output_splits: (W,) rows sent to, received from each rank.
-        group: the W ranks; all of them must call this, in the forward and in the backward pass.
 
     Returns:
-        (sum(output_splits), ...), in the order of the ranks that sent. In the backward pass
-        gradients travel the same way back.
+        (sum(output_splits), ...), in the order of the ranks that sent.
     """
-    received: Tensor = _AllToAllRows.apply(rows, input_splits, output_splits, group)
-    return received
-
-
-class _AllToAllRows(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        rows: Tensor,
-        input_splits: list[int],
-        output_splits: list[int],
-        group: dist.ProcessGroup,
-    ) -> Tensor:
-        ctx.splits, ctx.group = (input_splits, output_splits), group
-        return _exchange(rows, input_splits, output_splits, group)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        input_splits, output_splits = ctx.splits
-        return _exchange(grads[0], output_splits, input_splits, ctx.group), None, None, None
-
-
-def _exchange(
-    rows: Tensor, input_splits: list[int], output_splits: list[int], group: dist.ProcessGroup
-) -> Tensor:
     received = rows.new_empty(sum(output_splits), *rows.shape[1:])
     dist.all_to_all_single(received, rows.contiguous(), output_splits, input_splits, group=group)
     return received
+
+
+def all_gather_rows(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Rows (T, ...), as many on every rank, of all ranks: (W T, ...)."""
+    gathered = rows.new_empty(dist.get_world_size(group) * rows.shape[0], *rows.shape[1:])
+    dist.all_gather_into_tensor(gathered, rows.contiguous(), group=group)
+    return gathered
+
+
+def reduce_scatter_rows(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Rows (W T, ...) summed over the ranks; the r-th T of them stay with rank r: (T, ...)."""
+    summed = rows.new_empty(rows.shape[0] // dist.get_world_size(group), *rows.shape[1:])
+    dist.reduce_scatter_tensor(summed, rows.contiguous(), group=group)
+    return summed

@@ -1,14 +1,27 @@
-"""Expert parallelism as a parallel style of torch.distributed.tensor."""
+"""Expert parallelism as a parallel style of torch.distributed.tensor.
 
-from typing import Any
+T local tokens, K experts per token, H hidden size, e local experts; R rows and M pairs received.
+"""
 
+from collections.abc import Callable
+from typing import Any, Literal, get_args
+
+import torch
 from torch import Tensor, nn
+from torch.autograd.profiler import record_function
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ParallelStyle
 
-from flash_moe.ops.flash_expert import ragged_flash_expert_func, triton_flash_expert_func
-from flash_moe_dist.dispatch import AllToAllDispatcher
+from flash_moe.ops.backends import accumulator_dtype, choose_backend
+from flash_moe.ops.flash_expert import triton_flash_expert_func
+from flash_moe.ops.formulas import Backward, forward, slots_of
+from flash_moe_dist.counts import Settings
+from flash_moe_dist.dispatch import DISPATCHERS, TokenDispatcher
+from flash_moe_dist.initialization import normal_rows_
+from flash_moe_dist.volume import DispatcherName, Widths, cheaper_dispatcher
+
+Dispatcher = Literal["auto", "all_to_all", "all_gather"]
 
 
 class ExpertParallel(ParallelStyle):
@@ -20,15 +33,33 @@ class ExpertParallel(ParallelStyle):
     `self.expert_func(hidden_states, down_weights, up_weights, indices, routing_weights)`, as
     `flash_moe.FlashExperts` does. Its parameters become DTensors sharded on dim 0 over the mesh;
     E need not divide by the number of ranks. All ranks must hold the same values beforehand,
-    or the first rank's are taken. Applying the style raises ValueError if the mesh has more
-    than one dimension or the parameters are not tables of one shape, TypeError if the module
-    has no `expert_func`.
+    or the first rank's are taken; tables on the meta device stay there, and get their values from
+    `flash_moe_dist.materialize`.
 
     Each forward and backward pass of the module is then collective over the mesh: every rank
     takes part, with any number of tokens of its own, zero included. Ranks are taken to be data
     parallel, with a loss averaged over them: gradients of the tables are those of the average
     loss over the ranks of the mesh.
+
+    Args:
+        dispatcher: how rows travel. "all_to_all" sends a token's row to the ranks that own some
+            of its experts; "all_gather" sends every row to every rank, which is as much where
+            tokens use nearly all ranks, in static shapes; "auto" takes the cheaper by
+            `flash_moe_dist.volume.cheaper_dispatcher`, from shapes alone.
+
+    Raises:
+        ValueError: there is no such dispatcher. When applied: the mesh has more than one
+            dimension, or the module's parameters are not tables of one shape.
+        TypeError: when applied: the module has no `expert_func`.
     """
+
+    def __init__(self, dispatcher: Dispatcher = "auto") -> None:
+        super().__init__()
+        if dispatcher not in get_args(Dispatcher):
+            raise ValueError(
+                f"dispatcher must be one of {', '.join(get_args(Dispatcher))}, got {dispatcher!r}"
+            )
+        self.dispatcher = dispatcher
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         if device_mesh.ndim != 1:
@@ -55,21 +86,30 @@ class ExpertParallel(ParallelStyle):
             parameter = nn.Parameter(sharded, requires_grad=table.requires_grad)
             module.register_parameter(name, parameter)
         hooked: Any = module
-        hooked.expert_func = ExpertParallelFunc(device_mesh)
+        hooked.expert_func = ExpertParallelFunc(device_mesh, self.dispatcher)
+        if hasattr(module, "normal_rows_"):
+            hooked.normal_rows_ = normal_rows_
         return module
 
 
 class ExpertParallelFunc:
-    """`triton_flash_expert_func` over tables that are sharded on dim 0 over `ep_mesh`."""
+    """`triton_flash_expert_func` over tables that are sharded on dim 0 over `ep_mesh`.
 
-    def __init__(self, ep_mesh: DeviceMesh) -> None:
-        self.ep_size = ep_mesh.size()
-        self.dispatcher = AllToAllDispatcher(ep_mesh.get_group())
+    count_pairs: called with the local ids of each forward pass while they are being counted
+        (`flash_moe_dist.count_load`).
+    """
+
+    def __init__(self, ep_mesh: DeviceMesh, dispatcher: Dispatcher = "auto") -> None:
+        self.ep_mesh, self.ep_size = ep_mesh, ep_mesh.size()
+        self.dispatcher = dispatcher
+        self.count_pairs: Callable[[Tensor], None] | None = None
 
     def __deepcopy__(self, memo: dict[int, object]) -> "ExpertParallelFunc":
         # A copied model (an average of weights, say) talks over the same process group.
         return self
 
+    # Collectives of sizes known at run time: compiled graphs end before and begin after.
+    @torch.compiler.disable
     def __call__(
         self,
         hidden_states: Tensor,
@@ -80,30 +120,181 @@ class ExpertParallelFunc:
     ) -> Tensor:
         """Arguments and result as `triton_flash_expert_func`, with DTensor tables.
 
+        Partial sums travel in float32 at least, so that results are rounded once, as on one rank.
+
         Raises:
             TypeError, ValueError: on every rank, if any rank's input is wrong.
+            RuntimeError: a second derivative is asked for.
         """
         num_experts, hidden_size = down_weights.shape
-        down_eH, up_eH = _local_rows(down_weights), _local_rows(up_weights)
+        down_eH, up_eH = self._local_rows(down_weights), self._local_rows(up_weights)
         if self.ep_size == 1:
+            if self.count_pairs is not None:
+                self.count_pairs(indices)
             return triton_flash_expert_func(hidden_states, down_eH, up_eH, indices, routing_weights)
-        received, metadata = self.dispatcher.dispatch(
-            hidden_states, indices, routing_weights, num_experts, hidden_size, down_eH.device
+        inputs = (hidden_states, down_eH, up_eH, routing_weights)
+        grads = torch.is_grad_enabled()
+        needed = [grads and isinstance(one, Tensor) and one.requires_grad for one in inputs]
+        dispatcher = self._dispatcher_for(hidden_states, indices, routing_weights, down_eH)
+        settings = Settings(
+            num_experts,
+            hidden_size,
+            down_eH.device,
+            {
+                "dtypes of the tables": (down_eH.dtype, up_eH.dtype),
+                "which of hidden states, tables, routing weights need gradients": needed,
+                "dispatcher": dispatcher.name,
+            },
         )
-        partial_RH = ragged_flash_expert_func(
-            received.hidden_RH,
+        out_TH: Tensor = _ShardedExperts.apply(
+            hidden_states,
             down_eH,
             up_eH,
-            received.row_offsets,
-            received.expert_ids_M,
-            received.weights_M,
-            weight_grad_scale=1 / self.ep_size,
+            indices,
+            routing_weights,
+            dispatcher,
+            settings,
+            self.count_pairs,
         )
-        return self.dispatcher.combine(partial_RH, metadata)
+        return out_TH
+
+    def _dispatcher_for(
+        self, hidden_TH: Tensor, indices_TK: Tensor, weights_TK: Tensor, down_eH: Tensor
+    ) -> TokenDispatcher:
+        name: DispatcherName
+        rows = (hidden_TH, indices_TK, weights_TK)
+        if self.dispatcher != "auto":
+            name = self.dispatcher
+        elif not all(isinstance(one, Tensor) and one.ndim == 2 for one in rows):
+            # Refused by whichever is asked to dispatch it.
+            name = "all_to_all"
+        else:
+            sum_dtype = accumulator_dtype(hidden_TH.dtype, down_eH.dtype)
+            widths = Widths(
+                self.ep_size,
+                hidden_TH.shape[1],
+                hidden_TH.element_size(),
+                sum_dtype.itemsize,
+                weights_TK.element_size(),
+            )
+            name = cheaper_dispatcher(widths, indices_TK.shape[1])
+        return DISPATCHERS[name](self.ep_mesh.get_group())
+
+    def _local_rows(self, table: Tensor) -> Tensor:
+        if not isinstance(table, DTensor):
+            raise TypeError(f"tables must be DTensors sharded by ExpertParallel, got {type(table)}")
+        if table.device_mesh != self.ep_mesh or tuple(table.placements) != (Shard(0),):
+            raise TypeError(
+                f"tables must be sharded on dim 0 over {self.ep_mesh}, got placements "
+                f"{table.placements} over {table.device_mesh}; with fully_shard, call the module "
+                "whose forward pass gathers them"
+            )
+        local: Tensor = table.to_local()
+        return local
 
 
-def _local_rows(table: Tensor) -> Tensor:
-    if not isinstance(table, DTensor):
-        raise TypeError(f"tables must be DTensors sharded by ExpertParallel, got {type(table)}")
-    local: Tensor = table.to_local()
-    return local
+class _ShardedExperts(torch.autograd.Function):
+    """Dispatch, experts, combine; backward the same with gradients, tables last.
+
+    As one function, because gradients then travel in the dtype they have, and not in that of the
+    partial sums, and those of hidden states can be sent before those of the tables are computed.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_TH: Tensor,
+        down_eH: Tensor,
+        up_eH: Tensor,
+        indices_TK: Tensor,
+        weights_TK: Tensor,
+        dispatcher: TokenDispatcher,
+        settings: Settings,
+        count_pairs: Callable[[Tensor], None] | None,
+    ) -> Tensor:
+        with record_function("flash_moe::dispatch"):
+            received, metadata = dispatcher.dispatch(hidden_TH, indices_TK, weights_TK, settings)
+        with record_function("flash_moe::experts"):
+            rows_RH, weights_M = received.hidden_RH, received.weights_M
+            backend = choose_backend(None, rows_RH, down_eH, up_eH, None)
+            if count_pairs is not None:
+                count_pairs(received.expert_ids_M)
+            partial_RH, *kept = forward(
+                rows_RH,
+                down_eH,
+                up_eH,
+                received.expert_ids_M,
+                received.row_offsets,
+                weights_M,
+                backend,
+                accumulator_dtype(hidden_TH.dtype, down_eH.dtype),
+            )
+        with record_function("flash_moe::combine"):
+            out_TH = dispatcher.combine(partial_RH, metadata, hidden_TH.dtype)
+        ctx.save_for_backward(rows_RH, down_eH, up_eH, weights_M, *kept, *metadata.tensors())
+        ctx.dispatched = metadata.with_tensors()
+        ctx.dispatcher, ctx.backend = dispatcher, backend
+        ctx.slots, ctx.hidden_dtype = slots_of(received.expert_ids_M), hidden_TH.dtype
+        return out_TH
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.no_grad():
+            computed = _ShardedExperts._backward(ctx, grads[0])
+        if torch.is_grad_enabled():
+            return tuple(grad if grad is None else _Final.of(grad) for grad in computed)
+        return computed
+
+    @staticmethod
+    def _backward(ctx: Any, grad_TH: Tensor) -> tuple[Tensor | None, ...]:
+        rows_RH, down_eH, up_eH, weights_M, *rest = ctx.saved_tensors
+        kept, metadata = tuple(rest[:5]), ctx.dispatched.with_tensors(*rest[5:])
+        dispatcher: TokenDispatcher = ctx.dispatcher
+        hidden_needed, down_needed, up_needed, _, weights_needed, *_ = ctx.needs_input_grad
+        hidden_grad = weights_grad = None
+        with record_function("flash_moe::dispatch_backward"):
+            grad_RH = dispatcher.dispatch_rows(grad_TH, metadata)
+        with record_function("flash_moe::experts_backward"):
+            backward = Backward(
+                grad_RH,
+                rows_RH,
+                down_eH,
+                up_eH,
+                weights_M,
+                kept,
+                ctx.slots,
+                (hidden_needed, down_needed, up_needed, weights_needed),
+                ctx.backend,
+            )
+            sum_dtype = accumulator_dtype(ctx.hidden_dtype, down_eH.dtype)
+            partial_RH, weights_grad_M = backward.for_tokens(sum_dtype)
+        with record_function("flash_moe::combine_backward"):
+            if partial_RH is not None:
+                hidden_grad = dispatcher.combine(partial_RH, metadata, ctx.hidden_dtype)
+            if weights_grad_M is not None:
+                weights_grad = dispatcher.return_pairs(weights_grad_M, metadata)
+        with record_function("flash_moe::experts_backward"):
+            # The loss is averaged over the ranks.
+            down_grad, up_grad = backward.for_tables(1 / dispatcher.ep_size)
+        return hidden_grad, down_grad, up_grad, None, weights_grad, None, None, None
+
+
+class _Final(torch.autograd.Function):
+    """The identity, of which no derivative may be taken: PyTorch would go on as if it were 0."""
+
+    @classmethod
+    def of(cls, grad: Tensor) -> Tensor:
+        # Anything that requires a gradient, or nobody would ask for a derivative.
+        final: Tensor = cls.apply(grad, torch.zeros((), requires_grad=True))
+        return final
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, _: Tensor) -> Tensor:
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        raise RuntimeError(
+            "experts under ExpertParallel have no second derivative: their gradient was "
+            "differentiated (create_graph=True, then backward again)"
+        )

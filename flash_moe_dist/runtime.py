@@ -17,14 +17,44 @@ DEFAULT_TIMEOUT = timedelta(minutes=10)
 class Runtime:
     """This process among its peers.
 
-    `mesh` has one axis, "ep": every rank owns a share of the experts, and is data parallel
-    for everything else.
+    mesh: axes "efsdp" and "ep", of world_size = efsdp x ep ranks. Ranks along "ep" own different
+        experts and exchange tokens; along "efsdp" they share the same experts, whose tables
+        `fully_shard` may cut further.
+    dp_mesh: axis "dp", all ranks: each has data of its own, and `fully_shard` cuts everything
+        that is no table.
     """
 
     rank: int
     world_size: int
     device: torch.device
     mesh: DeviceMesh
+    dp_mesh: DeviceMesh
+
+    @classmethod
+    def of_world(cls, device: torch.device, ep_size: int | None = None) -> "Runtime":
+        """This process in the process group there is; `ep_size` as `distributed` takes it.
+
+        Raises:
+            ValueError: the number of ranks is no multiple of `ep_size`.
+        """
+        world_size = dist.get_world_size()
+        ep_size = world_size if ep_size is None else ep_size
+        if ep_size < 1 or world_size % ep_size:
+            raise ValueError(
+                f"ep_size must divide the number of ranks = {world_size}, got {ep_size}"
+            )
+        shape = (world_size // ep_size, ep_size)
+        mesh = init_device_mesh(device.type, shape, mesh_dim_names=("efsdp", "ep"))
+        dp_mesh = init_device_mesh(device.type, (world_size,), mesh_dim_names=("dp",))
+        return cls(dist.get_rank(), world_size, device, mesh, dp_mesh)
+
+    @property
+    def ep_mesh(self) -> DeviceMesh:
+        return self.mesh["ep"]
+
+    @property
+    def efsdp_mesh(self) -> DeviceMesh:
+        return self.mesh["efsdp"]
 
     @property
     def is_main(self) -> bool:
@@ -32,15 +62,22 @@ class Runtime:
 
 
 @contextmanager
-def distributed(timeout: timedelta = DEFAULT_TIMEOUT) -> Iterator[Runtime]:
+def distributed(
+    timeout: timedelta = DEFAULT_TIMEOUT, ep_size: int | None = None
+) -> Iterator[Runtime]:
     """Join the process group that torchrun's environment describes; leave it at the end.
 
     nccl with one GPU a process where there are GPUs, otherwise gloo. A collective that waits
     longer than `timeout` fails. If the block raises, the group is not waited for, so that the
     error ends this process at once and torchrun ends the others.
 
+    Args:
+        timeout: of every collective.
+        ep_size: ranks that share out the experts; a divisor of the number of ranks, None for all.
+
     Raises:
         RuntimeError: not started by torchrun, or more processes on this machine than GPUs.
+        ValueError: the number of ranks is no multiple of `ep_size`.
     """
     missing = [name for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if name not in os.environ]
     if missing:
@@ -61,8 +98,6 @@ def distributed(timeout: timedelta = DEFAULT_TIMEOUT) -> Iterator[Runtime]:
     else:
         device = torch.device("cpu")
         dist.init_process_group("gloo", timeout=timeout)
-    world_size = dist.get_world_size()
-    mesh = init_device_mesh(device.type, (world_size,), mesh_dim_names=("ep",))
-    yield Runtime(dist.get_rank(), world_size, device, mesh)
+    yield Runtime.of_world(device, ep_size)
     dist.barrier()
     dist.destroy_process_group()

@@ -14,3 +14,9 @@ def experts_per_rank(num_experts: int, ep_size: int) -> int:
     The owner of an expert is then expert_id // experts_per_rank.
     """
     return max(1, -(-num_experts // ep_size))
+
+
+def num_local_experts(num_experts: int, ep_size: int, ep_rank: int) -> int:
+    """Experts that rank `ep_rank` owns."""
+    size = experts_per_rank(num_experts, ep_size)
+    return max(0, min(size, num_experts - ep_rank * size))

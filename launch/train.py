@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import NoReturn
@@ -20,15 +21,21 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard
 from torch.distributed.tensor.parallel import parallelize_module
 from torch.nn import functional as F
 from tqdm import tqdm
 
 from data import Corpus, Tokens, batch_at, load_corpus
-from flash_moe_dist import ExpertParallel
+from flash_moe_dist import (
+    ExpertLoad,
+    ExpertParallel,
+    clip_grad_norm_,
+    count_load,
+    materialize,
+)
 from flash_moe_dist.agreement import same_error_on_all_ranks
 from flash_moe_dist.checkpoint import check_replaceable, save_checkpoint
-from flash_moe_dist.gradients import clip_grad_norm_
 from flash_moe_dist.runtime import DEFAULT_TIMEOUT, Runtime, distributed
 from model import ModelConfig, Transformer
 
@@ -70,6 +77,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--num-heads", type=int, default=4)
     add("--num-experts", type=int, default=16384, help="experts of each layer")
     add("--num-experts-per-tok", type=int, default=32)
+    add(
+        "--ep-size",
+        type=int,
+        help="ranks that share out the experts, the others of the ranks hold copies of theirs; "
+        "without it, all",
+    )
     add("--validation-batches", type=int, default=8, help="batches of the validation loss")
     add("--validation-interval", type=int, default=100, help="steps between validations")
     add("--sample-tokens", type=int, default=200, help="tokens to generate at the end")
@@ -83,7 +96,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for name in (
         *("steps", "batch_size", "seq_len", "hidden_size", "intermediate_size", "num_layers"),
         *("num_heads", "num_experts", "num_experts_per_tok", "validation_batches"),
-        *("validation_interval", "lr", "timeout"),
+        *("validation_interval", "lr", "timeout", "ep_size"),
     ):
         value = getattr(args, name)
         if value is not None and not 0 < value < MAX_OPTION:
@@ -100,6 +113,22 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(message)
+
+
+def runtime_for(args: argparse.Namespace, runtime: Runtime) -> Runtime:
+    """With the meshes that the options ask for."""
+    if args.ep_size is None:
+        return runtime
+    if runtime.world_size % args.ep_size:
+        raise ValueError(
+            f"--ep-size must divide the number of ranks = {runtime.world_size}, got {args.ep_size}"
+        )
+    if args.hidden_size % (runtime.world_size // args.ep_size):
+        raise ValueError(
+            f"--hidden-size must divide by the number of ranks over --ep-size = "
+            f"{runtime.world_size // args.ep_size}, got {args.hidden_size}"
+        )
+    return Runtime.of_world(runtime.device, args.ep_size)
 
 
 def prepare(args: argparse.Namespace, runtime: Runtime) -> tuple[Corpus, ModelConfig]:
@@ -145,15 +174,29 @@ def check_out_folder(out: Path) -> None:
 
 
 def build_model(config: ModelConfig, seed: int, runtime: Runtime) -> Transformer:
-    """The model with its experts sharded over the mesh and the rest by FSDP over all ranks."""
-    torch.manual_seed(seed)
-    model = Transformer(config).to(runtime.device)
-    parallelize_module(model, runtime.mesh, {"layers.*.moe.experts": ExpertParallel()})
-    if runtime.world_size > 1:
-        experts = set(expert_parameters(model))
+    """The model with its tables sharded over the ep and efsdp axes, the rest over all ranks.
+
+    Built on the meta device, so that no rank ever holds a whole table.
+    """
+    with torch.device("meta"):
+        model = Transformer(config)
+    parallelize_module(model, runtime.ep_mesh, {"layers.*.moe.experts": ExpertParallel()})
+    tables = set(expert_parameters(model))
+    if runtime.efsdp_mesh.size() > 1:
         for layer in model.layers:
-            fully_shard(layer, mesh=runtime.mesh, ignored_params=experts)
-        fully_shard(model, mesh=runtime.mesh, ignored_params=experts)
+            fully_shard(
+                layer.get_submodule("moe.experts"),
+                mesh=runtime.efsdp_mesh,
+                # Columns: rows are cut already.
+                shard_placement_fn=lambda _: Shard(1),
+            )
+        tables = set()
+    torch.manual_seed(seed)
+    materialize(model, runtime.device)
+    if runtime.world_size > 1:
+        for layer in model.layers:
+            fully_shard(layer, mesh=runtime.dp_mesh, ignored_params=tables)
+        fully_shard(model, mesh=runtime.dp_mesh, ignored_params=tables)
     return model
 
 
@@ -204,13 +247,17 @@ class Run:
         return self.mean_over_ranks(loss)
 
     @torch.no_grad()
-    def validate(self) -> float:
-        """Mean loss over the same validation batches every time, over all ranks."""
-        losses = [
-            self.loss(self.corpus.validation, batch, VALIDATION_SEED)
-            for batch in range(self.args.validation_batches)
-        ]
-        return self.mean_over_ranks(torch.stack(losses).mean())
+    def validate(self) -> tuple[float, dict[str, ExpertLoad]]:
+        """Mean loss over the same validation batches every time, over all ranks.
+
+        With it the load of each layer's experts by these batches.
+        """
+        with count_load(self.model) as loads:
+            losses = [
+                self.loss(self.corpus.validation, batch, VALIDATION_SEED)
+                for batch in range(self.args.validation_batches)
+            ]
+        return self.mean_over_ranks(torch.stack(losses).mean()), loads
 
     def loss(self, stream: Tokens, step: int, seed: int) -> Tensor:
         """Mean cross-entropy of this rank's part of a batch, in nats a token."""
@@ -270,14 +317,18 @@ def train(run: Run) -> tuple[list[float], dict[int, float]]:
                 raise RuntimeError(f"training loss is {losses[-1]} at step {step}: lower --lr")
             tokens_per_s = args.batch_size * args.seq_len / (time.perf_counter() - begin)
             progress.set_postfix(loss=f"{losses[-1]:.3f}", tokens_per_s=f"{tokens_per_s:,.0f}")
+            loads: dict[str, ExpertLoad] = {}
             if step % args.validation_interval == 0 or step == args.steps:
-                validations[step] = run.validate()
+                validations[step], loads = run.validate()
                 if runtime.is_main:
+                    touched = sum(load.touched for load in loads.values()) / len(loads)
+                    uneven = max(load.rank_max_over_mean for load in loads.values())
                     progress.write(
                         f"step {step}: training loss {losses[-1]:.4f}, "
-                        f"validation loss {validations[step]:.4f}"
+                        f"validation loss {validations[step]:.4f}, "
+                        f"{touched:.0%} of experts touched, busiest rank {uneven:.2f} x mean"
                     )
-            metrics.write(step, losses[-1], tokens_per_s, validations.get(step))
+            metrics.write(step, losses[-1], tokens_per_s, validations.get(step), loads)
     return losses, validations
 
 
@@ -286,7 +337,7 @@ class MetricsFile:
 
     def __init__(self, path: Path, runtime: Runtime) -> None:
         self.file = path.open("w", buffering=1) if runtime.is_main else None
-        self.shape = {"world_size": runtime.world_size, "ep_size": runtime.mesh["ep"].size()}
+        self.shape = {"world_size": runtime.world_size, "ep_size": runtime.ep_mesh.size()}
 
     def __enter__(self) -> "MetricsFile":
         return self
@@ -296,12 +347,18 @@ class MetricsFile:
             self.file.close()
 
     def write(
-        self, step: int, loss: float, tokens_per_s: float, validation_loss: float | None
+        self,
+        step: int,
+        loss: float,
+        tokens_per_s: float,
+        validation_loss: float | None,
+        loads: dict[str, ExpertLoad],
     ) -> None:
-        line: dict[str, float] = {"step": step, "loss": loss, "tokens_per_s": tokens_per_s}
+        line: dict[str, object] = {"step": step, "loss": loss, "tokens_per_s": tokens_per_s}
         line |= self.shape
         if validation_loss is not None:
             line["validation_loss"] = validation_loss
+            line["expert_load"] = {name: asdict(load) for name, load in loads.items()}
         if self.file:
             self.file.write(json.dumps(line) + "\n")
 
@@ -333,6 +390,7 @@ def main() -> None:
             with same_error_on_all_ranks():
                 if wrong is not None:
                     raise wrong
+                runtime = runtime_for(args, runtime)
                 corpus, config = prepare(args, runtime)
         except (ValueError, TypeError, RuntimeError) as error:
             if runtime.is_main:

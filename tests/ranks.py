@@ -37,6 +37,8 @@ class RankPools:
     ) -> list[Any]:
         """Call `function(*args)` on every rank; return the results by rank.
 
+        `backend`: "gloo", "nccl" (a GPU for each rank), or "gloo on cuda" (ranks share GPUs).
+
         Raises AssertionError with the traceback if a rank failed.
         """
         results = self.outcomes(world_size, function, *args, backend=backend)
@@ -98,11 +100,22 @@ class _Pool:
             process.join()
 
 
+def rank_device() -> torch.device:
+    """The device of this rank."""
+    return _device
+
+
+_device = torch.device("cpu")
+
+
 def _serve(rank: int, world_size: int, backend: str, store: str, connection: Connection) -> None:
+    global _device
     torch.set_num_threads(1)
     poison_fresh_memory()
-    if backend == "nccl":
-        torch.cuda.set_device(rank)
+    backend, on, _ = backend.partition(" on cuda")
+    if backend == "nccl" or on:
+        _device = torch.device("cuda", rank % torch.cuda.device_count())
+        torch.cuda.set_device(_device)
     dist.init_process_group(
         backend, init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=TIMEOUT
     )

@@ -1,32 +1,54 @@
-"""Sharding arithmetic, and what a rank sends where."""
+"""Sharding arithmetic, what a rank sends where, how many bytes that is, and by which dispatcher."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from cases import make_case
+from ranks import RankPools
+from sharded import shard_experts
+from torch import Tensor
 
-from flash_moe_dist.dispatch import _Routing, _sum_rows
-from flash_moe_dist.sharding import experts_per_rank
+from flash_moe_dist.dispatch import sum_copies
+from flash_moe_dist.routing import Routing
+from flash_moe_dist.sharding import experts_per_rank, num_local_experts
+from flash_moe_dist.volume import (
+    Load,
+    Widths,
+    bytes_handed,
+    cheaper_dispatcher,
+    expected_fan_out,
+)
 
 
 @pytest.mark.parametrize("num_experts", [0, 1, 2, 5, 8, 100])
 @pytest.mark.parametrize("ep_size", [1, 2, 3, 7])
 def test_owners_are_those_of_chunk(num_experts: int, ep_size: int) -> None:
     size = experts_per_rank(num_experts, ep_size)
-    for rank, owned in enumerate(torch.arange(num_experts).chunk(ep_size)):
-        assert all(expert // size == rank for expert in owned.tolist())
+    owned = [len(chunk) for chunk in torch.arange(num_experts).chunk(ep_size)]
+    owned = [] if num_experts == 0 else owned
+    counts = [num_local_experts(num_experts, ep_size, rank) for rank in range(ep_size)]
+    assert counts == owned + [0] * (ep_size - len(owned))
+    for rank, experts in enumerate(torch.arange(num_experts).chunk(ep_size)):
+        assert all(expert // size == rank for expert in experts.tolist())
 
 
 def test_worked_example() -> None:
-    """The example in the docstring of flash_moe_dist.dispatch."""
+    """The example in the docstring of flash_moe_dist.routing."""
     indices_TK = torch.tensor([[3, 0], [1, 0], [2, -1]])
-    routing = _Routing.of(indices_TK, num_experts=4, ep_size=2)
-    assert routing.counts_3W.tolist() == [[2, 2], [3, 2], [0, 0]]
-    to_send = routing.to_send(num_rows=4, num_pairs=5)
-    assert to_send.rows.tokens.tolist() == [0, 1, 0, 2]
-    assert to_send.pairs_per_row.tolist() == [1, 2, 1, 1]
-    assert to_send.local_ids.tolist() == [0, 0, 1, 1, 0]
-    assert to_send.slots.tolist() == [1, 3, 2, 0, 4]
-    pattern = to_send.rows.pattern
-    assert pattern.expert_ids.view(3, 2).tolist() == [[0, 2], [1, -1], [-1, 3]]
+    routing = Routing.of(indices_TK, num_experts=4, ep_size=2)
+    assert routing.counts_2W().tolist() == [[2, 2], [3, 2]]
+    assert routing.out_of_range == 0
+    local_ids, slots = routing.pairs(num_pairs=5)
+    assert local_ids.tolist() == [0, 0, 1, 1, 0]
+    assert slots.tolist() == [1, 3, 2, 0, 4]
+    tokens, pairs_per_row, sent_TW = routing.rows(num_rows=4)
+    assert tokens.tolist() == [0, 1, 0, 2]
+    assert pairs_per_row.tolist() == [1, 2, 1, 1]
+    assert sent_TW.tolist() == [[0, 2], [1, -1], [-1, 3]]
 
 
 @pytest.mark.parametrize("backend", ["gather", "hot_cold", "dense"])
@@ -34,12 +56,177 @@ def test_sum_of_returned_rows_with_any_triton_backend(
     backend: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FLASH_MOE_BACKEND", backend)
-    routing = _Routing.of(torch.tensor([[3, 0], [1, 0], [2, -1]], device=device), 4, 2)
+    sent_TW = torch.tensor([[0, 2], [1, -1], [-1, 3]], device=device)
     rows_SH = torch.randn(4, 6, device=device)
-    sums_TH = _sum_rows(rows_SH, routing.to_send(4, 5).rows)
+    sums_TH = sum_copies(rows_SH, sent_TW, torch.float32)
     assert torch.equal(sums_TH, torch.stack([rows_SH[0] + rows_SH[2], rows_SH[1], rows_SH[3]]))
 
 
 def test_ids_out_of_range_are_counted_and_sent_nowhere() -> None:
-    routing = _Routing.of(torch.tensor([[4, 0], [-2, 3]]), num_experts=4, ep_size=3)
-    assert routing.counts_3W.tolist() == [[1, 1, 0], [1, 1, 0], [2, 2, 2]]
+    routing = Routing.of(torch.tensor([[4, 0], [-2, 3]]), num_experts=4, ep_size=3)
+    assert routing.counts_2W().tolist() == [[1, 1, 0], [1, 1, 0]]
+    assert routing.out_of_range == 2
+
+
+@dataclass
+class Recorded:
+    """Bytes handed to each collective, by the order of the calls."""
+
+    calls: list[tuple[str, int]] = field(default_factory=list)
+
+    def patched(self, patch: pytest.MonkeyPatch) -> None:
+        for name in ("all_to_all_single", "all_gather_into_tensor", "reduce_scatter_tensor"):
+            patch.setattr(dist, name, self._recording(name, getattr(dist, name)))
+        for name in ("all_reduce", "all_gather", "all_gather_object", "broadcast", "barrier"):
+            patch.setattr(dist, name, self._unexpected(name))
+
+    def _recording(self, name: str, collective: Callable[..., Any]) -> Callable[..., Any]:
+        def record(out: Tensor, given: Tensor, *args: Any, **kwargs: Any) -> Any:
+            self.calls.append((name, given.numel() * given.element_size()))
+            return collective(out, given, *args, **kwargs)
+
+        return record
+
+    def _unexpected(self, name: str) -> Callable[..., Any]:
+        def unexpected(*args: Any, **kwargs: Any) -> None:
+            raise AssertionError(f"{name} is in no formula")
+
+        return unexpected
+
+
+def count_bytes(dispatcher: str, dtype: torch.dtype) -> tuple[int, int]:
+    """Hold what a forward and a backward pass send against the formula; return both sums."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    num_experts, hidden_size, slots = 23, 12, 3
+    tokens = [4 + 3 * one for one in range(world_size)]
+    cases = [
+        make_case(count, hidden_size, num_experts, slots, dtype, seed=one)
+        for one, count in enumerate(tokens)
+    ]
+    for case in cases:
+        case.indices[0] = -1
+    # By counting in Python, not with what is tested.
+    size = experts_per_rank(num_experts, world_size)
+    owners = [
+        [[expert // size for expert in row if expert >= 0] for row in case.indices.tolist()]
+        for case in cases
+    ]
+    load = Load(
+        rows_sent=sum(len(set(row)) for row in owners[rank]),
+        rows_received=sum(rank in row for one in owners for row in one),
+        pairs_sent=sum(len(row) for row in owners[rank]),
+        pairs_received=sum(row.count(rank) for one in owners for row in one),
+        most_tokens=max(tokens),
+    )
+    weight_bytes = cases[0].routing_weights.element_size()
+    widths = Widths(world_size, hidden_size, dtype.itemsize, 4, weight_bytes)
+    name = "all_gather" if dispatcher == "all_gather" else "all_to_all"
+    expected = bytes_handed(name, widths, load)  # type: ignore[arg-type]
+
+    mine = cases[rank]
+    experts = shard_experts(mine, dispatcher)
+    found = []
+    with pytest.MonkeyPatch.context() as patch:
+        for run in (0, 1):
+            recorded = Recorded()
+            recorded.patched(patch)
+            if run == 0:
+                out = experts(mine.hidden_states, mine.indices, mine.routing_weights)
+            else:
+                out.backward(mine.grad)
+            patch.undo()
+            found.append(recorded.calls)
+    rows = "all_gather_into_tensor" if dispatcher == "all_gather" else "all_to_all_single"
+    sums = "reduce_scatter_tensor" if dispatcher == "all_gather" else "all_to_all_single"
+    assert sorted(found[0]) == sorted(
+        [
+            ("all_to_all_single", expected[0]["counts"]),
+            ("all_to_all_single", expected[0]["row pairs"]),
+            ("all_to_all_single", 4 * load.pairs_sent),
+            ("all_to_all_single", weight_bytes * load.pairs_sent),
+            (rows, expected[0]["rows"]),
+            (sums, expected[0]["sums"]),
+        ]
+    )
+    assert expected[0]["pairs"] == (4 + weight_bytes) * load.pairs_sent
+    assert sorted(found[1]) == sorted(
+        [
+            ("all_to_all_single", expected[1]["pairs"]),
+            (rows, expected[1]["rows"]),
+            (sums, expected[1]["sums"]),
+        ]
+    )
+    return sum(expected[0].values()), sum(expected[1].values())
+
+
+@pytest.mark.parametrize("dispatcher", ["all_to_all", "all_gather"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_bytes_handed_to_collectives_are_those_of_the_formula(
+    dispatcher: str, dtype: torch.dtype, world_size: int, rank_pools: RankPools
+) -> None:
+    rank_pools.run(world_size, count_bytes, dispatcher, dtype)
+
+
+def test_formula_of_bytes_with_numbers() -> None:
+    """By hand: 2 ranks, H = 10, bfloat16; 7 tokens of which 6 go to one rank and 5 to the other."""
+    widths = Widths(ep_size=2, hidden_size=10, hidden_bytes=2, sum_bytes=4, weight_bytes=2)
+    load = Load(rows_sent=11, rows_received=9, pairs_sent=20, pairs_received=18, most_tokens=7)
+    forward, backward = bytes_handed("all_to_all", widths, load)
+    assert forward == {"counts": 80, "row pairs": 44, "pairs": 120, "rows": 220, "sums": 360}
+    assert backward == {"rows": 220, "sums": 360, "pairs": 36}
+    forward, backward = bytes_handed("all_gather", widths, load)
+    assert forward == {"counts": 80, "row pairs": 56, "pairs": 120, "rows": 140, "sums": 560}
+    assert backward == {"rows": 140, "sums": 560, "pairs": 36}
+
+
+def test_expected_fan_out_is_that_of_drawn_experts() -> None:
+    draw = torch.Generator().manual_seed(0)
+    for ep_size, slots in ((2, 3), (8, 8), (64, 16)):
+        owners = torch.randint(ep_size, (20_000, slots), generator=draw)
+        used = torch.zeros(20_000, ep_size).scatter_(1, owners, 1.0).sum(1).mean()
+        assert expected_fan_out(ep_size, slots) == pytest.approx(float(used), rel=0.01)
+
+
+def test_gathering_is_chosen_where_tokens_use_nearly_all_ranks() -> None:
+    def chosen(ep_size: int, slots: int) -> str:
+        return cheaper_dispatcher(Widths(ep_size, 1024, 2, 4, 2), slots)
+
+    assert [chosen(2, slots) for slots in (0, 1, 2, 8, 512)] == ["all_to_all"] * 3 + [
+        "all_gather"
+    ] * 2
+    assert chosen(8, 8) == "all_to_all"
+    assert chosen(8, 64) == "all_gather"
+    assert chosen(512, 64) == "all_to_all"
+
+
+def chosen_by_auto() -> list[str]:
+    names = []
+    for slots in (1, 6):
+        case = make_case(dist.get_rank(), 12, 23, slots)
+        experts = shard_experts(make_case(1, 12, 23, slots), "auto")
+        recorded = Recorded()
+        with pytest.MonkeyPatch.context() as patch:
+            recorded.patched(patch)
+            experts(case.hidden_states, case.indices, case.routing_weights)
+        gathers = any(name == "all_gather_into_tensor" for name, _ in recorded.calls)
+        names.append("all_gather" if gathers else "all_to_all")
+    return names
+
+
+def test_auto_chooses_by_shapes_alike_on_every_rank(rank_pools: RankPools) -> None:
+    assert rank_pools.run(2, chosen_by_auto) == [["all_to_all", "all_gather"]] * 2
+
+
+def calls_on_one_rank() -> list[Any]:
+    case = make_case(4, 12, 23, 3)
+    experts = shard_experts(case, "auto")
+    recorded = Recorded()
+    with pytest.MonkeyPatch.context() as patch:
+        recorded.patched(patch)
+        experts(case.hidden_states, case.indices, case.routing_weights).backward(case.grad)
+    return recorded.calls
+
+
+def test_one_rank_calls_no_collective(rank_pools: RankPools) -> None:
+    assert rank_pools.run(1, calls_on_one_rank) == [[]]

@@ -1,49 +1,25 @@
 """Experts sharded over processes against the same experts on one, in float64."""
 
-import copy
-import warnings
-from collections.abc import Callable
-
 import pytest
 import torch
 import torch.distributed as dist
-from cases import RESULTS, TOLERANCES, assert_close, make_case, oracle
-from ranks import Failure, RankPools
+from cases import RESULTS, TOLERANCES, Case, assert_close, make_case, oracle, relative_error
+from ranks import RankPools, rank_device
+from sharded import shard_experts, whole
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import parallelize_module
-from torch.utils.checkpoint import checkpoint
 
-from flash_moe import FlashExperts, triton_flash_expert_func
-from flash_moe_dist import ExpertParallel
-from flash_moe_dist.agreement import same_error_on_all_ranks
+from flash_moe import triton_flash_expert_func
+from flash_moe.ops.formulas import Backward
+from flash_moe_dist import ExpertParallel, clip_grad_norm_
+from flash_moe_dist.expert_parallel import ExpertParallelFunc
+from flash_moe_dist.runtime import Runtime
 
 NUM_EXPERTS, HIDDEN_SIZE, SLOTS = 23, 12, 5
-
-
-def rank_device() -> torch.device:
-    if dist.get_backend() == "nccl":
-        return torch.device("cuda", dist.get_rank())
-    return torch.device("cpu")
-
-
-def sharded_experts(down_weights: Tensor, up_weights: Tensor) -> FlashExperts:
-    """The same tables on every rank, then sharded over all ranks."""
-    device = rank_device()
-    num_experts, hidden_size = down_weights.shape
-    experts = FlashExperts(num_experts, hidden_size, device, down_weights.dtype)
-    with torch.no_grad():
-        experts.down_weights.copy_(down_weights)
-        experts.up_weights.copy_(up_weights)
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("ep",))
-    parallelize_module(experts, mesh, ExpertParallel())
-    return experts
-
-
-def whole_gradient(table: nn.Parameter) -> Tensor:
-    assert isinstance(table.grad, DTensor)
-    return table.grad.full_tensor().cpu()
+DISPATCHERS = ("all_to_all", "all_gather")
+LEARNING_RATE = 0.1
 
 
 def scenario_indices(scenario: str, rank: int, num_experts: int) -> Tensor:
@@ -54,14 +30,22 @@ def scenario_indices(scenario: str, rank: int, num_experts: int) -> Tensor:
         "no tokens on any rank": 0,
         "other numbers of tokens on every rank": 3 + 7 * rank,
     }.get(scenario, 9)
-    indices = torch.randint(num_experts, (num_tokens, SLOTS), generator=draw)
+    shape = (num_tokens, SLOTS)
+    indices = torch.randint(num_experts, shape, generator=draw)
     if scenario == "all tokens to the last rank that owns experts":
         indices = indices.clamp(min=num_experts - 1)
     if scenario == "all tokens to one expert":
         indices = torch.zeros_like(indices)
+    if scenario == "Zipf":
+        shares = 1 / torch.arange(1, num_experts + 1)
+        indices = torch.multinomial(shares.expand(num_tokens, -1), SLOTS, generator=draw)
+    if scenario == "duplicates":
+        indices[:, 1::2] = indices[:, :1]
     if scenario == "empty slots":
         indices = torch.where(torch.rand(indices.shape, generator=draw) < 0.4, -1, indices)
         indices[0] = -1
+    if scenario == "only empty slots":
+        indices = torch.full_like(indices, -1)
     return indices
 
 
@@ -72,99 +56,198 @@ SCENARIOS = (
     "other numbers of tokens on every rank",
     "all tokens to the last rank that owns experts",
     "all tokens to one expert",
+    "Zipf",
+    "duplicates",
     "empty slots",
+    "only empty slots",
 )
 
 
-def parity(scenario: str, num_experts: int, dtype: torch.dtype) -> None:
-    """Output and gradients of every rank against one process that has all tokens."""
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    tables = make_case(1, HIDDEN_SIZE, num_experts, 1, dtype)
+def cases_of_all_ranks(
+    scenario: str, num_experts: int, hidden_size: int, dtype: torch.dtype, num_ranks: int
+) -> list[Case]:
+    """Tokens of every rank, with the same tables."""
+    tables = make_case(1, hidden_size, num_experts, 1, dtype)
     cases = []
-    for each in range(world_size):
-        indices = scenario_indices(scenario, each, num_experts)
-        shape = (len(indices), HIDDEN_SIZE, num_experts, SLOTS)
-        case = make_case(*shape, dtype, seed=100 + each, indices=indices)
+    for rank in range(num_ranks):
+        indices = scenario_indices(scenario, rank, num_experts)
+        shape = (len(indices), hidden_size, num_experts, SLOTS)
+        case = make_case(*shape, dtype, seed=100 + rank, indices=indices)
         case.down_weights, case.up_weights = tables.down_weights, tables.up_weights
         cases.append(case)
-    expected = [oracle(case) for case in cases]
+    return cases
 
-    mine, device = cases[rank], rank_device()
+
+def expected_results(cases: list[Case], rank: int) -> tuple[Tensor, ...]:
+    """In float64. The loss is the mean over ranks, and so are the gradients of the tables."""
+    results = [oracle(case) for case in cases]
+    own = results[rank]
+    averaged = [torch.stack([one[i] for one in results]).mean(0) for i in (2, 3)]
+    return own[0], own[1], *averaged, own[4]
+
+
+def parity(
+    scenario: str,
+    num_experts: int,
+    dtype: torch.dtype,
+    dispatcher: str,
+    ep_size: int | None = None,
+) -> None:
+    """Output, gradients, their norm, and a step, against one process that has all tokens."""
+    runtime = Runtime.of_world(rank_device(), ep_size)
+    cases = cases_of_all_ranks(scenario, num_experts, HIDDEN_SIZE, dtype, runtime.ep_mesh.size())
+    mine, device = cases[runtime.ep_mesh.get_local_rank()], runtime.device
     hidden_states = mine.hidden_states.detach().to(device).requires_grad_()
     routing_weights = mine.routing_weights.detach().to(device).requires_grad_()
-    experts = sharded_experts(mine.down_weights.detach(), mine.up_weights.detach())
+    experts = shard_experts(mine, dispatcher, runtime.ep_mesh)
     out = experts(hidden_states, mine.indices.to(device), routing_weights)
     out.backward(mine.grad.to(device))
-    assert hidden_states.grad is not None
-    assert routing_weights.grad is not None
     results = (
         out,
         hidden_states.grad,
-        whole_gradient(experts.down_weights),
-        whole_gradient(experts.up_weights),
+        experts.down_weights.grad,
+        experts.up_weights.grad,
         routing_weights.grad,
     )
-    # The loss is the mean over ranks: a table's gradient is the mean of the ranks' gradients.
-    own = expected[rank]
-    averaged = [torch.stack([one[i] for one in expected]).mean(0) for i in (2, 3)]
-    wanted = (own[0], own[1], *averaged, own[4])
-    # Several partial sums, each rounded once for the journey.
-    tolerance = TOLERANCES[dtype] * 2
-    for name, result, one in zip(RESULTS, results, wanted, strict=True):
-        assert_close(result.cpu(), one, tolerance, f"{scenario}, {name}")
+    expected = expected_results(cases, runtime.ep_mesh.get_local_rank())
+    tolerance = TOLERANCES[dtype]
+    for name, result, one in zip(RESULTS, results, expected, strict=True):
+        assert_close(whole(result), one, tolerance, f"{scenario}, {name}")
+    norm = clip_grad_norm_(experts.parameters(), max_norm=1e9)
+    expected_norm = torch.linalg.vector_norm(torch.stack([expected[2], expected[3]]))
+    assert_close(norm.cpu(), expected_norm, tolerance, f"{scenario}, gradient norm")
+    before = [whole(table).double() for table in experts.parameters()]
+    torch.optim.SGD(experts.parameters(), lr=LEARNING_RATE).step()
+    for table, old, grad in zip(experts.parameters(), before, expected[2:4], strict=True):
+        stepped = old - LEARNING_RATE * grad
+        assert_close(whole(table), stepped, tolerance, f"{scenario}, after a step")
 
 
+@pytest.mark.parametrize("dispatcher", DISPATCHERS)
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 @pytest.mark.parametrize("scenario", SCENARIOS)
-def test_parity_with_one_process(scenario: str, world_size: int, rank_pools: RankPools) -> None:
-    rank_pools.run(world_size, parity, scenario, NUM_EXPERTS, torch.float32)
+def test_parity_with_one_process(
+    scenario: str, world_size: int, dispatcher: str, rank_pools: RankPools
+) -> None:
+    rank_pools.run(world_size, parity, scenario, NUM_EXPERTS, torch.float32, dispatcher)
 
 
+@pytest.mark.parametrize("dispatcher", DISPATCHERS)
 @pytest.mark.parametrize("num_experts", [1, 2, 5, 24])
-def test_parity_for_any_number_of_experts(num_experts: int, rank_pools: RankPools) -> None:
-    rank_pools.run(3, parity, "uniform", num_experts, torch.float64)
+def test_parity_for_any_number_of_experts(
+    num_experts: int, dispatcher: str, rank_pools: RankPools
+) -> None:
+    rank_pools.run(3, parity, "uniform", num_experts, torch.float64, dispatcher)
 
 
-def test_parity_in_bfloat16(rank_pools: RankPools) -> None:
-    rank_pools.run(3, parity, "uniform", NUM_EXPERTS, torch.bfloat16)
+@pytest.mark.parametrize("dispatcher", DISPATCHERS)
+@pytest.mark.parametrize("scenario", ["uniform", "other numbers of tokens on every rank"])
+def test_parity_with_fewer_ep_ranks_than_ranks(
+    scenario: str, dispatcher: str, rank_pools: RankPools
+) -> None:
+    rank_pools.run(4, parity, scenario, NUM_EXPERTS, torch.float32, dispatcher, 2)
+
+
+def wrong_factor(factor: float) -> None:
+    """Parity, with gradients of the tables wrong by that factor."""
+    right = Backward.for_tables
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            Backward, "for_tables", lambda backward, scale: right(backward, scale * factor)
+        )
+        parity("uniform", NUM_EXPERTS, torch.float32, "all_to_all")
+
+
+@pytest.mark.parametrize("factor", [2.0, 0.5, 1.001])
+def test_a_wrong_factor_on_gradients_is_seen(factor: float, rank_pools: RankPools) -> None:
+    for outcome in rank_pools.outcomes(2, wrong_factor, factor):
+        assert outcome.kind == "AssertionError"
+        assert "down_weights: relative error" in outcome.message
+
+
+def no_worse_than_one_rank(dtype: torch.dtype, dispatcher: str) -> None:
+    """Errors of all results against those of the op on one rank, both against float64."""
+    # Enough elements for errors of single roundings to average out.
+    rank, hidden_size, num_experts = dist.get_rank(), 192, 40
+    cases = cases_of_all_ranks("uniform", num_experts, hidden_size, dtype, dist.get_world_size())
+    mine, device = cases[rank], rank_device()
+    exact = expected_results(cases, rank)
+
+    leaves = [tensor.detach().to(device).requires_grad_() for tensor in mine.differentiable()]
+    experts = shard_experts(mine, dispatcher)
+    out = experts(leaves[0], mine.indices.to(device), leaves[3])
+    out.backward(mine.grad.to(device))
+    sharded = (
+        out,
+        leaves[0].grad,
+        experts.down_weights.grad,
+        experts.up_weights.grad,
+        leaves[3].grad,
+    )
+
+    def rows(name: str) -> Tensor:
+        return torch.cat([getattr(case, name).detach() for case in cases]).to(device)
+
+    tokens = [rows(name) for name in ("hidden_states", "indices", "routing_weights")]
+    tokens[0].requires_grad_()
+    tokens[2].requires_grad_()
+    alone = triton_flash_expert_func(tokens[0], leaves[1], leaves[2], tokens[1], tokens[2])
+    alone.backward(rows("grad"))
+    own = slice(rank * len(mine.indices), (rank + 1) * len(mine.indices))
+    assert tokens[0].grad is not None
+    assert tokens[2].grad is not None
+    one_rank = (
+        alone[own],
+        tokens[0].grad[own],
+        leaves[1].grad,
+        leaves[2].grad,
+        tokens[2].grad[own],
+    )
+    scales = (1, 1, dist.get_world_size(), dist.get_world_size(), 1)
+    for name, many, one, expected, scale in zip(
+        RESULTS, sharded, one_rank, exact, scales, strict=True
+    ):
+        error = relative_error(whole(many), expected)
+        bound = relative_error(whole(one), expected * scale)
+        if name == "routing_weights":
+            # Few numbers, so the least error is not the one expected of one rounding.
+            bound = max(bound, 2**-9 * (dtype == torch.bfloat16))
+        assert error <= 1.1 * bound + 1e-7, f"{name}: {error:.2e}, on one rank {bound:.2e}"
+
+
+@pytest.mark.parametrize("dispatcher", DISPATCHERS)
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_bfloat16_is_no_worse_than_on_one_rank(
+    world_size: int, dispatcher: str, rank_pools: RankPools
+) -> None:
+    rank_pools.run(world_size, no_worse_than_one_rank, torch.bfloat16, dispatcher)
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["nccl", "gloo on cuda"])
+@pytest.mark.parametrize("dispatcher", DISPATCHERS)
 @pytest.mark.parametrize("scenario", SCENARIOS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_parity_with_nccl(scenario: str, dtype: torch.dtype, rank_pools: RankPools) -> None:
-    if torch.cuda.device_count() < 2:
-        pytest.skip(f"needs two GPUs, this machine has {torch.cuda.device_count()}")
-    rank_pools.run(2, parity, scenario, NUM_EXPERTS, dtype, backend="nccl")
-
-
-def host_syncs() -> tuple[int, int]:
-    """Host syncs in a forward and in a backward pass, as PyTorch counts them."""
-    case = make_case(64, HIDDEN_SIZE, NUM_EXPERTS, SLOTS, device=rank_device())
-    experts = sharded_experts(case.down_weights.detach(), case.up_weights.detach())
-    counts = []
-    for counted in (False, True):
-        torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("warn" if counted else "default")
-        with warnings.catch_warnings(record=True) as forward:
-            warnings.simplefilter("always")
-            out = experts(case.hidden_states, case.indices, case.routing_weights)
-        with warnings.catch_warnings(record=True) as backward:
-            warnings.simplefilter("always")
-            out.backward(case.grad)
-        torch.cuda.set_sync_debug_mode("default")
-        counts = [
-            sum("synchronizing" in str(one.message) for one in passed)
-            for passed in (forward, backward)
-        ]
-    return counts[0], counts[1]
+def test_parity_on_gpus(
+    scenario: str, dtype: torch.dtype, dispatcher: str, backend: str, rank_pools: RankPools
+) -> None:
+    needs_gpus(backend)
+    rank_pools.run(2, parity, scenario, NUM_EXPERTS, dtype, dispatcher, backend=backend)
 
 
 @pytest.mark.gpu
-def test_one_host_sync_in_forward_and_none_in_backward(rank_pools: RankPools) -> None:
-    if torch.cuda.device_count() < 2:
+@pytest.mark.parametrize("backend", ["nccl", "gloo on cuda"])
+@pytest.mark.parametrize("dispatcher", DISPATCHERS)
+def test_bfloat16_on_gpus_is_no_worse_than_on_one(
+    dispatcher: str, backend: str, rank_pools: RankPools
+) -> None:
+    needs_gpus(backend)
+    rank_pools.run(2, no_worse_than_one_rank, torch.bfloat16, dispatcher, backend=backend)
+
+
+def needs_gpus(backend: str) -> None:
+    if backend == "nccl" and torch.cuda.device_count() < 2:
         pytest.skip(f"needs two GPUs, this machine has {torch.cuda.device_count()}")
-    assert rank_pools.run(2, host_syncs, backend="nccl") == [(1, 0), (1, 0)]
 
 
 class OwnModule(nn.Module):
@@ -180,21 +263,35 @@ class OwnModule(nn.Module):
         return self.expert_func(x, self.keys, self.values, indices, weights)
 
 
-def own_module() -> None:
+def own_module(dispatcher: str) -> None:
     torch.manual_seed(0)
     module = OwnModule()
     x, indices = torch.randn(4, 6), torch.randint(7, (4, 3))
     expected = module(x, indices, torch.ones(4, 3))
+    expected.sum().backward()
+    grads = [table.grad for table in module.parameters()]
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     model = nn.ModuleDict({"experts": module})
-    parallelize_module(model, mesh, {"experts": ExpertParallel()})
+    parallelize_module(model, mesh, {"experts": ExpertParallel(dispatcher)})  # type: ignore[arg-type]
     assert isinstance(module.keys, DTensor)
     assert module.keys.to_local().shape[0] < 7
-    assert_close(module(x, indices, torch.ones(4, 3)), expected, 1e-6, "own module")
+    out = module(x, indices, torch.ones(4, 3))
+    out.sum().backward()
+    assert_close(out, expected, 1e-6, "own module")
+    # Every rank had the same tokens, and the mean of equal gradients is each of them.
+    for table, grad in zip(module.parameters(), grads, strict=True):
+        assert grad is not None
+        assert_close(whole(table.grad), grad, 1e-6, "gradient of own module")
 
 
-def test_plan_on_a_users_own_module(rank_pools: RankPools) -> None:
-    rank_pools.run(2, own_module)
+@pytest.mark.parametrize("dispatcher", ["auto", *DISPATCHERS])
+def test_plan_on_a_users_own_module(dispatcher: str, rank_pools: RankPools) -> None:
+    rank_pools.run(2, own_module, dispatcher)
+
+
+def test_unknown_dispatcher_is_refused() -> None:
+    with pytest.raises(ValueError, match="dispatcher must be one of auto, all_to_all, all_gather"):
+        ExpertParallel("all_two_all")  # type: ignore[arg-type]
 
 
 def no_expert_func() -> None:
@@ -206,104 +303,6 @@ def test_module_without_the_hook_is_refused(rank_pools: RankPools) -> None:
     for outcome in rank_pools.outcomes(2, no_expert_func):
         assert outcome.kind == "TypeError"
         assert "Linear must call its tables through an attribute expert_func" in outcome.message
-
-
-def bad_input(spoil: str) -> None:
-    """Rank 1 spoils its input; every rank must hear of it, and go on to work."""
-    tables = make_case(1, HIDDEN_SIZE, NUM_EXPERTS, 1)
-    experts = sharded_experts(tables.down_weights.detach(), tables.up_weights.detach())
-    case = make_case(6, HIDDEN_SIZE, NUM_EXPERTS, SLOTS, seed=dist.get_rank())
-    arguments = [case.hidden_states, case.indices, case.routing_weights]
-    if dist.get_rank() == 1:
-        arguments = SPOILED[spoil](*arguments)
-    try:
-        experts(*arguments)
-    finally:
-        out = experts(case.hidden_states, case.indices, case.routing_weights)
-        out.sum().backward()
-
-
-SPOILED: dict[str, Callable[[Tensor, Tensor, Tensor], list[Tensor]]] = {
-    "index out of range": lambda x, i, w: [x, i.index_fill(0, torch.tensor([2]), 23), w],
-    "index below -1": lambda x, i, w: [x, i.index_fill(0, torch.tensor([2]), -7), w],
-    "hidden size": lambda x, i, w: [x[:, 1:], i, w],
-    "number of routing weights": lambda x, i, w: [x, i, w[1:]],
-    "dtype of indices": lambda x, i, w: [x, i.float(), w],
-    "dtype of hidden states": lambda x, i, w: [x.double(), i, w],
-    "requires_grad": lambda x, i, w: [x.detach(), i, w],
-    "requires_grad of weights": lambda x, i, w: [x, i, w.detach()],
-    "device": lambda x, i, w: [x, i.to("meta"), w],
-    "no tensor": lambda x, i, w: [x, None, w],  # type: ignore[list-item]
-    "leading dimensions": lambda x, i, w: [x.view(2, 3, -1), i.view(3, 2, -1), w.view(2, 3, -1)],
-}
-MESSAGES = {
-    "index out of range": r"rank 1: indices must lie in [-1, 23)",
-    "index below -1": "ids from -7 to ",
-    "hidden size": "rank 1: hidden_states must have rows of hidden_size = 12",
-    "number of routing weights": "rank 1: routing_weights must have the shape of indices, (6, 5)",
-    "dtype of indices": "rank 1: indices must have one of the dtypes int32, int64",
-    "dtype of hidden states": "ranks must agree on (num_experts, hidden_size, dtype of hidden",
-    "requires_grad": "ranks must agree on (num_experts, hidden_size, dtype of hidden_states",
-    "requires_grad of weights": "ranks must agree on (num_experts, hidden_size, dtype of",
-    "device": "rank 1: indices must be on cpu, where the tables are, got meta",
-    "no tensor": "rank 1: indices must be a torch.Tensor, got NoneType",
-    "leading dimensions": "rank 1: hidden_states must have shape (num_tokens, hidden_size)",
-}
-KINDS = {"dtype of indices": "TypeError", "no tensor": "TypeError"}
-
-
-@pytest.mark.parametrize("spoil", SPOILED)
-def test_bad_input_on_one_rank_is_the_same_error_on_all(spoil: str, rank_pools: RankPools) -> None:
-    outcomes = rank_pools.outcomes(3, bad_input, spoil)
-    for outcome in outcomes:
-        assert isinstance(outcome, Failure)
-        assert outcome.kind == KINDS.get(spoil, "ValueError")
-        assert MESSAGES[spoil] in outcome.message
-    assert len({outcome.message for outcome in outcomes}) == 1
-
-
-def modes_differ() -> None:
-    """Rank 1 runs without gradients while the others run with them."""
-    tables = make_case(1, HIDDEN_SIZE, NUM_EXPERTS, 1)
-    experts = sharded_experts(tables.down_weights.detach(), tables.up_weights.detach())
-    case = make_case(6, HIDDEN_SIZE, NUM_EXPERTS, SLOTS)
-    with torch.set_grad_enabled(dist.get_rank() != 1):
-        experts(case.hidden_states, case.indices, case.routing_weights)
-
-
-def test_grad_mode_must_be_the_same_on_all_ranks(rank_pools: RankPools) -> None:
-    for outcome in rank_pools.outcomes(2, modes_differ):
-        assert "ranks must agree on" in outcome.message
-
-
-def in_a_model() -> None:
-    """Deep copies, autocast, no slots, frozen tables, no gradients, checkpointing."""
-    tables = make_case(1, HIDDEN_SIZE, NUM_EXPERTS, 1)
-    experts = sharded_experts(tables.down_weights.detach(), tables.up_weights.detach())
-    case = make_case(6, HIDDEN_SIZE, NUM_EXPERTS, SLOTS, seed=dist.get_rank())
-    rows = (case.hidden_states, case.indices, case.routing_weights)
-    expected = experts(*rows)
-    grads = torch.autograd.grad(expected, rows[::2], case.grad)
-    assert torch.equal(copy.deepcopy(experts)(*rows), expected)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(experts(*rows), expected)
-    with torch.inference_mode():
-        assert torch.equal(experts(*rows), expected)
-    recomputed = checkpoint(experts, *rows, use_reentrant=False)
-    assert torch.equal(recomputed, expected)
-    for one, other in zip(
-        torch.autograd.grad(recomputed, rows[::2], case.grad), grads, strict=True
-    ):
-        assert torch.equal(one, other)
-    experts.requires_grad_(False)
-    frozen = torch.autograd.grad(experts(*rows), rows[::2], case.grad)
-    assert all(torch.equal(one, other) for one, other in zip(frozen, grads, strict=True))
-    no_slots = experts(rows[0], rows[1][:, :0], rows[2][:, :0])
-    assert no_slots.count_nonzero() == 0
-
-
-def test_what_models_do_with_a_layer(rank_pools: RankPools) -> None:
-    rank_pools.run(2, in_a_model)
 
 
 class WithBias(OwnModule):
@@ -324,34 +323,62 @@ def test_parameters_that_are_no_tables_are_refused(rank_pools: RankPools) -> Non
         assert "parameters of WithBias must be tables of one shape" in outcome.message
 
 
-def one_rank_fails() -> None:
-    with same_error_on_all_ranks():
-        if dist.get_rank() == 1:
-            raise TypeError("only here")
+def tables_that_are_not_sharded() -> None:
+    case = make_case(3, HIDDEN_SIZE, NUM_EXPERTS, SLOTS)
+    ExpertParallelFunc(Runtime.of_world(rank_device()).ep_mesh)(*case.args())
 
 
-def test_an_error_on_one_rank_is_raised_on_all(rank_pools: RankPools) -> None:
-    for outcome in rank_pools.outcomes(3, one_rank_fails):
-        assert (outcome.kind, outcome.message) == ("TypeError", "rank 1: only here")
+def test_plain_tables_are_refused(rank_pools: RankPools) -> None:
+    for outcome in rank_pools.outcomes(2, tables_that_are_not_sharded):
+        assert outcome.kind == "TypeError"
+        assert "tables must be DTensors sharded by ExpertParallel" in outcome.message
 
 
-def repeats() -> None:
-    case = make_case(30, HIDDEN_SIZE, NUM_EXPERTS, SLOTS, seed=dist.get_rank())
-    experts = sharded_experts(
-        make_case(1, HIDDEN_SIZE, NUM_EXPERTS, 1).down_weights.detach(),
-        make_case(1, HIDDEN_SIZE, NUM_EXPERTS, 1).up_weights.detach(),
-    )
-    parameters = (case.hidden_states, case.routing_weights, *experts.parameters())
+def second_derivative() -> None:
+    case = make_case(3, HIDDEN_SIZE, NUM_EXPERTS, SLOTS)
+    out = shard_experts(case)(case.hidden_states, case.indices, case.routing_weights)
+    (grad,) = torch.autograd.grad(out.sum(), case.hidden_states, create_graph=True)
+    (out.sum() + grad.square().sum()).backward()
+
+
+def test_second_derivatives_are_refused(rank_pools: RankPools) -> None:
+    for outcome in rank_pools.outcomes(2, second_derivative):
+        assert outcome.kind == "RuntimeError"
+        assert "have no second derivative" in outcome.message
+
+
+def repeats(dispatcher: str, dtype: torch.dtype) -> None:
+    """50 times the same passes, bit for bit."""
+    case = make_case(30, HIDDEN_SIZE, NUM_EXPERTS, SLOTS, dtype, seed=dist.get_rank())
+    experts = shard_experts(make_case(1, HIDDEN_SIZE, NUM_EXPERTS, 1, dtype), dispatcher)
+    device = rank_device()
+    hidden_states = case.hidden_states.detach().to(device).requires_grad_()
+    routing_weights = case.routing_weights.detach().to(device).requires_grad_()
+    parameters = (hidden_states, routing_weights, *experts.parameters())
 
     def results() -> list[Tensor]:
-        out = experts(case.hidden_states, case.indices, case.routing_weights)
-        grads = torch.autograd.grad(out, parameters, case.grad)
+        out = experts(hidden_states, case.indices.to(device), routing_weights)
+        grads = torch.autograd.grad(out, parameters, case.grad.to(device))
         return [out, *(g.to_local() if isinstance(g, DTensor) else g for g in grads)]
 
     first = results()
-    for _ in range(5):
+    for _ in range(50):
         assert all(torch.equal(one, other) for one, other in zip(first, results(), strict=True))
 
 
-def test_repeats_are_bitwise_equal(rank_pools: RankPools) -> None:
-    rank_pools.run(3, repeats)
+@pytest.mark.parametrize("dispatcher", DISPATCHERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_repeats_are_bitwise_equal(
+    dispatcher: str, dtype: torch.dtype, rank_pools: RankPools
+) -> None:
+    rank_pools.run(3, repeats, dispatcher, dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["nccl", "gloo on cuda"])
+@pytest.mark.parametrize("dispatcher", DISPATCHERS)
+def test_repeats_on_gpus_are_bitwise_equal(
+    dispatcher: str, backend: str, rank_pools: RankPools
+) -> None:
+    needs_gpus(backend)
+    rank_pools.run(2, repeats, dispatcher, torch.bfloat16, backend=backend)

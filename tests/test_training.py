@@ -12,9 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-from ranks import RankPools
-from torch.distributed.device_mesh import init_device_mesh
+from ranks import RankPools, rank_device
 from torch.distributed.tensor import DTensor
 
 REPOSITORY = Path(__file__).parent.parent
@@ -26,16 +24,13 @@ SMALL = (
 )
 
 
-def small_run(data: str) -> Any:
+def small_run(data: str, ep_size: int | None = None) -> Any:
     """A `Run` of launch/train.py on the ranks at hand."""
     from flash_moe_dist.runtime import Runtime
     from train import Run, parse_args, prepare
 
     args = parse_args([*SMALL, "--data", data, "--out", str(Path(data).parent / "out")])
-    cuda = dist.get_backend() == "nccl"
-    device = torch.device("cuda", dist.get_rank()) if cuda else torch.device("cpu")
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("ep",))
-    runtime = Runtime(dist.get_rank(), dist.get_world_size(), device, mesh)
+    runtime = Runtime.of_world(rank_device(), ep_size)
     corpus, config = prepare(args, runtime)
     return Run(args, runtime, corpus, config)
 
@@ -47,8 +42,10 @@ def whole_parameters(run: Any) -> dict[str, torch.Tensor]:
     }
 
 
-def train_twenty_steps(data: str) -> tuple[list[float], dict[str, torch.Tensor]]:
-    run = small_run(data)
+def train_twenty_steps(
+    data: str, ep_size: int | None = None
+) -> tuple[list[float], dict[str, torch.Tensor]]:
+    run = small_run(data, ep_size)
     return [run.step(step) for step in range(20)], whole_parameters(run)
 
 
@@ -76,6 +73,15 @@ def test_same_losses_and_parameters_on_any_number_of_ranks(
     alone = rank_pools.run(1, train_twenty_steps, text)[0]
     assert alone[0][-1] < alone[0][0] - 0.3
     for rank_result in rank_pools.run(world_size, train_twenty_steps, text):
+        assert_same_training(alone, rank_result)
+
+
+@pytest.mark.parametrize("ep_size", [1, 2])
+def test_same_training_with_tables_cut_twice(
+    ep_size: int, text: str, rank_pools: RankPools
+) -> None:
+    alone = rank_pools.run(1, train_twenty_steps, text)[0]
+    for rank_result in rank_pools.run(4, train_twenty_steps, text, ep_size):
         assert_same_training(alone, rank_result)
 
 
@@ -202,6 +208,10 @@ BAD_OPTIONS = {
     "number of experts without a key grid": (
         ["--num-experts", "16381"],
         "num_experts must have two factors near each other, or key_grid must be given: 16381",
+    ),
+    "ranks that --ep-size does not divide": (
+        ["--ep-size", "3"],
+        "--ep-size must divide the number of ranks = 2, got 3",
     ),
     "no steps": (["--steps", "0"], "--steps must be positive, got 0"),
     "learning rate is no number": (["--lr", "nan"], "--lr must be positive, got nan"),

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from flash_moe.layers.normal_rows import normal_rows_
 from flash_moe.ops.flash_expert import triton_flash_expert_func
 
 ExpertFunc = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -13,8 +14,9 @@ ExpertFunc = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 class FlashExperts(nn.Module):
     """Experts of one row each in `down_weights` and `up_weights`, both (num_experts, hidden_size).
 
-    The forward pass calls `self.expert_func`, by default `triton_flash_expert_func`. A parallel
-    style may put another function of the same arguments in its place, on the instance.
+    The forward pass calls `self.expert_func`, by default `triton_flash_expert_func`, and
+    `reset_parameters` calls `self.normal_rows_`. A parallel style may put other functions of the
+    same arguments in their place, on the instance.
 
     Args:
         num_experts: E, the rows of each table.
@@ -23,6 +25,7 @@ class FlashExperts(nn.Module):
     """
 
     expert_func: ExpertFunc = staticmethod(triton_flash_expert_func)
+    normal_rows_: Callable[[Tensor, float], None] = staticmethod(normal_rows_)
 
     def __init__(
         self,
@@ -41,8 +44,8 @@ class FlashExperts(nn.Module):
 
     def reset_parameters(self) -> None:
         """Normal values: a score <x, d> of unit variance for x of unit variance, and unit u."""
-        nn.init.normal_(self.down_weights, std=max(1, self.hidden_size) ** -0.5)
-        nn.init.normal_(self.up_weights, std=1.0)
+        self.normal_rows_(self.down_weights, max(1, self.hidden_size) ** -0.5)
+        self.normal_rows_(self.up_weights, 1.0)
 
     def forward(self, hidden_states: Tensor, indices: Tensor, routing_weights: Tensor) -> Tensor:
         """Weighted sum of the chosen experts.

@@ -82,11 +82,15 @@ class ProductKeyRouter(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ProductKeyRouter":
         super()._apply(fn, recurse)
         # `to_empty` leaves garbage, and no state dict holds these places.
+        self.reset_parameters()
+        return self
+
+    def reset_parameters(self) -> None:
+        """Write the places of the candidates; the keys reset themselves."""
         if not self.candidates_first.is_meta:
             first, second = _candidate_places(self.num_experts_per_tok, self.key_grid)
             self.candidates_first.copy_(first)
             self.candidates_second.copy_(second)
-        return self
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         """Choose experts.

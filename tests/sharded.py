@@ -1,0 +1,42 @@
+"""Experts of a test case, sharded over the ranks at hand."""
+
+from typing import Any
+
+import torch
+from cases import Case
+from ranks import rank_device
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import parallelize_module
+
+from flash_moe import FlashExperts
+from flash_moe_dist import ExpertParallel
+from flash_moe_dist.runtime import Runtime
+
+
+def shard_experts(
+    case: Case, dispatcher: Any = "all_to_all", mesh: DeviceMesh | None = None
+) -> FlashExperts:
+    """The tables of `case`, the same on every rank, sharded over `mesh` or else all ranks."""
+    num_experts, hidden_size = case.down_weights.shape
+    device = rank_device()
+    experts = FlashExperts(num_experts, hidden_size, device, case.down_weights.dtype)
+    with torch.no_grad():
+        experts.down_weights.copy_(case.down_weights)
+        experts.up_weights.copy_(case.up_weights)
+    parallelize_module(
+        experts, mesh or Runtime.of_world(device).ep_mesh, ExpertParallel(dispatcher)
+    )
+    return experts
+
+
+def whole(tensor: Tensor | None) -> Tensor:
+    """All of a tensor, sharded or not, on the CPU."""
+    assert tensor is not None
+    full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return full.detach().cpu()
+
+
+def whole_parameters(model: nn.Module) -> dict[str, Tensor]:
+    return {name: whole(parameter).clone() for name, parameter in model.named_parameters()}

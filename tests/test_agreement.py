@@ -1,0 +1,125 @@
+"""Bad input on one rank: the same error on every rank, and none is left waiting."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.distributed as dist
+from cases import make_case
+from ranks import Failure, RankPools
+from sharded import shard_experts
+from torch import Tensor
+
+from flash_moe_dist.agreement import same_error_on_all_ranks
+
+NUM_EXPERTS, HIDDEN_SIZE, SLOTS = 23, 12, 5
+
+
+def bad_input(spoil: str, dispatcher: str) -> None:
+    """Rank 1 spoils its input; every rank must hear of it, and go on to work."""
+    tables = make_case(1, HIDDEN_SIZE, NUM_EXPERTS, 1)
+    experts = shard_experts(tables, dispatcher)
+    case = make_case(6, HIDDEN_SIZE, NUM_EXPERTS, SLOTS, seed=dist.get_rank())
+    arguments = [case.hidden_states, case.indices, case.routing_weights]
+    if dist.get_rank() == 1:
+        arguments = SPOILED[spoil](*arguments)
+    try:
+        experts(*arguments)
+    finally:
+        out = experts(case.hidden_states, case.indices, case.routing_weights)
+        out.sum().backward()
+
+
+SPOILED: dict[str, Callable[[Tensor, Tensor, Tensor], list[Tensor]]] = {
+    "index out of range": lambda x, i, w: [x, i.index_fill(0, torch.tensor([2]), 23), w],
+    "index below -1": lambda x, i, w: [x, i.index_fill(0, torch.tensor([2]), -7), w],
+    "hidden size": lambda x, i, w: [x[:, 1:], i, w],
+    "number of routing weights": lambda x, i, w: [x, i, w[1:]],
+    "dtype of indices": lambda x, i, w: [x, i.float(), w],
+    "dtype of hidden states": lambda x, i, w: [x.double(), i, w],
+    "requires_grad": lambda x, i, w: [x.detach(), i, w],
+    "requires_grad of weights": lambda x, i, w: [x, i, w.detach()],
+    "number of slots": lambda x, i, w: [x, i[:, 1:], w[:, 1:]],
+    "device": lambda x, i, w: [x, i.to("meta"), w],
+    "no tensor": lambda x, i, w: [x, None, w],  # type: ignore[list-item]
+    "leading dimensions": lambda x, i, w: [x.view(2, 3, -1), i.view(3, 2, -1), w.view(2, 3, -1)],
+}
+MESSAGES = {
+    "index out of range": r"rank 1: indices must lie in [-1, 23)",
+    "index below -1": "ids from -7 to ",
+    "hidden size": "rank 1: hidden_states must have rows of hidden_size = 12",
+    "number of routing weights": "rank 1: routing_weights must have the shape of indices, (6, 5)",
+    "dtype of indices": "rank 1: indices must have one of the dtypes int32, int64",
+    "dtype of hidden states": "ranks must agree, but do not, on dtype of hidden_states (rank 0: "
+    "torch.float32, rank 1: torch.float64, rank 2: torch.float32)",
+    "requires_grad": "on which of hidden states, tables, routing weights need gradients (rank 0: "
+    "[True, True, True, True], rank 1: [False, True, True, True], rank 2: ",
+    "requires_grad of weights": "on which of hidden states, tables, routing weights need gradients",
+    "number of slots": "ranks must agree, but do not, on num_experts_per_tok (rank 0: 5, rank 1: 4",
+    "device": "rank 1: indices must be on cpu, where the tables are, got meta",
+    "no tensor": "rank 1: indices must be a torch.Tensor, got NoneType",
+    "leading dimensions": "rank 1: hidden_states must have shape (num_tokens, hidden_size)",
+}
+KINDS = {"dtype of indices": "TypeError", "no tensor": "TypeError"}
+
+
+@pytest.mark.parametrize("dispatcher", ["auto", "all_to_all", "all_gather"])
+@pytest.mark.parametrize("spoil", SPOILED)
+def test_bad_input_on_one_rank_is_the_same_error_on_all(
+    spoil: str, dispatcher: str, rank_pools: RankPools
+) -> None:
+    outcomes = rank_pools.outcomes(3, bad_input, spoil, dispatcher)
+    for outcome in outcomes:
+        assert isinstance(outcome, Failure)
+        assert outcome.kind == KINDS.get(spoil, "ValueError")
+        assert MESSAGES[spoil] in outcome.message
+    assert len({outcome.message for outcome in outcomes}) == 1
+
+
+def modes_differ() -> None:
+    """Rank 1 runs without gradients while the others run with them."""
+    tables = make_case(1, HIDDEN_SIZE, NUM_EXPERTS, 1)
+    experts = shard_experts(tables)
+    case = make_case(6, HIDDEN_SIZE, NUM_EXPERTS, SLOTS)
+    with torch.set_grad_enabled(dist.get_rank() != 1):
+        experts(case.hidden_states, case.indices, case.routing_weights)
+
+
+def test_grad_mode_must_be_the_same_on_all_ranks(rank_pools: RankPools) -> None:
+    for outcome in rank_pools.outcomes(2, modes_differ):
+        assert "ranks must agree, but do not, on which of hidden" in outcome.message
+
+
+def frozen_on_one_rank(dispatcher: str) -> None:
+    experts = shard_experts(make_case(1, HIDDEN_SIZE, NUM_EXPERTS, 1), dispatcher)
+    experts.up_weights.requires_grad_(dist.get_rank() == 0)
+    case = make_case(6, HIDDEN_SIZE, NUM_EXPERTS, SLOTS)
+    experts(case.hidden_states, case.indices, case.routing_weights)
+
+
+def test_tables_frozen_on_one_rank_only(rank_pools: RankPools) -> None:
+    for outcome in rank_pools.outcomes(2, frozen_on_one_rank, "auto"):
+        assert "(rank 0: [True, True, True, True], rank 1: [True, True, False, True])" in (
+            outcome.message
+        )
+
+
+def other_dispatchers() -> None:
+    name = ("all_to_all", "all_gather")[dist.get_rank()]
+    frozen_on_one_rank(name)
+
+
+def test_dispatchers_that_differ(rank_pools: RankPools) -> None:
+    for outcome in rank_pools.outcomes(2, other_dispatchers):
+        assert "dispatcher (rank 0: all_to_all, rank 1: all_gather)" in outcome.message
+
+
+def one_rank_fails() -> None:
+    with same_error_on_all_ranks():
+        if dist.get_rank() == 1:
+            raise TypeError("only here")
+
+
+def test_an_error_on_one_rank_is_raised_on_all(rank_pools: RankPools) -> None:
+    for outcome in rank_pools.outcomes(3, one_rank_fails):
+        assert (outcome.kind, outcome.message) == ("TypeError", "rank 1: only here")
