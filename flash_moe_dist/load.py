@@ -48,7 +48,7 @@ class LoadCounter:
         self.pairs = torch.zeros(1 + num_local_experts, dtype=torch.int64, device=device)
 
     def add(self, local_ids: Tensor) -> None:
-        ids = local_ids.flatten().long().add_(1).clamp_(0, self.pairs.shape[0] - 1)
+        ids = (local_ids.flatten().long() + 1).clamp_(0, self.pairs.shape[0] - 1)
         self.pairs.scatter_add_(0, ids, torch.ones_like(ids))
 
     def gather(self, num_experts: int, group: dist.ProcessGroup) -> ExpertLoad:

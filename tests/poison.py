@@ -4,10 +4,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils._device import _device_constructors
 
 
 def poison_fresh_memory() -> None:
     """From now on torch.empty and its kin return NaN, or the least integer."""
+    # `with torch.device(...)` goes by a list made once of the functions themselves.
+    _device_constructors()
     torch.empty = _poisoned(torch.empty)
     torch.empty_like = _poisoned(torch.empty_like)
     torch.empty_strided = _poisoned(torch.empty_strided)

@@ -1,0 +1,56 @@
+"""A training loop in which rank 1 fails at the third step, for tests/test_failures.py.
+
+failing_rank.py where how timeout mark
+    where    "before dispatch", "in the experts", "after combine" or "in the backward pass"
+    how      "raises" or "stalls"
+    timeout  of collectives, in seconds
+    mark     file to touch at the moment of failing
+"""
+
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.tensor.parallel import parallelize_module
+
+from flash_moe import FlashExperts
+from flash_moe.ops import formulas
+from flash_moe_dist import ExpertParallel, expert_parallel
+from flash_moe_dist.runtime import distributed
+
+where, how, timeout, mark = sys.argv[1:]
+
+
+def the_original_error() -> None:
+    Path(mark).touch()
+    if how == "stalls":
+        time.sleep(1000)
+    raise KeyError("the original error")
+
+
+with distributed(timedelta(seconds=float(timeout))) as runtime:
+    experts = FlashExperts(10, 8, runtime.device)
+    parallelize_module(experts, runtime.ep_mesh, ExpertParallel())
+    for step in range(5):
+        failing = runtime.rank == 1 and step == 2
+        if failing and where == "before dispatch":
+            the_original_error()
+        if failing and where == "in the experts":
+
+            def fail(*_: Any) -> Any:
+                the_original_error()
+
+            patched: Any = expert_parallel
+            patched.forward = fail
+        hidden_states = torch.randn(6, 8, device=runtime.device, requires_grad=True)
+        indices = torch.randint(10, (6, 3), device=runtime.device)
+        out = experts(hidden_states, indices, torch.ones(6, 3, device=runtime.device))
+        if failing and where == "after combine":
+            the_original_error()
+        if failing and where == "in the backward pass":
+            formulas.Backward.for_tokens = lambda *_: the_original_error()  # type: ignore
+        out.sum().backward()
+print("finished")

@@ -1,0 +1,87 @@
+"""One rank fails: all processes end in time, and the first error is what the user sees."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parent.parent
+SCRIPT = str(REPOSITORY / "tests" / "failing_rank.py")
+TIMEOUT = 6.0
+GRACE = 10.0
+RANKS = 3
+PLACES = ("before dispatch", "in the experts", "after combine", "in the backward pass")
+
+
+def environment() -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return kept | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+
+
+def torchrun(*args: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return subprocess.Popen(
+        [*command, "--nproc-per-node", str(RANKS), SCRIPT, *args],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def assert_ends_in_time(started: list[subprocess.Popen[str]], mark: Path) -> list[str]:
+    """All end, none well, within TIMEOUT + GRACE of the mark; returns what each had to say."""
+    try:
+        said = [process.communicate(timeout=150)[1] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    ended = time.time() - mark.stat().st_mtime
+    assert all(process.returncode != 0 for process in started)
+    assert ended <= TIMEOUT + GRACE, f"ended {ended:.0f} s after the failure"
+    return said
+
+
+@pytest.mark.parametrize("where", PLACES)
+def test_an_exception_on_one_rank_ends_all(where: str, tmp_path: Path) -> None:
+    mark = tmp_path / "mark"
+    (said,) = assert_ends_in_time([torchrun(where, "raises", str(TIMEOUT), str(mark))], mark)
+    assert "Traceback" in said
+    assert "in the_original_error" in said
+    assert "KeyError: 'the original error'" in said
+
+
+def test_a_stalled_rank_ends_all(tmp_path: Path) -> None:
+    mark = tmp_path / "mark"
+    (said,) = assert_ends_in_time(
+        [torchrun("before dispatch", "stalls", str(TIMEOUT), str(mark))], mark
+    )
+    assert "dispatch" in said
+
+
+@pytest.mark.parametrize("where", PLACES)
+def test_an_exception_ends_ranks_that_nobody_watches(where: str, tmp_path: Path) -> None:
+    """Started without torchrun, which would end the other processes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mark = tmp_path / "mark"
+    started = [
+        subprocess.Popen(
+            [sys.executable, SCRIPT, where, "raises", str(TIMEOUT), str(mark)],
+            env=environment()
+            | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS)}
+            | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(RANKS)
+    ]
+    said = assert_ends_in_time(started, mark)
+    assert "KeyError: 'the original error'" in said[1]

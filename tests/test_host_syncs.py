@@ -1,0 +1,88 @@
+"""How often a pass of the sharded layer waits for the device."""
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from cases import make_case
+from ranks import RankPools, rank_device
+from sharded import shard_experts
+from torch import Tensor
+
+from flash_moe_dist import count_load
+
+
+def count_syncs(run: Callable[[], Any]) -> int:
+    """Host syncs in `run` as PyTorch counts them, but for those inside of collectives.
+
+    gloo waits for the device to copy tensors to the host and back; nccl does not.
+    """
+    torch.cuda.synchronize()
+
+    def uncounted(collective: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            torch.cuda.set_sync_debug_mode("default")
+            done = collective(*args, **kwargs)
+            torch.cuda.set_sync_debug_mode("warn")
+            return done
+
+        return call
+
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        warnings.catch_warnings(record=True) as caught,
+    ):
+        warnings.simplefilter("always")
+        if dist.get_backend() == "gloo":
+            for name in ("all_to_all_single", "all_gather_into_tensor", "reduce_scatter_tensor"):
+                patch.setattr(dist, name, uncounted(getattr(dist, name)))
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            run()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return sum("synchronizing" in str(one.message) for one in caught)
+
+
+def host_syncs(dispatcher: str) -> list[int]:
+    """In a forward and a backward pass, then in a backward pass with a sync put into it."""
+    case = make_case(64, 12, 23, 5, device=rank_device())
+    experts = shard_experts(case, dispatcher)
+    rows = (case.hidden_states, case.indices, case.routing_weights)
+    # Compiles kernels.
+    experts(*rows).backward(case.grad)
+    out: list[Tensor] = []
+    forward = count_syncs(lambda: out.append(experts(*rows)))
+    backward = count_syncs(lambda: out[0].backward(case.grad))
+    out = [experts(*rows)]
+    case.hidden_states.register_hook(lambda grad: grad.sum().item())
+    return [forward, backward, count_syncs(lambda: out[0].backward(case.grad))]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["nccl", "gloo on cuda"])
+@pytest.mark.parametrize("dispatcher", ["all_to_all", "all_gather"])
+def test_one_host_sync_in_forward_and_none_in_backward(
+    dispatcher: str, backend: str, rank_pools: RankPools
+) -> None:
+    if backend == "nccl" and torch.cuda.device_count() < 2:
+        pytest.skip(f"needs two GPUs, this machine has {torch.cuda.device_count()}")
+    for syncs in rank_pools.run(2, host_syncs, dispatcher, backend=backend):
+        assert syncs == [1, 0, 1]
+
+
+def syncs_while_counting() -> int:
+    case = make_case(64, 12, 23, 5, device=rank_device())
+    experts = shard_experts(case)
+    rows = (case.hidden_states, case.indices, case.routing_weights)
+    experts(*rows)
+    with count_load(experts):
+        return count_syncs(lambda: experts(*rows))
+
+
+@pytest.mark.gpu
+def test_counting_the_load_adds_no_sync_to_a_pass(rank_pools: RankPools) -> None:
+    assert rank_pools.run(2, syncs_while_counting, backend="gloo on cuda") == [1, 1]

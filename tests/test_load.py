@@ -1,0 +1,87 @@
+"""How evenly experts and ranks are used: counted on request, and exactly."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from cases import make_case
+from ranks import RankPools
+from sharded import shard_experts
+from torch import Tensor, nn
+
+from flash_moe_dist import ExpertLoad, count_load
+from flash_moe_dist.expert_parallel import ExpertParallelFunc
+
+NUM_EXPERTS, HIDDEN_SIZE, SLOTS = 11, 6, 3
+
+
+def indices_of(rank: int) -> Tensor:
+    """Few experts, the first more often, with empty slots."""
+    draw = torch.Generator().manual_seed(rank)
+    indices = torch.randint(5, (4 + rank, SLOTS), generator=draw) * 2
+    indices[0, 0] = -1
+    indices[1:, 0] = 0
+    return indices
+
+
+def counted() -> ExpertLoad:
+    experts = shard_experts(make_case(1, HIDDEN_SIZE, NUM_EXPERTS, 1))
+    rank = dist.get_rank()
+    indices = indices_of(rank)
+    case = make_case(len(indices), HIDDEN_SIZE, NUM_EXPERTS, SLOTS, indices=indices)
+    model = nn.ModuleDict({"experts": experts})
+    func = experts.expert_func
+    assert isinstance(func, ExpertParallelFunc)
+    with count_load(model) as loads:
+        for _ in range(2):
+            experts(case.hidden_states, case.indices, case.routing_weights)
+        assert not loads
+    assert func.count_pairs is None
+    experts(case.hidden_states, case.indices, case.routing_weights)
+    return loads["experts"]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_load_is_that_of_counting_by_hand(world_size: int, rank_pools: RankPools) -> None:
+    everything = torch.cat([indices_of(rank).flatten() for rank in range(world_size)])
+    pairs = 2 * torch.bincount(everything[everything >= 0], minlength=NUM_EXPERTS)
+    per_rank = [int(part.sum()) for part in pairs.chunk(world_size)]
+    for load in rank_pools.run(world_size, counted):
+        assert load.pairs_per_rank == per_rank
+        assert load.touched == pytest.approx((pairs > 0).sum().item() / NUM_EXPERTS)
+        assert load.max_over_mean == pytest.approx(float(pairs.max() / pairs.double().mean()))
+        assert load.rank_max_over_mean == pytest.approx(max(per_rank) * world_size / sum(per_rank))
+
+
+def test_as_a_line_for_a_log() -> None:
+    assert str(ExpertLoad([300, 100], 0.25, 8.0)) == (
+        "400 pairs, busiest rank 1.50 x mean; 25.0% of experts touched, busiest 8.0 x mean"
+    )
+    assert ExpertLoad([0, 0], 0.0, 0.0).rank_max_over_mean == 0
+
+
+def nothing_counted() -> ExpertLoad:
+    model = nn.ModuleDict({"experts": shard_experts(make_case(1, HIDDEN_SIZE, 2, 1))})
+    with count_load(model) as loads:
+        pass
+    return loads["experts"]
+
+
+def test_without_tokens_and_with_ranks_without_experts(rank_pools: RankPools) -> None:
+    for load in rank_pools.run(3, nothing_counted):
+        assert load == ExpertLoad([0, 0, 0], 0.0, 0.0)
+
+
+def fails_inside() -> None:
+    experts = shard_experts(make_case(1, HIDDEN_SIZE, NUM_EXPERTS, 1))
+    func = experts.expert_func
+    assert isinstance(func, ExpertParallelFunc)
+    try:
+        with count_load(experts):
+            raise KeyError("inside")
+    finally:
+        assert func.count_pairs is None
+
+
+def test_an_error_inside_ends_the_counting(rank_pools: RankPools) -> None:
+    for outcome in rank_pools.outcomes(2, fails_inside):
+        assert outcome.kind == "KeyError"
