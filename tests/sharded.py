@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from cases import Case
 from ranks import rank_device
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from torch.distributed.tensor.parallel import parallelize_module
 
 from flash_moe import FlashExperts
 from flash_moe_dist import ExpertParallel
+from flash_moe_dist.agreement import gather_objects
 from flash_moe_dist.runtime import Runtime
 
 
@@ -34,8 +36,17 @@ def shard_experts(
 def whole(tensor: Tensor | None) -> Tensor:
     """All of a tensor, sharded or not, on the CPU."""
     assert tensor is not None
-    full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-    return full.detach().cpu()
+    if not isinstance(tensor, DTensor):
+        return tensor.detach().cpu()
+    if gloo_on_cuda():
+        local = tensor.to_local().detach().cpu()
+        return torch.cat(gather_objects(local, tensor.device_mesh.get_group()))
+    return tensor.full_tensor().detach().cpu()
+
+
+def gloo_on_cuda() -> bool:
+    """Where DTensor's own collectives crash (torch 2.11)."""
+    return rank_device().type == "cuda" and dist.get_backend() == "gloo"
 
 
 def whole_parameters(model: nn.Module) -> dict[str, Tensor]:
