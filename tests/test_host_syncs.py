@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,8 +16,8 @@ from torch import Tensor
 from flash_moe_dist import count_load
 
 
-def count_syncs(run: Callable[[], Any]) -> int:
-    """Host syncs in `run` as PyTorch counts them, but for those inside of collectives.
+def host_syncs_of(run: Callable[[], Any]) -> list[str]:
+    """Lines that wait for the device in `run`, as PyTorch sees it, but those inside collectives.
 
     gloo waits for the device to copy tensors to the host and back; nccl does not.
     """
@@ -44,10 +45,14 @@ def count_syncs(run: Callable[[], Any]) -> int:
             run()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    return sum("synchronizing" in str(one.message) for one in caught)
+    return [
+        f"{Path(one.filename).name}:{one.lineno}"
+        for one in caught
+        if "called a synchronizing" in str(one.message)
+    ]
 
 
-def host_syncs(dispatcher: str) -> list[int]:
+def host_syncs(dispatcher: str) -> list[list[str]]:
     """In a forward and a backward pass, then in a backward pass with a sync put into it."""
     case = make_case(64, 12, 23, 5, device=rank_device())
     experts = shard_experts(case, dispatcher)
@@ -55,15 +60,15 @@ def host_syncs(dispatcher: str) -> list[int]:
     # Compiles kernels.
     experts(*rows).backward(case.grad)
     out: list[Tensor] = []
-    forward = count_syncs(lambda: out.append(experts(*rows)))
-    backward = count_syncs(lambda: out[0].backward(case.grad))
+    forward = host_syncs_of(lambda: out.append(experts(*rows)))
+    backward = host_syncs_of(lambda: out[0].backward(case.grad))
     out = [experts(*rows)]
 
     def waits(grad: Tensor) -> None:
         grad.sum().item()
 
     case.hidden_states.register_hook(waits)
-    return [forward, backward, count_syncs(lambda: out[0].backward(case.grad))]
+    return [forward, backward, host_syncs_of(lambda: out[0].backward(case.grad))]
 
 
 @pytest.mark.gpu
@@ -75,18 +80,19 @@ def test_one_host_sync_in_forward_and_none_in_backward(
     if backend == "nccl" and torch.cuda.device_count() < 2:
         pytest.skip(f"needs two GPUs, this machine has {torch.cuda.device_count()}")
     for syncs in rank_pools.run(2, host_syncs, dispatcher, backend=backend):
-        assert syncs == [1, 0, 1]
+        assert [len(lines) for lines in syncs] == [1, 0, 1], syncs
 
 
-def syncs_while_counting() -> int:
+def syncs_while_counting() -> list[str]:
     case = make_case(64, 12, 23, 5, device=rank_device())
     experts = shard_experts(case)
     rows = (case.hidden_states, case.indices, case.routing_weights)
     experts(*rows)
     with count_load(experts):
-        return count_syncs(lambda: experts(*rows))
+        return host_syncs_of(lambda: experts(*rows))
 
 
 @pytest.mark.gpu
 def test_counting_the_load_adds_no_sync_to_a_pass(rank_pools: RankPools) -> None:
-    assert rank_pools.run(2, syncs_while_counting, backend="gloo on cuda") == [1, 1]
+    for lines in rank_pools.run(2, syncs_while_counting, backend="gloo on cuda"):
+        assert len(lines) == 1, lines
