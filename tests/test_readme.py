@@ -6,10 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 REPOSITORY = Path(__file__).parent.parent
-OP_EXAMPLE, SHARD_EXAMPLE = re.findall(
+OP_EXAMPLE, SHARD_EXAMPLE, MODEL_EXAMPLE = re.findall(
     r"```python\n(.*?)```", (REPOSITORY / "README.md").read_text(), flags=re.DOTALL
 )
 
@@ -35,12 +36,26 @@ def test_op_example(tmp_path: Path) -> None:
     assert "torch.Size([64, 256]) torch.Size([10000, 256])" in run_script(script)
 
 
+def torchrun(script: Path, ranks: int) -> str:
+    return run_script(
+        script, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"
+    )
+
+
 def test_shard_example(tmp_path: Path) -> None:
     script = tmp_path / "shard.py"
     script.write_text(SHARD_EXAMPLE)
     ranks = min(2, torch.cuda.device_count()) if torch.cuda.is_available() else 2
-    printed = run_script(
-        script, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"
-    )
+    printed = torchrun(script, ranks)
     # The ranks print at the same time: their lines may mix.
     assert printed.count(f"torch.Size([{100_000 // ranks}, 256])") == ranks
+
+
+def test_model_example(tmp_path: Path) -> None:
+    ranks = torch.cuda.device_count() if torch.cuda.is_available() else 4
+    if ranks < 4:
+        pytest.skip(f"needs four GPUs or none, this machine has {ranks}")
+    script = tmp_path / "model.py"
+    script.write_text(MODEL_EXAMPLE)
+    # 32 tokens of 16 experts on each of the two ranks that share one copy of the experts.
+    assert torchrun(script, 4).startswith("1,024 pairs, busiest rank ")
