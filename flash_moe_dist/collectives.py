@@ -7,6 +7,14 @@ W ranks of the group. All of them must call alike. Autograd does not see through
 import torch.distributed as dist
 from torch import Tensor
 
+ALL_TO_ALL = "all_to_all_single"
+# Their names from torch 2.13 on, where the older ones warn.
+ALL_GATHER, REDUCE_SCATTER = (
+    ("all_gather_single", "reduce_scatter_single")
+    if hasattr(dist, "all_gather_single")
+    else ("all_gather_into_tensor", "reduce_scatter_tensor")
+)
+
 
 def all_to_all_rows(
     rows: Tensor, input_splits: list[int], output_splits: list[int], group: dist.ProcessGroup
@@ -28,12 +36,12 @@ def all_to_all_rows(
 def all_gather_rows(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Rows (T, ...), as many on every rank, of all ranks: (W T, ...)."""
     gathered = rows.new_empty(dist.get_world_size(group) * rows.shape[0], *rows.shape[1:])
-    dist.all_gather_into_tensor(gathered, rows.contiguous(), group=group)
+    getattr(dist, ALL_GATHER)(gathered, rows.contiguous(), group=group)
     return gathered
 
 
 def reduce_scatter_rows(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Rows (W T, ...) summed over the ranks; the r-th T of them stay with rank r: (T, ...)."""
     summed = rows.new_empty(rows.shape[0] // dist.get_world_size(group), *rows.shape[1:])
-    dist.reduce_scatter_tensor(summed, rows.contiguous(), group=group)
+    getattr(dist, REDUCE_SCATTER)(summed, rows.contiguous(), group=group)
     return summed

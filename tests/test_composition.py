@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from flash_moe import FlashMoE
 from flash_moe_dist import ExpertParallel, clip_grad_norm_
+from flash_moe_dist.collectives import ALL_GATHER, ALL_TO_ALL, REDUCE_SCATTER
 from flash_moe_dist.runtime import Runtime
 
 NUM_EXPERTS, HIDDEN_SIZE, SLOTS, TOKENS = 30, 12, 4, 10
@@ -127,7 +128,7 @@ def assert_equal(some: list[Tensor], others: list[Tensor]) -> None:
 
 def count_collectives(run: Callable[[], Any]) -> dict[str, int]:
     """How often each collective is called in `run`."""
-    names = ("all_to_all_single", "all_gather_into_tensor", "reduce_scatter_tensor", "all_gather")
+    names = (ALL_TO_ALL, ALL_GATHER, REDUCE_SCATTER, "all_gather")
     counts = dict.fromkeys(names, 0)
 
     def counted(name: str, collective: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

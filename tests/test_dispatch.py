@@ -12,6 +12,7 @@ from ranks import RankPools
 from sharded import shard_experts
 from torch import Tensor
 
+from flash_moe_dist.collectives import ALL_GATHER, ALL_TO_ALL, REDUCE_SCATTER
 from flash_moe_dist.dispatch import sum_copies
 from flash_moe_dist.routing import Routing
 from flash_moe_dist.sharding import experts_per_rank, num_local_experts
@@ -75,7 +76,7 @@ class Recorded:
     calls: list[tuple[str, int]] = field(default_factory=list)
 
     def patched(self, patch: pytest.MonkeyPatch) -> None:
-        for name in ("all_to_all_single", "all_gather_into_tensor", "reduce_scatter_tensor"):
+        for name in (ALL_TO_ALL, ALL_GATHER, REDUCE_SCATTER):
             patch.setattr(dist, name, self._recording(name, getattr(dist, name)))
         for name in ("all_reduce", "all_gather", "all_gather_object", "broadcast", "barrier"):
             patch.setattr(dist, name, self._unexpected(name))
@@ -136,14 +137,14 @@ def count_bytes(dispatcher: str, dtype: torch.dtype) -> tuple[int, int]:
                 out.backward(mine.grad)
             patch.undo()
             found.append(recorded.calls)
-    rows = "all_gather_into_tensor" if dispatcher == "all_gather" else "all_to_all_single"
-    sums = "reduce_scatter_tensor" if dispatcher == "all_gather" else "all_to_all_single"
+    rows = ALL_GATHER if dispatcher == "all_gather" else ALL_TO_ALL
+    sums = REDUCE_SCATTER if dispatcher == "all_gather" else ALL_TO_ALL
     assert sorted(found[0]) == sorted(
         [
-            ("all_to_all_single", expected[0]["counts"]),
-            ("all_to_all_single", expected[0]["row pairs"]),
-            ("all_to_all_single", 4 * load.pairs_sent),
-            ("all_to_all_single", weight_bytes * load.pairs_sent),
+            (ALL_TO_ALL, expected[0]["counts"]),
+            (ALL_TO_ALL, expected[0]["row pairs"]),
+            (ALL_TO_ALL, 4 * load.pairs_sent),
+            (ALL_TO_ALL, weight_bytes * load.pairs_sent),
             (rows, expected[0]["rows"]),
             (sums, expected[0]["sums"]),
         ]
@@ -151,7 +152,7 @@ def count_bytes(dispatcher: str, dtype: torch.dtype) -> tuple[int, int]:
     assert expected[0]["pairs"] == (4 + weight_bytes) * load.pairs_sent
     assert sorted(found[1]) == sorted(
         [
-            ("all_to_all_single", expected[1]["pairs"]),
+            (ALL_TO_ALL, expected[1]["pairs"]),
             (rows, expected[1]["rows"]),
             (sums, expected[1]["sums"]),
         ]
@@ -209,7 +210,7 @@ def chosen_by_auto() -> list[str]:
         with pytest.MonkeyPatch.context() as patch:
             recorded.patched(patch)
             experts(case.hidden_states, case.indices, case.routing_weights)
-        gathers = any(name == "all_gather_into_tensor" for name, _ in recorded.calls)
+        gathers = any(name == ALL_GATHER for name, _ in recorded.calls)
         names.append("all_gather" if gathers else "all_to_all")
     return names
 
