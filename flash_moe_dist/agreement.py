@@ -36,6 +36,23 @@ def raise_same_error(error: Exception | None, group: dist.ProcessGroup | None = 
             raise kind(where + message) from error
 
 
+def raise_differences(settings: dict[str, Any], group: dist.ProcessGroup | None = None) -> None:
+    """Raise ValueError on all ranks of `group` if any of the named settings differ between them.
+
+    Returns if all are equal. Every rank must call it.
+    """
+    everyone = gather_objects({name: str(value) for name, value in settings.items()}, group)
+    differing = [
+        f"{name} ("
+        + ", ".join(f"rank {rank}: {one.get(name)}" for rank, one in enumerate(everyone))
+        + ")"
+        for name in settings
+        if len({one.get(name) for one in everyone}) > 1
+    ]
+    if differing:
+        raise ValueError(f"ranks must agree, but do not, on {'; '.join(differing)}")
+
+
 def gather_objects(mine: Any, group: dist.ProcessGroup | None) -> list[Any]:
     """What every rank of `group` gives, by rank."""
     everyone: list[Any] = [None] * dist.get_world_size(group)

@@ -6,7 +6,7 @@ it will send there, bad ids it found, tokens it has, and a checksum of its setti
 
 import zlib
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -15,7 +15,7 @@ from torch import Tensor
 from flash_moe.ops.arrange import poll_index_errors, raise_ids_out_of_range
 from flash_moe.ops.backends import check_backend, default_backend
 from flash_moe.ops.checks import check_routing
-from flash_moe_dist.agreement import gather_objects, raise_same_error
+from flash_moe_dist.agreement import raise_differences, raise_same_error
 from flash_moe_dist.routing import Routing
 from flash_moe_dist.volume import COUNTS
 
@@ -80,14 +80,26 @@ def agree_on_counts(
         sent_CW[3] = indices_TK.shape[0]
     # A rank with bad input has agreed to nothing and so differs from all others.
     sent_CW[4] = zlib.crc32(repr(agreed).encode())
-    received_WC = torch.empty(ep_size, COUNTS, dtype=torch.int64, device=settings.device)
-    dist.all_to_all_single(received_WC, sent_CW.t().contiguous(), group=group)
-    sent, received = torch.stack([sent_CW, received_WC.t()]).tolist()
+    sent, received = torch.stack([sent_CW, _exchanged(sent_CW, group)]).tolist()
     sound = not any(received[2]) and len(set(received[4])) == 1
     if routing is None or not sound:
         _raise_together(error, indices_TK, agreed, settings, group)
         raise AssertionError("bad counts without an error on any rank")
     return routing, Counts(sent[0], received[0], sent[1], received[1], max(received[3]))
+
+
+def fail_together(error: Exception, device: torch.device, group: dist.ProcessGroup) -> NoReturn:
+    """In place of `agree_on_counts` on a rank without input: raises `error` on every rank."""
+    nothing_CW = torch.zeros(COUNTS, dist.get_world_size(group), dtype=torch.int64, device=device)
+    _exchanged(nothing_CW, group)
+    raise_same_error(error, group)
+    raise AssertionError("an error of this rank was not raised")
+
+
+def _exchanged(sent_CW: Tensor, group: dist.ProcessGroup) -> Tensor:
+    received_WC = sent_CW.new_empty(sent_CW.shape[1], COUNTS)
+    dist.all_to_all_single(received_WC, sent_CW.t().contiguous(), group=group)
+    return received_WC.t()
 
 
 def _raise_together(
@@ -103,15 +115,7 @@ def _raise_together(
         except ValueError as out_of_range:
             error = out_of_range
     raise_same_error(error, group)
-    everyone = gather_objects({name: str(value) for name, value in agreed.items()}, group)
-    differing = [
-        f"{name} ("
-        + ", ".join(f"rank {rank}: {one.get(name)}" for rank, one in enumerate(everyone))
-        + ")"
-        for name in agreed
-        if len({one.get(name) for one in everyone}) > 1
-    ]
-    raise ValueError(f"ranks must agree, but do not, on {'; '.join(differing)}")
+    raise_differences(agreed, group)
 
 
 def _input_error(

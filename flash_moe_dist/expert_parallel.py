@@ -4,7 +4,7 @@ T local tokens, K experts per token, H hidden size, e local experts; R rows and 
 """
 
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NoReturn, get_args
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,8 @@ from torch.distributed.tensor.parallel import ParallelStyle
 from flash_moe.ops.backends import accumulator_dtype, choose_backend
 from flash_moe.ops.flash_expert import triton_flash_expert_func
 from flash_moe.ops.formulas import Backward, forward, slots_of
-from flash_moe_dist.counts import Settings
+from flash_moe_dist.agreement import raise_differences, same_error_on_all_ranks
+from flash_moe_dist.counts import Settings, fail_together
 from flash_moe_dist.dispatch import DISPATCHERS, TokenDispatcher
 from flash_moe_dist.initialization import normal_rows_
 from flash_moe_dist.volume import DispatcherName, Widths, cheaper_dispatcher
@@ -32,14 +33,17 @@ class ExpertParallel(ParallelStyle):
     Works on any module that owns its tables as parameters of shape (E, H) and calls
     `self.expert_func(hidden_states, down_weights, up_weights, indices, routing_weights)`, as
     `flash_moe.FlashExperts` does. Its parameters become DTensors sharded on dim 0 over the mesh;
-    E need not divide by the number of ranks. All ranks must hold the same values beforehand,
-    or the first rank's are taken; tables on the meta device stay there, and get their values from
-    `flash_moe_dist.materialize`.
+    E need not divide by the number of ranks. Values are those of the first rank of the mesh;
+    tables on the meta device stay there, and get their values from `flash_moe_dist.materialize`.
 
     Each forward and backward pass of the module is then collective over the mesh: every rank
     takes part, with any number of tokens of its own, zero included. Ranks are taken to be data
     parallel, with a loss averaged over them: gradients of the tables are those of the average
-    loss over the ranks of the mesh.
+    loss over the ranks of the mesh. If there are more ranks than the mesh has, apply
+    `fully_shard` over the other axis to the module too: it averages over that.
+
+    A model that cannot call the module on a rank, because its own checks or router failed, can
+    have the error raised on all ranks by `module.expert_func.fail(error)`.
 
     Args:
         dispatcher: how rows travel. "all_to_all" sends a token's row to the ranks that own some
@@ -48,9 +52,10 @@ class ExpertParallel(ParallelStyle):
             `flash_moe_dist.volume.cheaper_dispatcher`, from shapes alone.
 
     Raises:
-        ValueError: there is no such dispatcher. When applied: the mesh has more than one
-            dimension, or the module's parameters are not tables of one shape.
-        TypeError: when applied: the module has no `expert_func`.
+        ValueError: there is no such dispatcher. When applied, on every rank: the mesh has more
+            than one dimension, the module's parameters are not tables of one shape, or the ranks
+            differ in shapes, dtypes or dispatcher.
+        TypeError: when applied, on every rank: the module has no `expert_func`.
     """
 
     def __init__(self, dispatcher: Dispatcher = "auto") -> None:
@@ -66,25 +71,23 @@ class ExpertParallel(ParallelStyle):
             raise ValueError(
                 f"device_mesh must have one dimension, the ep axis, got {device_mesh.ndim}"
             )
-        if not hasattr(module, "expert_func"):
-            raise TypeError(
-                f"{type(module).__name__} must call its tables through an attribute expert_func, "
-                "as flash_moe.FlashExperts does; found none"
-            )
-        tables = dict(module.named_parameters(recurse=False))
-        shapes = {table.shape for table in tables.values()}
-        if len(shapes) != 1 or len(next(iter(shapes))) != 2:
-            raise ValueError(
-                f"parameters of {type(module).__name__} must be tables of one shape "
-                "(num_experts, hidden_size), got "
-                + str({name: tuple(table.shape) for name, table in tables.items()})
-            )
+        group = device_mesh.get_group()
+        with same_error_on_all_ranks(group):
+            tables = _tables_of(module)
+        described = {
+            name: (tuple(table.shape), table.dtype, "meta" if table.is_meta else "with values")
+            for name, table in tables.items()
+        }
+        raise_differences({"tables": described, "dispatcher": self.dispatcher}, group)
+        # One table may have two names.
+        parameters: dict[Tensor, nn.Parameter] = {}
         for name, table in tables.items():
-            sharded = distribute_tensor(
-                table.detach(), device_mesh, [Shard(0)], src_data_rank=self.src_data_rank
-            )
-            parameter = nn.Parameter(sharded, requires_grad=table.requires_grad)
-            module.register_parameter(name, parameter)
+            if table not in parameters:
+                sharded = distribute_tensor(
+                    table.detach(), device_mesh, [Shard(0)], src_data_rank=self.src_data_rank
+                )
+                parameters[table] = nn.Parameter(sharded, requires_grad=table.requires_grad)
+            module.register_parameter(name, parameters[table])
         hooked: Any = module
         hooked.expert_func = ExpertParallelFunc(device_mesh, self.dispatcher)
         if hasattr(module, "normal_rows_"):
@@ -92,21 +95,48 @@ class ExpertParallel(ParallelStyle):
         return module
 
 
+def _tables_of(module: nn.Module) -> dict[str, nn.Parameter]:
+    if not hasattr(module, "expert_func"):
+        raise TypeError(
+            f"{type(module).__name__} must call its tables through an attribute expert_func, "
+            "as flash_moe.FlashExperts does; found none"
+        )
+    tables = dict(module.named_parameters(recurse=False, remove_duplicate=False))
+    shapes = {table.shape for table in tables.values()}
+    if len(shapes) != 1 or len(next(iter(shapes))) != 2:
+        raise ValueError(
+            f"parameters of {type(module).__name__} must be tables of one shape "
+            "(num_experts, hidden_size), got "
+            + str({name: tuple(table.shape) for name, table in tables.items()})
+        )
+    return tables
+
+
 class ExpertParallelFunc:
     """`triton_flash_expert_func` over tables that are sharded on dim 0 over `ep_mesh`.
 
-    count_pairs: called with the local ids of each forward pass while they are being counted
+    counters: each is called with the local ids of every forward pass
         (`flash_moe_dist.count_load`).
     """
 
     def __init__(self, ep_mesh: DeviceMesh, dispatcher: Dispatcher = "auto") -> None:
         self.ep_mesh, self.ep_size = ep_mesh, ep_mesh.size()
         self.dispatcher = dispatcher
-        self.count_pairs: Callable[[Tensor], None] | None = None
+        self.counters: list[Callable[[Tensor], None]] = []
 
     def __deepcopy__(self, memo: dict[int, object]) -> "ExpertParallelFunc":
         # A copied model (an average of weights, say) talks over the same process group.
-        return self
+        return ExpertParallelFunc(self.ep_mesh, self.dispatcher)
+
+    @torch.compiler.disable
+    def fail(self, error: Exception) -> NoReturn:
+        """Raise `error` on every rank, in place of a call that this rank cannot make.
+
+        The other ranks raise it from their calls.
+        """
+        if self.ep_size > 1:
+            fail_together(error, torch.device(self.ep_mesh.device_type), self.ep_mesh.get_group())
+        raise error
 
     # Collectives of sizes known at run time: compiled graphs end before and begin after.
     @torch.compiler.disable
@@ -124,14 +154,19 @@ class ExpertParallelFunc:
 
         Raises:
             TypeError, ValueError: on every rank, if any rank's input is wrong.
-            RuntimeError: a second derivative is asked for.
+            RuntimeError: on every rank, if the tables have no values yet; or if a second
+                derivative is asked for.
         """
+        try:
+            down_eH, up_eH = self._local_rows(down_weights), self._local_rows(up_weights)
+        except (TypeError, RuntimeError) as error:
+            self.fail(error)
         num_experts, hidden_size = down_weights.shape
-        down_eH, up_eH = self._local_rows(down_weights), self._local_rows(up_weights)
         if self.ep_size == 1:
-            if self.count_pairs is not None:
-                self.count_pairs(indices)
-            return triton_flash_expert_func(hidden_states, down_eH, up_eH, indices, routing_weights)
+            out = triton_flash_expert_func(hidden_states, down_eH, up_eH, indices, routing_weights)
+            for count in self.counters:
+                count(indices)
+            return out
         inputs = (hidden_states, down_eH, up_eH, routing_weights)
         grads = torch.is_grad_enabled()
         needed = [grads and isinstance(one, Tensor) and one.requires_grad for one in inputs]
@@ -154,7 +189,7 @@ class ExpertParallelFunc:
             routing_weights,
             dispatcher,
             settings,
-            self.count_pairs,
+            tuple(self.counters),
         )
         return out_TH
 
@@ -190,6 +225,10 @@ class ExpertParallelFunc:
                 "whose forward pass gathers them"
             )
         local: Tensor = table.to_local()
+        if local.is_meta:
+            raise RuntimeError(
+                "tables are on the meta device: give them values by flash_moe_dist.materialize"
+            )
         return local
 
 
@@ -210,15 +249,15 @@ class _ShardedExperts(torch.autograd.Function):
         weights_TK: Tensor,
         dispatcher: TokenDispatcher,
         settings: Settings,
-        count_pairs: Callable[[Tensor], None] | None,
+        counters: tuple[Callable[[Tensor], None], ...],
     ) -> Tensor:
         with record_function("flash_moe::dispatch"):
             received, metadata = dispatcher.dispatch(hidden_TH, indices_TK, weights_TK, settings)
         with record_function("flash_moe::experts"):
             rows_RH, weights_M = received.hidden_RH, received.weights_M
             backend = choose_backend(None, rows_RH, down_eH, up_eH, None)
-            if count_pairs is not None:
-                count_pairs(received.expert_ids_M)
+            for count in counters:
+                count(received.expert_ids_M)
             partial_RH, *kept = forward(
                 rows_RH,
                 down_eH,

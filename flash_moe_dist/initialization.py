@@ -22,7 +22,8 @@ def materialize(model: nn.Module, device: torch.device | str) -> None:
     Calls `reset_parameters` of every module that has one, of children before their parents.
     Tables of `flash_moe.FlashExperts` are filled shard by shard, with values that do not depend
     on the number of ranks; call `normal_rows_` in the `reset_parameters` of a module of your own.
-    Seed every rank alike; parameters that are no tables are then equal on all. Apply
+    Seed every rank alike; parameters that are no tables are then equal on all. Parameters that are
+    one under several names stay one. Apply
     `fully_shard` to these after this, to tables (over another axis) before or after.
 
     Raises:
@@ -35,7 +36,15 @@ def materialize(model: nn.Module, device: torch.device | str) -> None:
                 f"every module with parameters or buffers must have reset_parameters, "
                 f"{type(module).__name__} at {name!r} has none"
             )
+    names: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(name)
     model.to_empty(device=device)
+    for name, *others in names.values():
+        # to_empty gives each name memory of its own.
+        for other in others:
+            path, _, last = other.rpartition(".")
+            model.get_submodule(path).register_parameter(last, model.get_parameter(name))
 
     def reset(module: nn.Module) -> None:
         resettable: Any = module

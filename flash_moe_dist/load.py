@@ -88,12 +88,12 @@ def count_load(model: nn.Module) -> Iterator[dict[str, ExpertLoad]]:
             ep_rank = func.ep_mesh.get_local_rank()
             num_local = num_local_experts(table.shape[0], func.ep_size, ep_rank)
             counter = LoadCounter(num_local, table.device)
-            func.count_pairs = counter.add
+            func.counters.append(counter.add)
             counted[name] = (func, table.shape[0], counter)
     try:
         yield loads
     finally:
-        for func, _, _ in counted.values():
-            func.count_pairs = None
+        for func, _, counter in counted.values():
+            func.counters.remove(counter.add)
     for name, (func, num_experts, counter) in counted.items():
         loads[name] = counter.gather(num_experts, func.ep_mesh.get_group())

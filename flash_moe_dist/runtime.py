@@ -8,6 +8,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 DEFAULT_TIMEOUT = timedelta(minutes=10)
@@ -22,6 +23,7 @@ class Runtime:
         `fully_shard` may cut further.
     dp_mesh: axis "dp", all ranks: each has data of its own, and `fully_shard` cuts everything
         that is no table.
+    timeout: of every collective on these meshes.
     """
 
     rank: int
@@ -29,10 +31,16 @@ class Runtime:
     device: torch.device
     mesh: DeviceMesh
     dp_mesh: DeviceMesh
+    timeout: timedelta
 
     @classmethod
-    def of_world(cls, device: torch.device, ep_size: int | None = None) -> "Runtime":
-        """This process in the process group there is; `ep_size` as `distributed` takes it.
+    def of_world(
+        cls,
+        device: torch.device,
+        ep_size: int | None = None,
+        timeout: timedelta = DEFAULT_TIMEOUT,
+    ) -> "Runtime":
+        """This process in the process group there is; arguments as `distributed` takes them.
 
         Raises:
             ValueError: the number of ranks is no multiple of `ep_size`.
@@ -43,10 +51,14 @@ class Runtime:
             raise ValueError(
                 f"ep_size must divide the number of ranks = {world_size}, got {ep_size}"
             )
-        shape = (world_size // ep_size, ep_size)
-        mesh = init_device_mesh(device.type, shape, mesh_dim_names=("efsdp", "ep"))
+        ranks = torch.arange(world_size).view(-1, ep_size)
+        # init_device_mesh would give its groups a timeout of its own.
+        groups = [_own_group(ranks.t(), timeout), _own_group(ranks, timeout)]
+        mesh = DeviceMesh.from_group(
+            groups, device.type, mesh=ranks, mesh_dim_names=("efsdp", "ep")
+        )
         dp_mesh = init_device_mesh(device.type, (world_size,), mesh_dim_names=("dp",))
-        return cls(dist.get_rank(), world_size, device, mesh, dp_mesh)
+        return cls(dist.get_rank(), world_size, device, mesh, dp_mesh, timeout)
 
     @property
     def ep_mesh(self) -> DeviceMesh:
@@ -59,6 +71,15 @@ class Runtime:
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+
+def _own_group(ranks: Tensor, timeout: timedelta) -> dist.ProcessGroup:
+    """Of the groups that are the rows of `ranks`, the one this process is in; collective."""
+    if len(ranks) == 1:
+        assert dist.group.WORLD is not None
+        return dist.group.WORLD
+    own, _ = dist.new_subgroups_by_enumeration(ranks.tolist(), timeout=timeout)
+    return own
 
 
 @contextmanager
@@ -98,6 +119,6 @@ def distributed(
     else:
         device = torch.device("cpu")
         dist.init_process_group("gloo", timeout=timeout)
-    yield Runtime.of_world(device, ep_size)
+    yield Runtime.of_world(device, ep_size, timeout)
     dist.barrier()
     dist.destroy_process_group()

@@ -128,7 +128,7 @@ def runtime_for(args: argparse.Namespace, runtime: Runtime) -> Runtime:
             f"--hidden-size must divide by the number of ranks over --ep-size = "
             f"{runtime.world_size // args.ep_size}, got {args.hidden_size}"
         )
-    return Runtime.of_world(runtime.device, args.ep_size)
+    return Runtime.of_world(runtime.device, args.ep_size, runtime.timeout)
 
 
 def prepare(args: argparse.Namespace, runtime: Runtime) -> tuple[Corpus, ModelConfig]:

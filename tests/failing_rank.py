@@ -1,10 +1,11 @@
 """A training loop in which rank 1 fails at the third step, for tests/test_failures.py.
 
-failing_rank.py where how timeout mark
+failing_rank.py where how timeout mark ep_size
     where    "before dispatch", "in the experts", "after combine" or "in the backward pass"
     how      "raises" or "stalls"
     timeout  of collectives, in seconds
     mark     file to touch at the moment of failing
+    ep_size  ranks that share out the experts
 """
 
 import sys
@@ -21,7 +22,7 @@ from flash_moe.ops import formulas
 from flash_moe_dist import ExpertParallel, expert_parallel
 from flash_moe_dist.runtime import distributed
 
-where, how, timeout, mark = sys.argv[1:]
+where, how, timeout, mark, ep_size = sys.argv[1:]
 
 
 def the_original_error() -> None:
@@ -31,7 +32,7 @@ def the_original_error() -> None:
     raise KeyError("the original error")
 
 
-with distributed(timedelta(seconds=float(timeout))) as runtime:
+with distributed(timedelta(seconds=float(timeout)), int(ep_size)) as runtime:
     experts = FlashExperts(10, 8, runtime.device)
     parallelize_module(experts, runtime.ep_mesh, ExpertParallel())
     for step in range(5):

@@ -1,16 +1,22 @@
 """Bad input on one rank: the same error on every rank, and none is left waiting."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from cases import make_case
-from ranks import Failure, RankPools
+from ranks import Failure, RankPools, rank_device
 from sharded import shard_experts
 from torch import Tensor
+from torch.distributed.tensor.parallel import parallelize_module
 
+from flash_moe import FlashMoE
+from flash_moe_dist import ExpertParallel
 from flash_moe_dist.agreement import same_error_on_all_ranks
+from flash_moe_dist.expert_parallel import ExpertParallelFunc
+from flash_moe_dist.runtime import Runtime
 
 NUM_EXPERTS, HIDDEN_SIZE, SLOTS = 23, 12, 5
 
@@ -76,6 +82,96 @@ def test_bad_input_on_one_rank_is_the_same_error_on_all(
     assert len({outcome.message for outcome in outcomes}) == 1
 
 
+BAD_ROWS: dict[str, tuple[Callable[[Tensor], Any], str, str]] = {
+    "hidden size": (
+        lambda x: x[:, 1:],
+        "ValueError",
+        "rank 1: hidden_states must have rows of hidden_size = 12",
+    ),
+    "dtype": (lambda x: x.double(), "RuntimeError", "rank 1: "),
+    "no tensor": (lambda x: None, "TypeError", "rank 1: hidden_states must be a torch.Tensor"),
+}
+
+
+def bad_rows_of_a_layer(spoil: str) -> None:
+    """The router refuses rank 1's rows before it comes to the experts."""
+    layer = FlashMoE(HIDDEN_SIZE, 4, NUM_EXPERTS + 2, SLOTS)
+    parallelize_module(
+        layer, Runtime.of_world(rank_device()).ep_mesh, {"experts": ExpertParallel()}
+    )
+    x_TH = torch.randn(6, HIDDEN_SIZE)
+    try:
+        layer(BAD_ROWS[spoil][0](x_TH) if dist.get_rank() == 1 else x_TH)
+    finally:
+        layer(x_TH).sum().backward()
+
+
+@pytest.mark.parametrize("spoil", BAD_ROWS)
+def test_bad_rows_of_a_whole_layer(spoil: str, rank_pools: RankPools) -> None:
+    _, kind, message = BAD_ROWS[spoil]
+    outcomes = rank_pools.outcomes(3, bad_rows_of_a_layer, spoil)
+    for outcome in outcomes:
+        assert outcome.kind == kind
+        assert message in outcome.message
+    assert len({outcome.message for outcome in outcomes}) == 1
+
+
+def spoiled_tables_on_one_rank(which: str) -> None:
+    case = make_case(6, HIDDEN_SIZE, NUM_EXPERTS, SLOTS)
+    experts = shard_experts(case)
+    if dist.get_rank() == 1:
+        if which == "plain":
+            experts.up_weights = torch.nn.Parameter(torch.zeros(NUM_EXPERTS, HIDDEN_SIZE))
+        else:
+            experts.to_empty(device="meta")
+    experts(case.hidden_states, case.indices, case.routing_weights)
+
+
+@pytest.mark.parametrize(
+    ("which", "kind", "message"),
+    [
+        ("plain", "TypeError", "rank 1: tables must be DTensors sharded by ExpertParallel"),
+        ("meta", "RuntimeError", "rank 1: tables are on the meta device: give them values by"),
+    ],
+)
+def test_spoiled_tables_on_one_rank(
+    which: str, kind: str, message: str, rank_pools: RankPools
+) -> None:
+    for outcome in rank_pools.outcomes(2, spoiled_tables_on_one_rank, which):
+        assert outcome.kind == kind
+        assert message in outcome.message
+
+
+def shard_other_tables(which: str) -> None:
+    """Rank 1 brings something else to be sharded."""
+    other = dist.get_rank() == 1
+    case = make_case(
+        1,
+        HIDDEN_SIZE + (other and which == "hidden size"),
+        NUM_EXPERTS + (other and which == "number of experts"),
+        1,
+        torch.float64 if other and which == "dtype" else torch.float32,
+    )
+    shard_experts(case, "all_gather" if other and which == "dispatcher" else "all_to_all")
+
+
+@pytest.mark.parametrize(
+    ("which", "message"),
+    [
+        ("number of experts", "do not, on tables (rank 0: {'down_weights': ((23, 12), "),
+        ("hidden size", "{'down_weights': ((23, 13), torch.float32"),
+        ("dtype", "{'down_weights': ((23, 12), torch.float64"),
+        ("dispatcher", "on dispatcher (rank 0: all_to_all, rank 1: all_gather, rank 2: all_to"),
+    ],
+)
+def test_ranks_that_bring_different_tables(which: str, message: str, rank_pools: RankPools) -> None:
+    outcomes = rank_pools.outcomes(3, shard_other_tables, which)
+    for outcome in outcomes:
+        assert outcome.kind == "ValueError"
+        assert message in outcome.message
+    assert len({outcome.message for outcome in outcomes}) == 1
+
+
 def modes_differ() -> None:
     """Rank 1 runs without gradients while the others run with them."""
     tables = make_case(1, HIDDEN_SIZE, NUM_EXPERTS, 1)
@@ -105,8 +201,13 @@ def test_tables_frozen_on_one_rank_only(rank_pools: RankPools) -> None:
 
 
 def other_dispatchers() -> None:
-    name = ("all_to_all", "all_gather")[dist.get_rank()]
-    frozen_on_one_rank(name)
+    case = make_case(6, HIDDEN_SIZE, NUM_EXPERTS, SLOTS)
+    experts = shard_experts(case)
+    func = experts.expert_func
+    assert isinstance(func, ExpertParallelFunc)
+    if dist.get_rank() == 1:
+        func.dispatcher = "all_gather"
+    experts(case.hidden_states, case.indices, case.routing_weights)
 
 
 def test_dispatchers_that_differ(rank_pools: RankPools) -> None:

@@ -12,6 +12,7 @@ from cases import assert_close, make_case
 from ranks import RankPools, rank_device
 from sharded import shard_experts, whole, whole_parameters
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import Shard
 from torch.distributed.tensor.parallel import parallelize_module
@@ -24,6 +25,7 @@ from flash_moe_dist.collectives import ALL_GATHER, ALL_TO_ALL, REDUCE_SCATTER
 from flash_moe_dist.runtime import Runtime
 
 NUM_EXPERTS, HIDDEN_SIZE, SLOTS, TOKENS = 30, 12, 4, 10
+UNEVEN = (TOKENS, 0, 7, 1)
 TIGHT = 1e-12
 
 
@@ -61,11 +63,12 @@ def shard(model: Model, runtime: Runtime, dispatcher: Any = "auto") -> Model:
 
 def tokens_of(rank: int, batch: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
     draw = torch.Generator().manual_seed(100 * batch + rank)
-    return torch.randn(TOKENS, HIDDEN_SIZE, generator=draw, dtype=dtype).to(rank_device())
+    tokens = UNEVEN[(rank + batch) % len(UNEVEN)]
+    return torch.randn(tokens, HIDDEN_SIZE, generator=draw, dtype=dtype).to(rank_device())
 
 
 def loss_of(model: nn.Module, x_TH: Tensor) -> Tensor:
-    return model(x_TH).square().mean()
+    return model(x_TH).square().sum() / TOKENS
 
 
 def fsdp_parity(ep_size: int, dispatcher: str) -> None:
@@ -186,7 +189,9 @@ def compiled(backend: str) -> None:
     parallelize_module(model, mesh, {"moe.experts": ExpertParallel()})
     expected = gradients(model, model)
     torch._dynamo.reset()
-    found = gradients(model, torch.compile(model, backend=backend))
+    counter = CompileCounterWithBackend(backend)
+    found = gradients(model, torch.compile(model, backend=counter))
+    assert counter.frame_count >= 2, "what is before and after the experts is not compiled"
     for one, other in zip(found, expected, strict=True):
         assert_close(one, other, TIGHT, "compiled")
 

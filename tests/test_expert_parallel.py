@@ -150,19 +150,22 @@ def test_parity_with_fewer_ep_ranks_than_ranks(
     rank_pools.run(4, parity, scenario, NUM_EXPERTS, torch.float32, dispatcher, 2)
 
 
-def wrong_factor(factor: float) -> None:
+def wrong_factor(factor: float, dispatcher: str) -> None:
     """Parity, with gradients of the tables wrong by that factor."""
     right = Backward.for_tables
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             Backward, "for_tables", lambda backward, scale: right(backward, scale * factor)
         )
-        parity("uniform", NUM_EXPERTS, torch.float32, "all_to_all")
+        parity("uniform", NUM_EXPERTS, torch.float32, dispatcher)
 
 
+@pytest.mark.parametrize("dispatcher", DISPATCHERS)
 @pytest.mark.parametrize("factor", [2.0, 0.5, 1.001])
-def test_a_wrong_factor_on_gradients_is_seen(factor: float, rank_pools: RankPools) -> None:
-    for outcome in rank_pools.outcomes(2, wrong_factor, factor):
+def test_a_wrong_factor_on_gradients_is_seen(
+    factor: float, dispatcher: str, rank_pools: RankPools
+) -> None:
+    for outcome in rank_pools.outcomes(2, wrong_factor, factor, dispatcher):
         assert outcome.kind == "AssertionError"
         assert "down_weights: relative error" in outcome.message
 

@@ -22,10 +22,12 @@ def environment() -> dict[str, str]:
     return kept | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
 
 
-def torchrun(*args: str) -> subprocess.Popen[str]:
+def torchrun(where: str, how: str, mark: Path, ranks: int = RANKS) -> subprocess.Popen[str]:
+    """Experts are shared out by all of three ranks, or by two pairs of four."""
+    args = (where, how, str(TIMEOUT), str(mark), "3" if ranks == 3 else "2")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     return subprocess.Popen(
-        [*command, "--nproc-per-node", str(RANKS), SCRIPT, *args],
+        [*command, "--nproc-per-node", str(ranks), SCRIPT, *args],
         env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -50,18 +52,19 @@ def assert_ends_in_time(started: list[subprocess.Popen[str]], mark: Path) -> lis
 @pytest.mark.parametrize("where", PLACES)
 def test_an_exception_on_one_rank_ends_all(where: str, tmp_path: Path) -> None:
     mark = tmp_path / "mark"
-    (said,) = assert_ends_in_time([torchrun(where, "raises", str(TIMEOUT), str(mark))], mark)
+    (said,) = assert_ends_in_time([torchrun(where, "raises", mark)], mark)
     assert "Traceback" in said
     assert "in the_original_error" in said
     assert "KeyError: 'the original error'" in said
 
 
-def test_a_stalled_rank_ends_all(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("where", "ranks"), [*((where, 3) for where in PLACES), (PLACES[0], 4)])
+def test_a_stalled_rank_ends_all(where: str, ranks: int, tmp_path: Path) -> None:
+    """With 4 ranks, in a group of two of them, whose timeout must be the same."""
     mark = tmp_path / "mark"
-    (said,) = assert_ends_in_time(
-        [torchrun("before dispatch", "stalls", str(TIMEOUT), str(mark))], mark
-    )
-    assert "dispatch" in said
+    (said,) = assert_ends_in_time([torchrun(where, "stalls", mark, ranks)], mark)
+    assert "Traceback" in said
+    assert "Timed out waiting" in said
 
 
 @pytest.mark.parametrize("where", PLACES)
@@ -73,7 +76,7 @@ def test_an_exception_ends_ranks_that_nobody_watches(where: str, tmp_path: Path)
     mark = tmp_path / "mark"
     started = [
         subprocess.Popen(
-            [sys.executable, SCRIPT, where, "raises", str(TIMEOUT), str(mark)],
+            [sys.executable, SCRIPT, where, "raises", str(TIMEOUT), str(mark), "3"],
             env=environment()
             | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS)}
             | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},

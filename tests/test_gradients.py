@@ -1,9 +1,12 @@
 """Gradient norm and clipping over plain, sharded and differently sharded gradients."""
 
+import warnings
+
+import pytest
 import torch
 import torch.distributed as dist
 from ranks import RankPools
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
@@ -25,7 +28,9 @@ def clip() -> None:
     parameters[1].grad = whole[1].clone()
     parameters[2].grad = distribute_tensor(whole[2], square["ep"], [Shard(0)])
     expected = torch.linalg.vector_norm(torch.cat([grad.flatten() for grad in whole]))
-    norm = clip_grad_norm_(parameters, max_norm=0.5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        norm = clip_grad_norm_(parameters, max_norm=0.5)
     torch.testing.assert_close(norm, expected)
     for parameter, grad in zip(parameters, whole, strict=True):
         found = parameter.grad
@@ -36,6 +41,39 @@ def clip() -> None:
 
 def test_norm_counts_every_element_once(rank_pools: RankPools) -> None:
     rank_pools.run(4, clip)
+
+
+def norms_in(dtype: torch.dtype) -> tuple[float, float, Tensor]:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("ep",))
+    torch.manual_seed(0)
+    whole = (300 + torch.randn(1000, 64)).to(dtype)
+    parameter = nn.Parameter(
+        distribute_tensor(torch.zeros(1000, 64, dtype=dtype), mesh, [Shard(0)])
+    )
+    grad = distribute_tensor(whole, mesh, [Shard(0)])
+    parameter.grad = grad
+    norm = clip_grad_norm_([parameter], max_norm=1000.0).item()
+    return norm, whole.double().norm().item(), grad.full_tensor()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_norms_neither_overflow_nor_round(dtype: torch.dtype, rank_pools: RankPools) -> None:
+    for norm, expected, clipped in rank_pools.run(2, norms_in, dtype):
+        assert norm == pytest.approx(expected, rel=1e-6)
+        assert clipped.double().norm().item() == pytest.approx(1000.0, rel=4e-3)
+
+
+def clip_on_some_ranks() -> None:
+    square = init_device_mesh("cpu", (2, 1), mesh_dim_names=("efsdp", "ep"))
+    table = distribute_tensor(torch.ones(2, 2), square["ep"], [Shard(0)])
+    parameter = nn.Parameter(table)
+    parameter.grad = table.clone()
+    with pytest.warns(UserWarning, match="gradients on 1 of 2 ranks must be equal on the others"):
+        clip_grad_norm_([parameter], 1.0)
+
+
+def test_gradients_that_nothing_averages_are_warned_of(rank_pools: RankPools) -> None:
+    rank_pools.run(2, clip_on_some_ranks)
 
 
 def test_small_gradients_are_left_alone() -> None:

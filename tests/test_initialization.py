@@ -99,6 +99,22 @@ def test_values_do_not_depend_on_the_number_of_ranks(rank_pools: RankPools) -> N
                 assert torch.equal(value, alone[name]), (name, world_size)
 
 
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(5, 3)
+        self.head = nn.Linear(3, 5, bias=False)
+        self.head.weight = self.embedding.weight
+
+
+def test_tied_parameters_stay_tied() -> None:
+    with torch.device("meta"):
+        model = Tied()
+    materialize(model, "cpu")
+    assert model.head.weight is model.embedding.weight
+    assert len(list(model.parameters())) == 1
+
+
 def module_without_reset() -> None:
     with torch.device("meta"):
         model = nn.ModuleDict({"own": nn.Linear(2, 2)})

@@ -1,5 +1,7 @@
 """How evenly experts and ranks are used: counted on request, and exactly."""
 
+import copy
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -35,7 +37,7 @@ def counted() -> ExpertLoad:
         for _ in range(2):
             experts(case.hidden_states, case.indices, case.routing_weights)
         assert not loads
-    assert func.count_pairs is None
+    assert not func.counters
     experts(case.hidden_states, case.indices, case.routing_weights)
     return loads["experts"]
 
@@ -59,6 +61,30 @@ def test_as_a_line_for_a_log() -> None:
     assert ExpertLoad([0, 0], 0.0, 0.0).rank_max_over_mean == 0
 
 
+def nested_and_copied() -> dict[str, int]:
+    """Pairs by name: a copied layer beside its original, and a block inside of a block."""
+    experts = shard_experts(make_case(1, HIDDEN_SIZE, NUM_EXPERTS, 1))
+    case = make_case(4, HIDDEN_SIZE, NUM_EXPERTS, SLOTS)
+    rows = (case.hidden_states, case.indices, case.routing_weights)
+    model = nn.ModuleList([experts, copy.deepcopy(experts)])
+    with count_load(model) as outer:
+        experts(*rows)
+        with count_load(model) as inner:
+            experts(*rows)
+        experts(*rows)
+    return {
+        prefix + name: sum(load.pairs_per_rank)
+        for prefix, loads in (("outer ", outer), ("inner ", inner))
+        for name, load in loads.items()
+    }
+
+
+def test_each_copy_and_each_block_counts_its_own(rank_pools: RankPools) -> None:
+    once = 2 * 4 * SLOTS
+    for pairs in rank_pools.run(2, nested_and_copied):
+        assert pairs == {"outer 0": 3 * once, "outer 1": 0, "inner 0": once, "inner 1": 0}
+
+
 def nothing_counted() -> ExpertLoad:
     model = nn.ModuleDict({"experts": shard_experts(make_case(1, HIDDEN_SIZE, 2, 1))})
     with count_load(model) as loads:
@@ -79,7 +105,7 @@ def fails_inside() -> None:
         with count_load(experts):
             raise KeyError("inside")
     finally:
-        assert func.count_pairs is None
+        assert not func.counters
 
 
 def test_an_error_inside_ends_the_counting(rank_pools: RankPools) -> None:

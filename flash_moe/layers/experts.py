@@ -1,6 +1,7 @@
 """The two tables of experts."""
 
 from collections.abc import Callable
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +48,11 @@ class FlashExperts(nn.Module):
         self.normal_rows_(self.down_weights, max(1, self.hidden_size) ** -0.5)
         self.normal_rows_(self.up_weights, 1.0)
 
+    def fail(self, error: Exception) -> NoReturn:
+        """Raise `error` instead of a forward pass, on every rank if the tables are sharded."""
+        fail: Callable[[Exception], NoReturn] = getattr(self.expert_func, "fail", _raised)
+        fail(error)
+
     def forward(self, hidden_states: Tensor, indices: Tensor, routing_weights: Tensor) -> Tensor:
         """Weighted sum of the chosen experts.
 
@@ -71,3 +77,7 @@ class FlashExperts(nn.Module):
 
     def extra_repr(self) -> str:
         return f"num_experts={self.num_experts}, hidden_size={self.hidden_size}"
+
+
+def _raised(error: Exception) -> NoReturn:
+    raise error

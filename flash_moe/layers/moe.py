@@ -81,8 +81,14 @@ class FlashMoE(nn.Module):
         """(..., H) to (..., H), in the dtype of `hidden_states`.
 
         Raises:
-            ValueError: rows of another length than `hidden_size`.
+            TypeError, ValueError: as `ProductKeyRouter` and `FlashExperts`; with sharded experts on
+                every rank, if on any.
+            RuntimeError: another dtype than that of the router's parameters, likewise.
         """
-        indices, routing_weights = self.router(hidden_states)
+        try:
+            indices, routing_weights = self.router(hidden_states)
+        except (TypeError, ValueError, RuntimeError) as error:
+            # Ranks that share the experts wait for this one.
+            self.experts.fail(error)
         routed = self.experts(hidden_states, indices, routing_weights)
         return self.shared_mlp(hidden_states) + routed
