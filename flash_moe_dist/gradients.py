@@ -54,7 +54,7 @@ def _layout(grad: Tensor) -> Layout:
 
 
 def _sum_of_squares(grads: list[Tensor], layout: Layout) -> Tensor:
-    """() float64: a norm in float16 overflows at 65,504, one in bfloat16 is rounded on each rank."""
+    """() float64: in float16 a norm overflows at 65,504, in bfloat16 it is rounded by each rank."""
     local = [
         one.redistribute(placements=_without_partial(one)).to_local()
         if isinstance(one, DTensor)

@@ -1,5 +1,6 @@
 """How often a pass of the sharded layer waits for the device."""
 
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -82,6 +83,47 @@ def test_one_host_sync_in_forward_and_none_in_backward(
         pytest.skip(f"needs two GPUs, this machine has {torch.cuda.device_count()}")
     for syncs in rank_pools.run(2, host_syncs, dispatcher, backend=backend):
         assert [len(lines) for lines in syncs] == [1, 0, 1], syncs
+
+
+READS = ("tolist", "item", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__")
+
+
+def reads_on_the_host(run: Callable[[], Any]) -> list[str]:
+    """Lines of flash_moe_dist that read values of a tensor in `run`, on whatever device."""
+    lines: list[str] = []
+
+    def reading(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        def read(*args: Any, **kwargs: Any) -> Any:
+            caller = sys._getframe(1)
+            path = Path(caller.f_code.co_filename)
+            if path.parent.name == "flash_moe_dist":
+                lines.append(f"{path.name}:{caller.f_lineno} {name}")
+            return method(*args, **kwargs)
+
+        return read
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in READS:
+            patch.setattr(Tensor, name, reading(name, getattr(Tensor, name)))
+        run()
+    return lines
+
+
+def reads(dispatcher: str) -> list[list[str]]:
+    case = make_case(64, 12, 23, 5)
+    experts = shard_experts(case, dispatcher)
+    out: list[Tensor] = []
+    rows = (case.hidden_states, case.indices, case.routing_weights)
+    forward = reads_on_the_host(lambda: out.append(experts(*rows)))
+    return [forward, reads_on_the_host(lambda: out[0].backward(case.grad))]
+
+
+@pytest.mark.parametrize("dispatcher", ["all_to_all", "all_gather"])
+def test_one_line_reads_what_another_rank_sent(dispatcher: str, rank_pools: RankPools) -> None:
+    """What the tests on a GPU count, as far as a machine without one can see it."""
+    for forward, backward in rank_pools.run(2, reads, dispatcher):
+        assert [line.partition(":")[0] for line in forward] == ["counts.py"], forward
+        assert not backward
 
 
 def syncs_while_counting() -> list[str]:
