@@ -1,17 +1,26 @@
 """Start and end of a distributed process: group, backend, device, timeout."""
 
+import ctypes
 import os
+import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from flash_moe_dist.rendezvous import store_of_this_attempt
+
 DEFAULT_TIMEOUT = timedelta(minutes=10)
+# Of linux/prctl.h.
+PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -90,14 +99,16 @@ def distributed(
 
     nccl with one GPU a process where there are GPUs, otherwise gloo. A collective that waits
     longer than `timeout` fails. If the block raises, the group is not waited for, so that the
-    error ends this process at once and torchrun ends the others.
+    error ends this process at once and torchrun ends the others. On Linux, a torchrun that is
+    killed takes its processes along.
 
     Args:
         timeout: of every collective.
         ep_size: ranks that share out the experts; a divisor of the number of ranks, None for all.
 
     Raises:
-        RuntimeError: not started by torchrun, or more processes on this machine than GPUs.
+        RuntimeError: not started by torchrun, more processes on this machine than GPUs, or not
+            all ranks come in time.
         ValueError: the number of ranks is no multiple of `ep_size`.
     """
     missing = [name for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if name not in os.environ]
@@ -106,6 +117,7 @@ def distributed(
             f"environment variables {', '.join(missing)} are not set: start this with torchrun, "
             "for example torchrun --standalone --nproc-per-node 2 launch/train.py"
         )
+    _end_with_torchrun()
     local_rank = int(os.environ["LOCAL_RANK"])
     if torch.cuda.is_available():
         if local_rank >= torch.cuda.device_count():
@@ -115,10 +127,30 @@ def distributed(
             )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-        dist.init_process_group("nccl", timeout=timeout, device_id=device)
+        dist.init_process_group("nccl", timeout=timeout, device_id=device, **_meeting(timeout))
     else:
         device = torch.device("cpu")
-        dist.init_process_group("gloo", timeout=timeout)
+        dist.init_process_group("gloo", timeout=timeout, **_meeting(timeout))
     yield Runtime.of_world(device, ep_size, timeout)
     dist.barrier()
     dist.destroy_process_group()
+
+
+def _meeting(timeout: timedelta) -> dict[str, Any]:
+    """Where the ranks find each other, as `init_process_group` takes it."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return {}
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = TCPStore(address, port, is_master=False, timeout=timeout)
+    own = store_of_this_attempt(store, rank, world_size, timeout)
+    return {"store": own, "rank": rank, "world_size": world_size}
+
+
+def _end_with_torchrun() -> None:
+    """Have the kernel kill this process when torchrun, its parent, is gone.
+
+    Killed itself, torchrun cannot; and another one in its place would start the same ranks again.
+    """
+    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
