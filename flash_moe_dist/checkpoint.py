@@ -1,89 +1,325 @@
-"""Sharded checkpoints through torch.distributed.checkpoint."""
+"""Sharded checkpoints through torch.distributed.checkpoint, a folder for each saved step.
 
+    folder/step-00000200/           complete: .metadata, *.distcp, progress.json
+    folder/step-00000300.partial/   being written, or what a run left that was killed in it
+
+A checkpoint is written under the second name and gets the first when it is complete, so whatever
+has that name can be loaded, on any number of ranks and any meshes.
+"""
+
+import json
+import re
 import shutil
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
+import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.checkpoint.state_dict_saver import async_save, save
 from torch.optim import Optimizer
 
-from flash_moe_dist.agreement import same_error_on_all_ranks
+from flash_moe_dist.agreement import gather_objects, same_error_on_all_ranks
+from flash_moe_dist.runtime import DEFAULT_TIMEOUT
+
+PROGRESS = "progress.json"
+COMPLETE = re.compile(r"step-(\d{8,})")
+# What is being written, and what is being removed.
+UNFINISHED = (".partial", ".removed")
 
 
-def save_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizer, step: int) -> None:
-    """Write model, optimizer and step into `folder`, each rank its own shards; collective.
+class Checkpointer:
+    """Saves and loads model, optimizer, random number generators and progress of a training run.
 
-    The files are written into `folder`.partial; when complete, the checkpoint that was in
-    `folder` moves to `folder`.previous, the new one into its place, and the old one goes. Killed
-    at any moment, `load_checkpoint` finds a complete one.
+    Every rank must make one, and call all methods alike: they are collective. All ranks must see
+    the same folder.
 
-    Raises:
-        ValueError: on every rank, if `folder` holds something that is no checkpoint.
-        RuntimeError: on every rank, if the files cannot be written or moved.
-    """
-    partial, previous = _beside(folder, "partial"), _beside(folder, "previous")
-    with same_error_on_all_ranks():
-        if dist.get_rank() == 0:
-            check_replaceable(folder)
-            if partial.exists():
-                shutil.rmtree(partial)
-    model_state, optimizer_state = get_state_dict(model, optimizer)
-    state = {"model": model_state, "optimizer": optimizer_state, "step": step}
-    try:
-        save(state, checkpoint_id=partial)
-    except CheckpointException as failure:
-        raise RuntimeError(f"checkpoint could not be written to {partial}: {failure}") from failure
-    with same_error_on_all_ranks():
-        if dist.get_rank() == 0:
-            if folder.exists():
-                if previous.exists():
-                    shutil.rmtree(previous)
-                folder.rename(previous)
-            partial.rename(folder)
-            if previous.exists():
-                shutil.rmtree(previous)
-
-
-def load_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizer) -> int:
-    """Read `folder` into model and optimizer, sharded as they are now; return the step.
-
-    Collective. Takes the previous checkpoint if a save was killed before the new one was in place.
+    Args:
+        folder: where checkpoints are, one folder each; made by the first `save`.
+        keep: how many to keep. The oldest ones go once a newer one is complete.
+        asynchronous: `save` returns once it has copied the state, and a thread writes the copy.
+        timeout: how long ranks wait for each other while saving and loading.
 
     Raises:
-        ValueError: on every rank, if there is no complete checkpoint.
-        RuntimeError: on every rank, if it cannot be read, or is one of another model.
+        ValueError: `keep` is less than 1.
     """
-    candidates = (folder, _beside(folder, "previous"))
-    complete = [one for one in candidates if (one / ".metadata").is_file()]
-    with same_error_on_all_ranks():
-        if not complete:
-            raise ValueError(f"folder must hold a complete checkpoint, found none in {folder}")
-    model_state, optimizer_state = get_state_dict(model, optimizer)
-    state = {"model": model_state, "optimizer": optimizer_state, "step": 0}
-    try:
-        load(state, checkpoint_id=complete[0])
-    except CheckpointException as failure:
-        raise RuntimeError(f"{complete[0]} could not be loaded: {failure}") from failure
-    set_state_dict(
-        model,
-        optimizer,
-        model_state_dict=model_state,
-        optim_state_dict=optimizer_state,
+
+    def __init__(
+        self,
+        folder: Path,
+        keep: int = 2,
+        asynchronous: bool = False,
+        timeout: timedelta = DEFAULT_TIMEOUT,
+    ) -> None:
+        if keep < 1:
+            raise ValueError(f"keep must be at least 1, got {keep}")
+        self.folder, self.keep, self.asynchronous = folder, keep, asynchronous
+        # Of its own, so that a thread can save while the ranks train.
+        self._group = dist.new_group(backend="gloo", timeout=timeout)
+        self._is_first = dist.get_rank() == 0
+        self._thread = ThreadPoolExecutor(1, "checkpoint") if asynchronous else None
+        self._writing: Future[None] | None = None
+
+    def save(
+        self,
+        step: int,
+        model: nn.Module,
+        optimizer: Optimizer,
+        progress: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Write everything that going on after `step` steps needs, each rank its own shards.
+
+        Waits for the save before this one.
+
+        Args:
+            step: steps done. One that is saved already is refused.
+            progress: whatever else to remember, in the types of JSON, the same on all ranks.
+
+        Raises:
+            ValueError: on every rank, if `step` has been saved.
+            RuntimeError: on every rank, if this checkpoint cannot be written, or the one before
+                could not. Those that are complete are left as they are.
+        """
+        self.wait()
+        complete = self._path(step)
+        partial = complete.with_name(complete.name + ".partial")
+        with same_error_on_all_ranks(self._group):
+            if self._is_first:
+                if complete.exists():
+                    raise ValueError(f"step must be one that is not saved yet, found {complete}")
+                self._begin(partial, {"step": step, **(progress or {})})
+        state = _state_of(model, optimizer)
+        state["rng"] = {f"rank_{dist.get_rank()}": _generator_states(_device_of(model))}
+        if self._thread is not None:
+            written: Any = async_save(state, checkpoint_id=partial, process_group=self._group)
+            self._writing = self._thread.submit(self._finish, written.result, partial, complete)
+            return
+        with same_error_on_all_ranks(self._group):
+            self._finish(
+                lambda: save(state, checkpoint_id=partial, process_group=self._group),
+                partial,
+                complete,
+            )
+
+    def wait(self) -> None:
+        """Until what `save` began is complete.
+
+        Raises:
+            RuntimeError: on every rank, if it could not be written.
+        """
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            with same_error_on_all_ranks(self._group):
+                writing.result()
+
+    def close(self) -> None:
+        """`wait`, and give back the thread and the process group."""
+        self.wait()
+        if self._thread is not None:
+            self._thread.shutdown()
+        dist.destroy_process_group(self._group)
+
+    def newest(self) -> int | None:
+        """The last step of which there is a complete checkpoint, the same on every rank.
+
+        Raises:
+            RuntimeError: on every rank, if the folder cannot be read.
+        """
+        steps: list[int] = []
+        with same_error_on_all_ranks(self._group):
+            if self._is_first:
+                steps = self._steps()
+        found: int | None = gather_objects(max(steps, default=None), self._group)[0]
+        return found
+
+    def progress(self, step: int) -> dict[str, Any]:
+        """What `save` was given to remember, and the step.
+
+        Raises:
+            ValueError: on every rank, if it cannot be read.
+        """
+        with same_error_on_all_ranks(self._group):
+            try:
+                read = json.loads((self._path(step) / PROGRESS).read_text())
+            except (OSError, ValueError) as error:
+                raise ValueError(f"{self._path(step)} is no whole checkpoint: {error}") from error
+            if not isinstance(read, dict) or read.get("step") != step:
+                raise ValueError(
+                    f"{self._path(step) / PROGRESS} must be of step {step}, got {read}"
+                )
+            return read
+
+    def load(self, step: int, model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+        """Read the checkpoint of `step` into model and optimizer, sharded as they are now.
+
+        The generators of a rank that took part in the save go on where that rank's were; those of
+        other ranks are left alone.
+
+        Returns:
+            as `progress`.
+
+        Raises:
+            ValueError: on every rank, if the checkpoint is damaged, or of another model or kind
+                of optimizer. Nothing has been changed then.
+            RuntimeError: on every rank, if reading it fails.
+        """
+        progress = self.progress(step)
+        path, device = self._path(step), _device_of(model)
+        with same_error_on_all_ranks(self._group):
+            metadata = _whole_metadata(path)
+        state = _state_of(model, optimizer)
+        with same_error_on_all_ranks(self._group):
+            _check_fits(state, metadata, path)
+        own = f"rank_{dist.get_rank()}"
+        generators = {
+            name: one
+            for name, one in _generator_states(device).items()
+            if f"rng.{own}.{name}" in metadata.state_dict_metadata
+        }
+        state["rng"] = {own: generators} if generators else {}
+        try:
+            load(state, checkpoint_id=path, process_group=self._group)
+        except CheckpointException as failure:
+            raise RuntimeError(f"{path} could not be loaded: {_causes(failure)}") from failure
+        set_state_dict(
+            model,
+            optimizer,
+            model_state_dict=state["model"],
+            optim_state_dict=state["optimizer"],
+        )
+        _set_generator_states(generators, device)
+        return progress
+
+    def _path(self, step: int) -> Path:
+        return self.folder / f"step-{step:08d}"
+
+    def _steps(self) -> list[int]:
+        if not self.folder.is_dir():
+            return []
+        names = ((COMPLETE.fullmatch(path.name), path) for path in self.folder.iterdir())
+        return sorted(
+            int(name[1]) for name, path in names if name and (path / ".metadata").is_file()
+        )
+
+    def _begin(self, partial: Path, progress: dict[str, Any]) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for left in self.folder.iterdir():
+            if left.suffix in UNFINISHED and COMPLETE.fullmatch(left.stem):
+                shutil.rmtree(left)
+        partial.mkdir()
+        (partial / PROGRESS).write_text(json.dumps(progress) + "\n")
+
+    def _finish(self, write: Callable[[], object], partial: Path, complete: Path) -> None:
+        """On every rank; the first one gives the checkpoint its name and removes old ones."""
+        try:
+            write()
+        except CheckpointException as failure:
+            if self._is_first:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise RuntimeError(
+                f"checkpoint could not be written to {complete}: {_causes(failure)}"
+            ) from failure
+        if self._is_first:
+            partial.rename(complete)
+            for step in self._steps()[: -self.keep]:
+                # Under this name nothing takes half of it for a checkpoint.
+                removed = self._path(step).rename(self.folder / f"step-{step:08d}.removed")
+                shutil.rmtree(removed)
+
+
+def _causes(failure: CheckpointException) -> str:
+    """What went wrong, by rank, on one line."""
+    return "; ".join(
+        f"rank {rank}: {type(wrapped[0]).__name__}: {wrapped[0]}"
+        for rank, wrapped in failure.failures.items()
     )
-    step = state["step"]
-    assert isinstance(step, int)
-    return step
 
 
-def check_replaceable(folder: Path) -> None:
-    """Raise ValueError if `folder` holds something that is no checkpoint; OSError if unreadable."""
-    if folder.exists() and not (folder / ".metadata").is_file() and any(folder.iterdir()):
-        raise ValueError(f"folder must be new, empty or a checkpoint, got {folder}")
+def _whole_metadata(path: Path) -> Metadata:
+    try:
+        metadata = FileSystemReader(path).read_metadata()
+        short = sorted(
+            {
+                f"{place.relative_path} ({(path / place.relative_path).stat().st_size} bytes)"
+                for place in (metadata.storage_data or {}).values()
+                if (path / place.relative_path).stat().st_size < place.offset + place.length
+            }
+        )
+    # A truncated pickle can raise nearly anything.
+    except Exception as error:
+        raise ValueError(
+            f"{path} is no whole checkpoint: {type(error).__name__}: {error}"
+        ) from error
+    if short:
+        raise ValueError(f"{path} is no whole checkpoint: cut off are {', '.join(short)}")
+    return metadata
 
 
-def _beside(folder: Path, suffix: str) -> Path:
-    return folder.with_name(f"{folder.name}.{suffix}")
+def _state_of(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+    """Both state dicts; leaves an optimizer that has made no step as it is."""
+    fresh = not optimizer.state
+    model_state, optimizer_state = get_state_dict(model, optimizer)
+    if fresh:
+        # It has made a step with gradients of zero, so that there is a state.
+        optimizer.state.clear()
+        entries: Any = optimizer_state["state"]
+        for entry in entries.values():
+            if isinstance(entry.get("step"), Tensor):
+                entry["step"].zero_()
+    return {"model": model_state, "optimizer": optimizer_state}
+
+
+def _check_fits(state: Mapping[str, Any], metadata: Metadata, path: Path) -> None:
+    saved = {
+        name: (tuple(one.size), one.properties.dtype)
+        for name, one in metadata.state_dict_metadata.items()
+        if not name.startswith("rng.") and isinstance(one, TensorStorageMetadata)
+    }
+    here = dict(_tensors_in(state, ""))
+    differing = [
+        f"{name}: saved {saved.get(name, 'nothing')}, here {here.get(name, 'nothing')}"
+        for name in sorted(saved.keys() | here.keys())
+        if saved.get(name) != here.get(name)
+    ]
+    if differing:
+        raise ValueError(
+            f"{path} is of another model or optimizer: {len(differing)} tensors differ, "
+            f"the first {differing[0]}"
+        )
+
+
+def _tensors_in(
+    state: Mapping[str, Any], prefix: str
+) -> Iterator[tuple[str, tuple[tuple[int, ...], torch.dtype]]]:
+    """Shape and dtype by the name that torch.distributed.checkpoint gives."""
+    for name, one in state.items():
+        if isinstance(one, Tensor):
+            yield prefix + name, (tuple(one.shape), one.dtype)
+        elif isinstance(one, Mapping):
+            yield from _tensors_in(one, f"{prefix}{name}.")
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    return next((one.device for one in model.parameters()), torch.device("cpu"))
+
+
+def _generator_states(device: torch.device) -> dict[str, Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def _set_generator_states(states: Mapping[str, Tensor], device: torch.device) -> None:
+    if "cpu" in states:
+        torch.set_rng_state(states["cpu"])
+    if "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], device)

@@ -1,7 +1,7 @@
 """Token streams for training: text as bytes, or a .bin of uint16 token ids."""
 
 import sysconfig
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -37,7 +37,7 @@ class Corpus:
         return float(-(shares * np.log(shares)).sum())
 
 
-def load_corpus(path: Path | None, seq_len: int) -> Corpus:
+def load_corpus(path: Path | None, seq_len: int, vocab_size: int | None = None) -> Corpus:
     """Read a corpus.
 
     Args:
@@ -45,12 +45,15 @@ def load_corpus(path: Path | None, seq_len: int) -> Corpus:
             the order of their paths; a .bin file of uint16 token ids; or a folder with train.bin
             and val.bin. None reads the source of Python's standard library.
         seq_len: tokens that a training sequence needs, and one more for its last target.
+        vocab_size: all token ids must be below it; by default one more than the largest, and 256
+            for text.
 
     Without a val.bin, every twentieth file of a folder of text is for validation, or else the
     last twentieth of the tokens.
 
     Raises:
-        ValueError: nothing readable at `path`, or too few tokens for one sequence.
+        ValueError: nothing readable at `path`, too few tokens for one sequence, or token ids
+            outside of the vocabulary.
     """
     if path is None:
         stdlib = Path(sysconfig.get_paths()["stdlib"])
@@ -69,7 +72,12 @@ def load_corpus(path: Path | None, seq_len: int) -> Corpus:
                 f"--data must give at least --seq-len + 1 = {seq_len + 1} tokens for {name}, "
                 f"got {len(tokens)} from {corpus.source}"
             )
-    return corpus
+        if vocab_size is not None and (largest := int(tokens.max())) >= vocab_size:
+            raise ValueError(
+                f"--data must hold token ids below the model's vocabulary of {vocab_size}, "
+                f"got {largest} in {name} data from {corpus.source}"
+            )
+    return corpus if vocab_size is None else replace(corpus, vocab_size=vocab_size)
 
 
 def batch_at(

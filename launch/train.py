@@ -4,16 +4,16 @@ torchrun --standalone --nproc-per-node 2 launch/train.py --out out/run
 """
 
 import argparse
-import json
 import math
+import os
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import NoReturn
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,85 +34,21 @@ from flash_moe_dist import (
     count_load,
     materialize,
 )
-from flash_moe_dist.agreement import same_error_on_all_ranks
-from flash_moe_dist.checkpoint import check_replaceable, save_checkpoint
+from flash_moe_dist.agreement import gather_objects, same_error_on_all_ranks
+from flash_moe_dist.checkpoint import Checkpointer
+from flash_moe_dist.collectives import all_gather_rows
 from flash_moe_dist.runtime import DEFAULT_TIMEOUT, Runtime, distributed
+from metrics import Line, MetricsFile, plot_losses
 from model import ModelConfig, Transformer
+from options import parse_args
+from sigterm import Sigterm
 
 MAX_GRAD_NORM = 1.0
 DEFAULT_BATCH_SIZE = 16
-MAX_OPTION = 2**31
-CHECKPOINT, METRICS = "checkpoint", "metrics.jsonl"
+CHECKPOINTS, METRICS = "checkpoints", "metrics.jsonl"
 # A seed of its own: the same validation batches in runs of any --seed.
 VALIDATION_SEED = 2**31
 PROMPT_TOKENS = 32
-
-
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(
-        prog="train.sh",
-        description=(__doc__ or "").splitlines()[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    add = parser.add_argument
-    add(
-        "--data",
-        type=Path,
-        help="text file, folder of text, .bin of uint16 token ids, or folder with train.bin and "
-        "val.bin; without it, the source of Python's standard library",
-    )
-    add("--out", type=Path, default=Path("out/train"), help="folder for all results")
-    add("--steps", type=int, default=250, help="optimizer steps")
-    add(
-        "--batch-size",
-        type=int,
-        help="sequences a step, over all ranks; without it 16, or the next multiple of the ranks",
-    )
-    add("--seq-len", type=int, default=256, help="tokens a sequence")
-    add("--lr", type=float, default=2e-3, help="peak learning rate of AdamW")
-    add("--seed", type=int, default=0, help="of parameters and batches")
-    add("--hidden-size", type=int, default=128)
-    add("--intermediate-size", type=int, default=256, help="width of the shared MLP")
-    add("--num-layers", type=int, default=4)
-    add("--num-heads", type=int, default=4)
-    add("--num-experts", type=int, default=16384, help="experts of each layer")
-    add("--num-experts-per-tok", type=int, default=32)
-    add(
-        "--ep-size",
-        type=int,
-        help="ranks that share out the experts, the others of the ranks hold copies of theirs; "
-        "without it, all",
-    )
-    add("--validation-batches", type=int, default=8, help="batches of the validation loss")
-    add("--validation-interval", type=int, default=100, help="steps between validations")
-    add("--sample-tokens", type=int, default=200, help="tokens to generate at the end")
-    add(
-        "--precision",
-        choices=("float32", "bfloat16"),
-        help="of activations; bfloat16 on GPUs and float32 on CPUs unless given",
-    )
-    add("--timeout", type=float, default=600, help="seconds a collective may wait for a rank")
-    args = parser.parse_args(argv)
-    for name in (
-        *("steps", "batch_size", "seq_len", "hidden_size", "intermediate_size", "num_layers"),
-        *("num_heads", "num_experts", "num_experts_per_tok", "validation_batches"),
-        *("validation_interval", "lr", "timeout", "ep_size"),
-    ):
-        value = getattr(args, name)
-        if value is not None and not 0 < value < MAX_OPTION:
-            parser.error(f"--{name.replace('_', '-')} must be positive, got {value}")
-    for name in ("sample_tokens", "seed"):
-        value = getattr(args, name)
-        if not 0 <= value < MAX_OPTION:
-            parser.error(f"--{name.replace('_', '-')} must not be negative, got {value}")
-    return args
-
-
-class Parser(argparse.ArgumentParser):
-    """Raises instead of exiting, so that all ranks can report an error as one."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(message)
 
 
 def runtime_for(args: argparse.Namespace, runtime: Runtime) -> Runtime:
@@ -131,16 +67,38 @@ def runtime_for(args: argparse.Namespace, runtime: Runtime) -> Runtime:
     return Runtime.of_world(runtime.device, args.ep_size, runtime.timeout)
 
 
-def prepare(args: argparse.Namespace, runtime: Runtime) -> tuple[Corpus, ModelConfig]:
-    """Everything that bad input can break, before any work; fills in the batch size."""
-    if args.batch_size is None:
-        args.batch_size = -(-DEFAULT_BATCH_SIZE // runtime.world_size) * runtime.world_size
-    if args.batch_size % runtime.world_size:
+def step_to_resume(args: argparse.Namespace, checkpoints: Checkpointer) -> int:
+    """The step of the checkpoint to go on from, 0 to start; the same on every rank."""
+    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    # A node that came back counts from 0 again.
+    restarted = any(gather_objects(restarted, None))
+    newest = checkpoints.newest() or 0
+    if newest and not (args.resume or restarted):
         raise ValueError(
-            f"--batch-size must divide by the number of ranks = {runtime.world_size}, "
-            f"got {args.batch_size}"
+            f"--out {args.out} holds a checkpoint of step {newest}: --resume goes on from it, "
+            "another --out starts anew"
         )
-    corpus = load_corpus(args.data, args.seq_len)
+    return newest
+
+
+def prepare(
+    args: argparse.Namespace, runtime: Runtime, saved: dict[str, Any]
+) -> tuple[Corpus, ModelConfig]:
+    """Everything that bad input can break, before any work; fills in the batch size.
+
+    saved: the progress of the checkpoint to go on from, empty to start.
+    """
+    world_size = runtime.world_size
+    if args.batch_size is None:
+        args.batch_size = saved.get("batch_size", DEFAULT_BATCH_SIZE)
+        args.batch_size = -(-args.batch_size // world_size) * world_size
+    if args.batch_size % world_size:
+        raise ValueError(
+            f"--batch-size must divide by the number of ranks = {world_size}, got {args.batch_size}"
+        )
+    saved_model = saved.get("model", {})
+    vocab_size = args.vocab_size or saved_model.get("vocab_size")
+    corpus = load_corpus(args.data, args.seq_len, vocab_size)
     if args.num_experts_per_tok > args.num_experts:
         raise ValueError(
             f"--num-experts-per-tok must be at most --num-experts = {args.num_experts}, "
@@ -155,11 +113,16 @@ def prepare(args: argparse.Namespace, runtime: Runtime) -> tuple[Corpus, ModelCo
         args.num_experts,
         args.num_experts_per_tok,
     )
+    differing = [
+        f"{name} = {saved_model[name]}, here {value}"
+        for name, value in asdict(config).items()
+        if saved_model and saved_model[name] != value
+    ]
+    if differing:
+        raise ValueError(f"the checkpoint in --out is of a model with {'; '.join(differing)}")
     # Whatever the layers refuse, they refuse here, without memory for their parameters.
     with torch.device("meta"):
         Transformer(config)
-    if runtime.is_main:
-        check_out_folder(args.out)
     return corpus, config
 
 
@@ -168,7 +131,6 @@ def check_out_folder(out: Path) -> None:
         out.mkdir(parents=True, exist_ok=True)
         with (out / METRICS).open("a"):
             pass
-        check_replaceable(out / CHECKPOINT)
     except OSError as error:
         raise ValueError(f"--out must be a folder to write results into, got {error}") from error
 
@@ -223,28 +185,76 @@ def learning_rate_factor(step: int, steps: int) -> float:
     return 1 - 0.9 * (step - warmup) / max(1, steps - warmup)
 
 
+@dataclass(frozen=True)
+class StepReport:
+    """losses: by rank, in nats a token; norm: of the gradient; stop: some rank asks to end."""
+
+    losses: list[float]
+    norm: float
+    stop: bool
+
+    @property
+    def is_finite(self) -> bool:
+        return math.isfinite(self.norm) and all(map(math.isfinite, self.losses))
+
+    @property
+    def loss(self) -> float:
+        return sum(self.losses) / len(self.losses)
+
+    @property
+    def what_is_not_finite(self) -> str:
+        ranks = [
+            f"{loss} on rank {rank}"
+            for rank, loss in enumerate(self.losses)
+            if not math.isfinite(loss)
+        ]
+        if ranks:
+            return "training loss is " + ", ".join(ranks)
+        return f"gradient norm is {self.norm}"
+
+
 class Run:
     """A model in training: what a step, a validation and a sample need at hand."""
 
     def __init__(
         self, args: argparse.Namespace, runtime: Runtime, corpus: Corpus, config: ModelConfig
     ) -> None:
-        self.args, self.runtime, self.corpus = args, runtime, corpus
+        self.args, self.runtime, self.corpus, self.config = args, runtime, corpus, config
         self.model = build_model(config, args.seed, runtime)
         self.optimizer = build_optimizer(self.model, args.lr)
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer, lambda step: learning_rate_factor(step, args.steps)
-        )
 
-    def step(self, step: int) -> float:
-        """One optimizer step; returns the training loss, the mean over all ranks."""
+    def step(self, step: int, stop_asked: Callable[[], bool] = lambda: False) -> StepReport:
+        """One optimizer step, counted from 1; none if a loss or the gradient is not finite.
+
+        stop_asked: whether this process has been asked to end by the end of the step.
+        """
+        learning_rate = self.args.lr * learning_rate_factor(step - 1, self.args.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
         loss = self.loss(self.corpus.train, step, self.args.seed)
         loss.backward()
-        clip_grad_norm_(self.model.parameters(), MAX_GRAD_NORM)
-        self.optimizer.step()
-        self.schedule.step()
+        norm = clip_grad_norm_(self.model.parameters(), MAX_GRAD_NORM)
+        numbers = [loss.detach().float(), norm.float(), torch.tensor(float(stop_asked())).to(norm)]
+        assert dist.group.WORLD is not None
+        everyone = all_gather_rows(torch.stack(numbers).unsqueeze(0), dist.group.WORLD)
+        losses, norms, stops = everyone.t().tolist()
+        report = StepReport(losses, norms[0], any(stops))
+        if report.is_finite:
+            self.optimizer.step()
         self.optimizer.zero_grad()
-        return self.mean_over_ranks(loss)
+        return report
+
+    def progress(self) -> dict[str, Any]:
+        """What a checkpoint must say for the data to go on where they were."""
+        return {
+            "seed": self.args.seed,
+            "batch_size": self.args.batch_size,
+            "seq_len": self.args.seq_len,
+            "data": self.corpus.source,
+            "training_tokens": len(self.corpus.train),
+            "world_size": self.runtime.world_size,
+            "model": asdict(self.config),
+        }
 
     @torch.no_grad()
     def validate(self) -> tuple[float, dict[str, ExpertLoad]]:
@@ -301,124 +311,159 @@ class Run:
         return total.item() / self.runtime.world_size
 
 
-def train(run: Run) -> tuple[list[float], dict[int, float]]:
-    """All steps; writes metrics.jsonl; returns the losses and the validation losses by step."""
-    args, runtime = run.args, run.runtime
-    losses: list[float] = []
-    validations: dict[int, float] = {}
+def train(
+    run: Run,
+    first_step: int,
+    checkpoints: Checkpointer,
+    metrics: MetricsFile | None,
+    sigterm: Sigterm,
+) -> int:
+    """Steps from `first_step` on, until all are done or one rank has got SIGTERM.
+
+    Writes metrics on the main rank, and a checkpoint of the last step. Returns that step.
+    """
+    args, runtime, step = run.args, run.runtime, first_step - 1
     progress = tqdm(
-        range(1, args.steps + 1), desc="training", unit="step", disable=not runtime.is_main
+        range(first_step, args.steps + 1),
+        desc="training",
+        unit="step",
+        initial=step,
+        total=args.steps,
+        disable=not runtime.is_main,
     )
-    with MetricsFile(args.out / METRICS, runtime) as metrics:
-        for step in progress:
-            begin = time.perf_counter()
-            losses.append(run.step(step))
-            if not math.isfinite(losses[-1]):
-                raise RuntimeError(f"training loss is {losses[-1]} at step {step}: lower --lr")
-            tokens_per_s = args.batch_size * args.seq_len / (time.perf_counter() - begin)
-            progress.set_postfix(loss=f"{losses[-1]:.3f}", tokens_per_s=f"{tokens_per_s:,.0f}")
-            loads: dict[str, ExpertLoad] = {}
-            if step % args.validation_interval == 0 or step == args.steps:
-                validations[step], loads = run.validate()
-                if runtime.is_main:
-                    touched = sum(load.touched for load in loads.values()) / len(loads)
-                    uneven = max(load.rank_max_over_mean for load in loads.values())
-                    progress.write(
-                        f"step {step}: training loss {losses[-1]:.4f}, "
-                        f"validation loss {validations[step]:.4f}, "
-                        f"{touched:.0%} of experts touched, busiest rank {uneven:.2f} x mean"
-                    )
-            metrics.write(step, losses[-1], tokens_per_s, validations.get(step), loads)
-    return losses, validations
-
-
-class MetricsFile:
-    """A line of JSON a step, on the main rank."""
-
-    def __init__(self, path: Path, runtime: Runtime) -> None:
-        self.file = path.open("w", buffering=1) if runtime.is_main else None
-        self.shape = {"world_size": runtime.world_size, "ep_size": runtime.ep_mesh.size()}
-
-    def __enter__(self) -> "MetricsFile":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.file:
-            self.file.close()
-
-    def write(
-        self,
-        step: int,
-        loss: float,
-        tokens_per_s: float,
-        validation_loss: float | None,
-        loads: dict[str, ExpertLoad],
-    ) -> None:
-        line: dict[str, object] = {"step": step, "loss": loss, "tokens_per_s": tokens_per_s}
-        line |= self.shape
-        if validation_loss is not None:
+    for step in progress:
+        begin = time.perf_counter()
+        with sigterm.deadline():
+            report = run.step(step, lambda: sigterm.received)
+        tokens_per_s = args.batch_size * args.seq_len / (time.perf_counter() - begin)
+        line: Line = {"step": step, "loss": report.loss, "tokens_per_s": tokens_per_s}
+        line |= {"world_size": runtime.world_size, "ep_size": runtime.ep_mesh.size()}
+        if report.is_finite:
+            progress.set_postfix(loss=f"{report.loss:.3f}", tokens_per_s=f"{tokens_per_s:,.0f}")
+        else:
+            happened = f"{report.what_is_not_finite} at step {step}"
+            if args.on_nonfinite == "stop":
+                raise RuntimeError(
+                    f"{happened}: lower --lr, or leave such steps out by --on-nonfinite skip"
+                )
+            line |= {"loss": None, "skipped": report.what_is_not_finite}
+            if runtime.is_main:
+                progress.write(f"{happened}: skipped")
+        if step % args.validation_interval == 0 or step == args.steps:
+            with sigterm.deadline():
+                validation_loss, loads = run.validate()
             line["validation_loss"] = validation_loss
             line["expert_load"] = {name: asdict(load) for name, load in loads.items()}
-        if self.file:
-            self.file.write(json.dumps(line) + "\n")
+            if runtime.is_main:
+                touched = sum(load.touched for load in loads.values()) / len(loads)
+                uneven = max(load.rank_max_over_mean for load in loads.values())
+                progress.write(
+                    f"step {step}: training loss {report.loss:.4f}, "
+                    f"validation loss {validation_loss:.4f}, "
+                    f"{touched:.0%} of experts touched, busiest rank {uneven:.2f} x mean"
+                )
+        if metrics is not None:
+            metrics.write(line)
+        if report.stop or step % args.checkpoint_interval == 0 or step == args.steps:
+            checkpoints.save(step, run.model, run.optimizer, run.progress())
+        if report.stop:
+            break
+    checkpoints.wait()
+    return step
 
 
-def plot_losses(
-    path: Path, losses: list[float], validations: dict[int, float], single_token_entropy: float
-) -> None:
-    from matplotlib.figure import Figure
+@contextmanager
+def an_error_of_all_ranks_ends_the_run(runtime: Runtime) -> Iterator[None]:
+    """Prints an error that every rank raises once, without a traceback, and exits with 2."""
+    try:
+        yield
+    except (ValueError, TypeError, RuntimeError) as error:
+        if runtime.is_main:
+            print(f"train.sh: error: {error}", file=sys.stderr, flush=True)
+        dist.barrier()
+        sys.exit(2)
 
-    axes = (figure := Figure(figsize=(7, 4), layout="constrained")).subplots()
-    axes.plot(range(1, len(losses) + 1), losses, linewidth=0.8, label="training")
-    axes.plot(list(validations), list(validations.values()), "o-", label="validation")
-    axes.axhline(single_token_entropy, color="grey", linestyle="--", label="single-token entropy")
-    axes.set(xlabel="step", ylabel="loss, nats a token")
-    axes.legend()
-    figure.savefig(path, dpi=120)
+
+def say(runtime: Runtime, text: str) -> None:
+    if runtime.is_main:
+        print(text, flush=True)
 
 
 @record
 def main() -> None:
     timeout, wrong = DEFAULT_TIMEOUT, None
     try:
-        args = parse_args()
+        args = parse_args((__doc__ or "").splitlines()[0])
         timeout = timedelta(seconds=args.timeout)
     except ValueError as error:
         wrong = error
     with distributed(timeout) as runtime:
-        try:
+        with an_error_of_all_ranks_ends_the_run(runtime):
             with same_error_on_all_ranks():
                 if wrong is not None:
                     raise wrong
                 runtime = runtime_for(args, runtime)
-                corpus, config = prepare(args, runtime)
-        except (ValueError, TypeError, RuntimeError) as error:
-            if runtime.is_main:
-                print(f"train.sh: error: {error}", file=sys.stderr, flush=True)
-            dist.barrier()
-            sys.exit(2)
+                if runtime.is_main:
+                    check_out_folder(args.out)
+            checkpoints = Checkpointer(
+                args.out / CHECKPOINTS, args.keep, args.async_checkpoint, timeout
+            )
+            last_step = step_to_resume(args, checkpoints)
+            saved = checkpoints.progress(last_step) if last_step else {}
+            with same_error_on_all_ranks():
+                corpus, config = prepare(args, runtime, saved)
         run = Run(args, runtime, corpus, config)
-        if runtime.is_main:
-            count = sum(parameter.numel() for parameter in run.model.parameters())
-            print(
-                f"{count:,} parameters, {config.num_layers} layers of {config.num_experts:,} "
-                f"experts over {runtime.world_size} ranks on {runtime.device.type}; "
-                f"{len(corpus.train):,} training tokens from {corpus.source}",
-                flush=True,
+        if last_step:
+            with an_error_of_all_ranks_ends_the_run(runtime):
+                checkpoints.load(last_step, run.model, run.optimizer)
+        count = sum(parameter.numel() for parameter in run.model.parameters())
+        say(
+            runtime,
+            f"{count:,} parameters, {config.num_layers} layers of {config.num_experts:,} "
+            f"experts over {runtime.world_size} ranks on {runtime.device.type}; "
+            f"{len(corpus.train):,} training tokens from {corpus.source}",
+        )
+        if last_step:
+            changed = [
+                f"{name} {saved.get(name)} before, {now} now"
+                for name, now in run.progress().items()
+                if saved.get(name) != now
+            ]
+            say(runtime, "; ".join([f"going on after step {last_step} of {args.steps}", *changed]))
+        metrics = MetricsFile(args.out / METRICS, last_step) if runtime.is_main else None
+        with metrics or nullcontext(), Sigterm(args.grace) as sigterm:
+            last_step = train(run, last_step + 1, checkpoints, metrics, sigterm)
+        checkpoints.close()
+        if last_step < args.steps:
+            say(
+                runtime,
+                f"SIGTERM: ended after step {last_step} of {args.steps}, with a checkpoint; "
+                "--resume goes on",
             )
-        losses, validations = train(run)
-        save_checkpoint(args.out / CHECKPOINT, run.model, run.optimizer, args.steps)
-        prompt, continuation = run.sample()
-        if runtime.is_main:
-            entropy = corpus.single_token_entropy()
-            plot_losses(args.out / "loss.png", losses, validations, entropy)
-            print(
-                f"training loss {losses[-1]:.4f}, validation loss {validations[args.steps]:.4f}, "
-                f"single-token entropy of the validation data {entropy:.4f} nats\n"
-                f"sample, after the prompt {prompt!r}:\n{continuation}\n"
-                f"metrics, loss curve and checkpoint are in {args.out}",
-                flush=True,
-            )
+            return
+        finish(run, metrics)
+
+
+def finish(run: Run, metrics: MetricsFile | None) -> None:
+    """Loss curve and a sample of the model's text."""
+    prompt, continuation = run.sample()
+    if metrics is None:
+        return
+    entropy = run.corpus.single_token_entropy()
+    plot_losses(run.args.out / "loss.png", metrics.lines, entropy)
+    last = metrics.lines[-1] if metrics.lines else {}
+    print(
+        f"training loss {_as_text(last.get('loss'))}, "
+        f"validation loss {_as_text(last.get('validation_loss'))}, "
+        f"single-token entropy of the validation data {entropy:.4f} nats\n"
+        f"sample, after the prompt {prompt!r}:\n{continuation}\n"
+        f"metrics, loss curve and checkpoints are in {run.args.out}",
+        flush=True,
+    )
+
+
+def _as_text(loss: float | None) -> str:
+    return "unknown" if loss is None else f"{loss:.4f}"
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@
 #
 # One process for each GPU; two processes on a machine without a GPU.
 #   NPROC_PER_NODE=4           another number of processes
-#   TORCHRUN_ARGS="--nnodes 2 --rdzv-backend c10d --rdzv-endpoint HOST:PORT"   several machines
+#   TORCHRUN_ARGS="--standalone --max-restarts 3"   other options of torchrun; of several machines:
+#   TORCHRUN_ARGS="--nnodes 2 --max-restarts 3 --rdzv-backend c10d --rdzv-id NAME --rdzv-endpoint HOST:PORT"
 # The environment variables of launch/setup.sh apply too.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -23,6 +24,9 @@ if ! [[ $processes =~ ^[1-9][0-9]*$ ]]; then
 fi
 cores=$(nproc)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > processes ? cores / processes : 1))}
+# torchrun keeps a shared store over restarts (torch 2.11 to 2.13), and when the machines change their
+# order it names two of them.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-1}
 # Left unquoted: it holds several words.
 exec python3 -m torch.distributed.run ${TORCHRUN_ARGS:---standalone} \
   --nproc-per-node "$processes" "$here/train.py" "$@"

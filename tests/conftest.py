@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ if not torch.cuda.is_available():
 
 from poison import poison_fresh_memory
 from ranks import RankPools
+from small_run import INTERVALS, SMALL, launch, write_text
 
 from flash_moe.ops.backends import dense, hot_cold
 
@@ -47,3 +49,24 @@ def rank_pools() -> Iterator[RankPools]:
     pools = RankPools()
     yield pools
     pools.close()
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A file to train on."""
+    return write_text(tmp_path_factory.mktemp("data") / "text.txt")
+
+
+@pytest.fixture(scope="session")
+def options(text: str) -> tuple[str, ...]:
+    """Of a run of launch/train.py that is to be interrupted."""
+    return (*SMALL, *INTERVALS, "--data", text)
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(options: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What such a run of two ranks leaves if nothing happens."""
+    out = tmp_path_factory.mktemp("uninterrupted")
+    ended = launch(*options, "--out", str(out))
+    assert ended.returncode == 0, ended.stderr
+    return out

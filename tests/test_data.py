@@ -74,6 +74,9 @@ def test_every_token_can_be_drawn() -> None:
 BAD_DATA = {
     "missing": "found nothing at",
     "empty.txt": r"at least --seq-len \+ 1 = 17 tokens for training, got 0",
+    "one_byte.txt": r"at least --seq-len \+ 1 = 17 tokens for training, got 1 ",
+    "one_byte.bin": "must hold uint16 token ids, got 1 bytes",
+    "empty.bin": "must hold uint16 token ids, got 0 bytes",
     "short.txt": r"at least --seq-len \+ 1 = 17 tokens for training, got 9",
     "odd.bin": "must hold uint16 token ids, got 33 bytes",
     "no_text": r"must hold text files .* found none in",
@@ -84,7 +87,25 @@ BAD_DATA = {
 def test_bad_data(name: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "empty.txt").touch()
     (tmp_path / "short.txt").write_bytes(b"123456789")
+    (tmp_path / "one_byte.txt").write_bytes(b"1")
+    (tmp_path / "one_byte.bin").write_bytes(b"1")
+    (tmp_path / "empty.bin").touch()
     (tmp_path / "odd.bin").write_bytes(b"1" * 33)
     (tmp_path / "no_text").mkdir()
     with pytest.raises(ValueError, match=message):
         load_corpus(tmp_path / name, 16)
+
+
+def test_data_that_cannot_be_read() -> None:
+    """Root may open any file, but of this one nobody can read the beginning."""
+    with pytest.raises(ValueError, match=r"--data must be readable, got \[Errno 5\]"):
+        load_corpus(Path("/proc/self/mem"), 16)
+
+
+def test_token_ids_outside_of_the_vocabulary(tmp_path: Path) -> None:
+    write_tokens(tmp_path / "train.bin", 200)
+    write_tokens(tmp_path / "val.bin", 400)
+    assert load_corpus(tmp_path, 16, 300).vocab_size == 300
+    assert load_corpus(tmp_path, 16, 5000).vocab_size == 5000
+    with pytest.raises(ValueError, match="below the model's vocabulary of 200, got 299 in valid"):
+        load_corpus(tmp_path, 16, 200)

@@ -1,0 +1,69 @@
+"""metrics.jsonl, a line a step, and the loss curve drawn from it."""
+
+import json
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+Line = dict[str, Any]
+
+
+class MetricsFile:
+    """Lines of JSON, one a step, written by one process.
+
+    Args:
+        path: of the file.
+        last_step: the step that the run goes on after. Lines up to it are kept, in `lines`; those
+            after it, which the run is about to repeat, and a half-written one, are dropped.
+    """
+
+    def __init__(self, path: Path, last_step: int) -> None:
+        self.lines = [line for line in _read(path) if line["step"] <= last_step]
+        kept = path.with_name(path.name + ".partial")
+        kept.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
+        os.replace(kept, path)
+        self._file = path.open("a", buffering=1)
+
+    def __enter__(self) -> "MetricsFile":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._file.close()
+
+    def write(self, line: Line) -> None:
+        self.lines.append(line)
+        self._file.write(json.dumps(line) + "\n")
+
+
+def plot_losses(path: Path, lines: list[Line], single_token_entropy: float) -> None:
+    from matplotlib.figure import Figure
+
+    training = {line["step"]: line["loss"] for line in lines if line["loss"] is not None}
+    validation = {
+        line["step"]: line["validation_loss"] for line in lines if "validation_loss" in line
+    }
+    axes = (figure := Figure(figsize=(7, 4), layout="constrained")).subplots()
+    axes.plot(list(training), list(training.values()), linewidth=0.8, label="training")
+    axes.plot(list(validation), list(validation.values()), "o-", label="validation")
+    axes.axhline(single_token_entropy, color="grey", linestyle="--", label="single-token entropy")
+    axes.set(xlabel="step", ylabel="loss, nats a token")
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def _read(path: Path) -> list[Line]:
+    lines = []
+    for text in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        if isinstance(line, dict) and isinstance(line.get("step"), int):
+            lines.append(line)
+    return lines

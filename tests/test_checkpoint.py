@@ -1,0 +1,383 @@
+"""Checkpoints: any number of ranks reads what any other wrote; what is broken is refused whole."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import RankPools
+from small_run import everything_in, small_run
+from torch import Tensor
+
+# Ranks, and how many of them share out the experts; the others cut tables along columns.
+LAYOUTS = ((1, None), (2, None), (3, None), (4, None), (4, 2), (4, 1), (2, 1))
+# 50 experts divide by 2 ranks only, 48 by all; of 2 the last of 3 or 4 ranks own none.
+NUM_EXPERTS = (50, 48, 2)
+
+
+def run_of(data: str, ep_size: int | None = None, num_experts: int = 50, **options: str) -> Any:
+    given = [word for name, value in options.items() for word in (f"--{name}", value)]
+    few = ("--num-experts-per-tok", "2") if num_experts < 4 else ()
+    return small_run(data, ep_size, "--num-experts", str(num_experts), *few, *given)
+
+
+def save(
+    data: str,
+    folder: str,
+    ep_size: int | None = None,
+    num_experts: int = 50,
+    asynchronous: bool = False,
+) -> tuple[dict[str, Tensor], list[float]]:
+    """Two steps, a checkpoint, two more steps; what was saved, and the losses after it."""
+    from flash_moe_dist.checkpoint import Checkpointer
+
+    checkpoints = Checkpointer(Path(folder), asynchronous=asynchronous)
+    run = run_of(data, ep_size, num_experts)
+    for step in (1, 2):
+        run.step(step)
+    saved = everything_in(run)
+    checkpoints.save(2, run.model, run.optimizer, {"seen": [1, 2]})
+    losses = [run.step(step).loss for step in (3, 4)]
+    checkpoints.close()
+    return saved, losses
+
+
+def load(
+    data: str, folder: str, ep_size: int | None = None, num_experts: int = 50, steps: int = 2
+) -> tuple[dict[str, Tensor], list[float]]:
+    """What a model that was made otherwise holds after loading, and the losses of two steps."""
+    from flash_moe_dist.checkpoint import Checkpointer
+
+    checkpoints = Checkpointer(Path(folder))
+    run = run_of(data, ep_size, num_experts)
+    with torch.no_grad():
+        for parameter in run.model.parameters():
+            parameter.fill_(float("nan"))
+    assert checkpoints.newest() == 2
+    assert checkpoints.load(2, run.model, run.optimizer) == {"step": 2, "seen": [1, 2]}
+    loaded = everything_in(run)
+    losses = [run.step(step).loss for step in (3, 4)[:steps]]
+    checkpoints.close()
+    return loaded, losses
+
+
+def assert_equal(loaded: dict[str, Tensor], saved: dict[str, Tensor]) -> None:
+    assert loaded.keys() == saved.keys()
+    for name, tensor in loaded.items():
+        assert torch.equal(tensor, saved[name]), name
+
+
+@pytest.mark.parametrize("num_experts", NUM_EXPERTS)
+@pytest.mark.parametrize(("saving", "ep_size"), LAYOUTS)
+def test_saved_and_loaded_with_any_ranks_and_meshes(
+    saving: int,
+    ep_size: int | None,
+    num_experts: int,
+    text: str,
+    tmp_path: Path,
+    rank_pools: RankPools,
+) -> None:
+    folder = str(tmp_path / "checkpoints")
+    saved, losses = rank_pools.run(saving, save, text, folder, ep_size, num_experts)[0]
+    assert {name.split(" of ")[0] for name in saved if " of " in name} == {
+        "step",
+        "exp_avg",
+        "exp_avg_sq",
+    }
+    for loading, other_ep_size in LAYOUTS:
+        for loaded, next_losses in rank_pools.run(
+            loading, load, text, folder, other_ep_size, num_experts
+        ):
+            assert_equal(loaded, saved)
+            assert next_losses == pytest.approx(losses, rel=1e-5)
+            if (loading, other_ep_size) == (saving, ep_size):
+                assert next_losses == losses
+
+
+@pytest.mark.gpu
+def test_saved_and_loaded_with_nccl(text: str, tmp_path: Path, rank_pools: RankPools) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip(f"needs two GPUs, this machine has {torch.cuda.device_count()}")
+    for asynchronous in (False, True):
+        folder = str(tmp_path / f"asynchronous {asynchronous}")
+        args = (text, folder, None, 50, asynchronous)
+        saved, losses = rank_pools.run(2, save, *args, backend="nccl")[0]
+        for loading, ep_size in ((2, None), (2, 1), (1, None)):
+            for loaded, next_losses in rank_pools.run(
+                loading, load, text, folder, ep_size, backend="nccl"
+            ):
+                assert_equal(loaded, saved)
+                assert next_losses == pytest.approx(losses, rel=1e-4)
+
+
+def test_an_asynchronous_save_holds_the_step_it_was_called_at(
+    text: str, tmp_path: Path, rank_pools: RankPools
+) -> None:
+    """Training goes on while the files are written."""
+    folder = str(tmp_path / "checkpoints")
+    saved, losses = rank_pools.run(2, save_slowly, text, folder)[0]
+    for loaded, next_losses in rank_pools.run(2, load, text, folder):
+        assert_equal(loaded, saved)
+        assert next_losses == losses
+
+
+def save_slowly(data: str, folder: str) -> tuple[dict[str, Tensor], list[float]]:
+    """As `save`, with files that are written only after the two steps."""
+    import threading
+
+    from torch.distributed.checkpoint.filesystem import FileSystemWriter
+
+    from train import Run
+
+    written = FileSystemWriter.write_data
+    stepped = threading.Event()
+    step = Run.step
+
+    def write_late(writer: Any, *args: Any) -> Any:
+        assert stepped.wait(60)
+        return written(writer, *args)
+
+    def note(run: Any, number: int) -> Any:
+        report = step(run, number)
+        if number == 4:
+            assert not (Path(folder) / "step-00000002").exists()
+            stepped.set()
+        return report
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FileSystemWriter, "write_data", write_late)
+        patch.setattr(Run, "step", note)
+        return save(data, folder, asynchronous=True)
+
+
+def draws_around_a_checkpoint(data: str, folder: str) -> tuple[Tensor, Tensor]:
+    from flash_moe_dist.checkpoint import Checkpointer
+
+    checkpoints = Checkpointer(Path(folder))
+    run = run_of(data)
+    torch.manual_seed(torch.distributed.get_rank() + 5)
+    checkpoints.save(1, run.model, run.optimizer)
+    drawn = torch.rand(3)
+    torch.manual_seed(1)
+    checkpoints.load(1, run.model, run.optimizer)
+    checkpoints.close()
+    return drawn, torch.rand(3)
+
+
+def test_random_number_generators_go_on_rank_by_rank(
+    text: str, tmp_path: Path, rank_pools: RankPools
+) -> None:
+    (first, again), (other, other_again) = rank_pools.run(
+        2, draws_around_a_checkpoint, text, str(tmp_path)
+    )
+    assert torch.equal(first, again)
+    assert torch.equal(other, other_again)
+    assert not torch.equal(first, other)
+
+
+def save_before_any_step(data: str, folder: str) -> tuple[list[float], list[float]]:
+    """Losses without and with a checkpoint before the first step."""
+    from flash_moe_dist.checkpoint import Checkpointer
+
+    plain, saved = run_of(data), run_of(data)
+    checkpoints = Checkpointer(Path(folder))
+    checkpoints.save(0, saved.model, saved.optimizer)
+    checkpoints.load(0, saved.model, saved.optimizer)
+    checkpoints.close()
+    return [[run.step(step).loss for step in (1, 2, 3)] for run in (plain, saved)]  # type: ignore
+
+
+def test_saving_before_the_first_step_is_no_step(
+    text: str, tmp_path: Path, rank_pools: RankPools
+) -> None:
+    ((plain, saved),) = rank_pools.run(1, save_before_any_step, text, str(tmp_path))
+    assert plain == saved
+
+
+def save_four_times(data: str, folder: str, asynchronous: bool) -> list[list[str]]:
+    from flash_moe_dist.checkpoint import Checkpointer
+
+    checkpoints = Checkpointer(Path(folder), keep=2, asynchronous=asynchronous)
+    run = run_of(data)
+    found = []
+    for step in (1, 2, 30, 4):
+        checkpoints.save(step, run.model, run.optimizer)
+        checkpoints.wait()
+        found.append(sorted(path.name for path in Path(folder).iterdir()))
+        torch.distributed.barrier()
+    assert checkpoints.newest() == 30
+    checkpoints.close()
+    return found
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_old_checkpoints_go(
+    asynchronous: bool, text: str, tmp_path: Path, rank_pools: RankPools
+) -> None:
+    """The highest steps stay, whatever came first."""
+    for found in rank_pools.run(2, save_four_times, text, str(tmp_path), asynchronous)[:1]:
+        assert found[0] == ["step-00000001"]
+        assert found[1] == ["step-00000001", "step-00000002"]
+        assert found[2] == ["step-00000002", "step-00000030"]
+        assert found[3] == ["step-00000004", "step-00000030"]
+
+
+def load_refused(
+    data: str, folder: str, kind: str, options: dict[str, str], optimizer: str = "AdamW"
+) -> str:
+    """The message; the model, its optimizer and the generators are left as they were."""
+    from flash_moe_dist.checkpoint import Checkpointer
+
+    checkpoints = Checkpointer(Path(folder))
+    run = run_of(data, None, 50, **options)
+    if optimizer != "AdamW":
+        run.optimizer = getattr(torch.optim, optimizer)(run.model.parameters(), lr=0.1)
+    before, drawn = everything_in(run), torch.get_rng_state()
+    with pytest.raises((ValueError, RuntimeError)) as raised:
+        checkpoints.load(2, run.model, run.optimizer)
+    assert raised.type.__name__ == kind
+    assert_equal(everything_in(run), before)
+    assert torch.equal(torch.get_rng_state(), drawn)
+    assert all(parameter.grad is None for parameter in run.model.parameters())
+    checkpoints.close()
+    return str(raised.value)
+
+
+@pytest.fixture(scope="module")
+def sound(text: str, tmp_path_factory: pytest.TempPathFactory, rank_pools: RankPools) -> Path:
+    folder = tmp_path_factory.mktemp("sound") / "checkpoints"
+    rank_pools.run(2, save, text, str(folder))
+    return folder
+
+
+def cut(path: Path, keep: float) -> None:
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(len(whole) * keep)])
+
+
+BROKEN = {
+    "one file empty": (lambda path: cut(path / "__1_0.distcp", 0), r"cut off are __1_0\.distcp"),
+    "one byte less": (lambda path: cut(path / "__0_0.distcp", 0.9999), r"cut off are __0_0"),
+    "one file gone": (lambda path: (path / "__1_0.distcp").unlink(), "no whole checkpoint.*__1_0"),
+    "half of the metadata": (lambda path: cut(path / ".metadata", 0.5), "is no whole checkpoint"),
+    "metadata empty": (lambda path: cut(path / ".metadata", 0), "is no whole checkpoint"),
+    "something else as metadata": (
+        lambda path: (path / ".metadata").write_bytes(b"\x80\x04N."),
+        "is no whole checkpoint",
+    ),
+    "no progress": (lambda path: (path / "progress.json").unlink(), "is no whole checkpoint"),
+    "half of the progress": (lambda path: cut(path / "progress.json", 0.5), "no whole checkpoint"),
+    "another step's": (
+        lambda path: (path / "progress.json").write_text(json.dumps({"step": 3})),
+        r"must be of step 2, got \{'step': 3\}",
+    ),
+    "nothing": (lambda path: shutil.rmtree(path), "is no whole checkpoint"),
+}
+
+
+@pytest.mark.parametrize(("damage", "message"), BROKEN.values(), ids=BROKEN)
+def test_a_damaged_checkpoint_is_refused_and_nothing_touched(
+    damage: Any, message: str, text: str, sound: Path, tmp_path: Path, rank_pools: RankPools
+) -> None:
+    folder = shutil.copytree(sound, tmp_path / "checkpoints")
+    damage(folder / "step-00000002")
+    for refused in rank_pools.run(2, load_refused, text, str(folder), "ValueError", {}):
+        assert re.search(message, refused), refused
+
+
+FOREIGN: dict[str, tuple[dict[str, str], str, str]] = {
+    "hidden size": ({"hidden-size": "32"}, "AdamW", "tensors differ, the first model.embedding"),
+    "more layers": ({"num-layers": "3"}, "AdamW", "saved nothing, here"),
+    "fewer layers": ({"num-layers": "1"}, "AdamW", "here nothing"),
+    "more experts": ({"num-experts": "60"}, "AdamW", "layers.0.moe.experts.down_weights"),
+    "another optimizer": ({}, "Adagrad", "optimizer.state"),
+    "one without state": ({}, "SGD", "optimizer.state"),
+}
+
+
+@pytest.mark.parametrize(("options", "optimizer", "message"), FOREIGN.values(), ids=FOREIGN)
+def test_a_foreign_checkpoint_is_refused_and_nothing_touched(
+    options: dict[str, str],
+    optimizer: str,
+    message: str,
+    text: str,
+    sound: Path,
+    rank_pools: RankPools,
+) -> None:
+    args = (text, str(sound), "ValueError", options, optimizer)
+    for refused in rank_pools.run(2, load_refused, *args):
+        assert "is of another model or optimizer" in refused
+        assert message in refused
+
+
+def save_without_space(data: str, folder: str, asynchronous: bool) -> str:
+    """The message; ranks other than the second have space."""
+    import resource
+
+    from flash_moe_dist.checkpoint import Checkpointer
+
+    checkpoints = Checkpointer(Path(folder), asynchronous=asynchronous)
+    run = run_of(data)
+    checkpoints.save(1, run.model, run.optimizer)
+    checkpoints.wait()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if torch.distributed.get_rank() == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1024, limits[1]))
+    try:
+        if asynchronous:
+            checkpoints.save(2, run.model, run.optimizer)
+        with pytest.raises(RuntimeError) as raised:
+            checkpoints.wait() if asynchronous else checkpoints.save(2, run.model, run.optimizer)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert checkpoints.newest() == 1
+    checkpoints.load(1, run.model, run.optimizer)
+    checkpoints.save(2, run.model, run.optimizer)
+    checkpoints.wait()
+    assert checkpoints.newest() == 2
+    checkpoints.close()
+    return str(raised.value)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_no_space_on_one_rank(
+    asynchronous: bool, text: str, tmp_path: Path, rank_pools: RankPools
+) -> None:
+    """An error on all ranks, the checkpoint before it intact, and the same save works later."""
+    for message in rank_pools.run(2, save_without_space, text, str(tmp_path), asynchronous):
+        assert "checkpoint could not be written to" in message
+        assert "rank 1: OSError: [Errno 27] File too large" in message
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001", "step-00000002"]
+
+
+def save_refused(data: str, folder: str) -> list[str]:
+    from flash_moe_dist.checkpoint import Checkpointer
+
+    run, messages = run_of(data), []
+    checkpoints = Checkpointer(Path(folder))
+    checkpoints.save(1, run.model, run.optimizer)
+    for step, progress in ((1, None), (2, {"unknown": object()})):
+        with pytest.raises((ValueError, TypeError)) as raised:
+            checkpoints.save(step, run.model, run.optimizer, progress)
+        messages.append(str(raised.value))
+    with pytest.raises(ValueError, match="keep must be at least 1, got 0"):
+        Checkpointer(Path(folder), keep=0)
+    checkpoints.close()
+    unwritable = Checkpointer(Path(folder) / "step-00000001" / ".metadata")
+    with pytest.raises(RuntimeError) as raised_too:
+        unwritable.save(1, run.model, run.optimizer)
+    unwritable.close()
+    return [*messages, str(raised_too.value)]
+
+
+def test_what_cannot_be_saved_is_refused_on_all_ranks(
+    text: str, tmp_path: Path, rank_pools: RankPools
+) -> None:
+    for taken, unknown, unwritable in rank_pools.run(2, save_refused, text, str(tmp_path)):
+        assert "step must be one that is not saved yet, found" in taken
+        assert "not JSON serializable" in unknown
+        assert "rank 0: " in unwritable
+        assert "exists" in unwritable or "Not a directory" in unwritable
