@@ -1,13 +1,16 @@
 """One rank fails: all processes end in time, and the first error is what the user sees."""
 
+import json
 import os
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+import torch
+from processes import assert_nothing_left, free_port
+from small_run import start
 
 REPOSITORY = Path(__file__).parent.parent
 SCRIPT = str(REPOSITORY / "tests" / "failing_rank.py")
@@ -46,6 +49,7 @@ def assert_ends_in_time(started: list[subprocess.Popen[str]], mark: Path) -> lis
     ended = time.time() - mark.stat().st_mtime
     assert all(process.returncode != 0 for process in started)
     assert ended <= TIMEOUT + GRACE, f"ended {ended:.0f} s after the failure"
+    assert_nothing_left(str(mark))
     return said
 
 
@@ -70,10 +74,7 @@ def test_a_stalled_rank_ends_all(where: str, ranks: int, tmp_path: Path) -> None
 @pytest.mark.parametrize("where", PLACES)
 def test_an_exception_ends_ranks_that_nobody_watches(where: str, tmp_path: Path) -> None:
     """Started without torchrun, which would end the other processes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mark = tmp_path / "mark"
+    mark, port = tmp_path / "mark", free_port()
     started = [
         subprocess.Popen(
             [sys.executable, SCRIPT, where, "raises", str(TIMEOUT), str(mark), "3"],
@@ -88,3 +89,53 @@ def test_an_exception_ends_ranks_that_nobody_watches(where: str, tmp_path: Path)
     ]
     said = assert_ends_in_time(started, mark)
     assert "KeyError: 'the original error'" in said[1]
+
+
+# In launch/train.py.
+TRAINING = ("before dispatch", "in dispatch", "after dispatch")
+
+
+def train_with(what: str, where: str, tmp_path: Path, options: tuple[str, ...]) -> tuple[str, str]:
+    """Runs until all has ended, in time, with no process and no port left; what it said."""
+    mark, port = tmp_path / "mark", free_port()
+    fault = {"what": what, "where": where, "rank": 1, "step": 6, "mark": str(mark)}
+    process = start(
+        *options,
+        *("--out", str(tmp_path), "--timeout", str(TIMEOUT)),
+        script="tests/faulty_train.py",
+        launcher=("--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}"),
+        FAULT=json.dumps(fault),
+    )
+    try:
+        out, err = process.communicate(timeout=100)
+    finally:
+        process.kill()
+    assert process.returncode != 0
+    ended = time.time() - mark.stat().st_mtime
+    assert ended <= TIMEOUT + GRACE, f"ended {ended:.0f} s after the failure"
+    assert_nothing_left(str(tmp_path), port)
+    return out, err
+
+
+@pytest.mark.parametrize("where", [*TRAINING, "writing"])
+def test_an_exception_in_training_is_what_the_user_sees(
+    where: str, options: tuple[str, ...], tmp_path: Path
+) -> None:
+    _, said = train_with("raises", where, tmp_path, options)
+    first = said[said.index("Root Cause (first observed failure)") :]
+    assert "KeyError: 'the original error'" in first
+    assert "in strike" in first or where == "writing"
+
+
+@pytest.mark.parametrize("where", TRAINING)
+def test_a_stall_in_training_says_where(
+    where: str, options: tuple[str, ...], tmp_path: Path
+) -> None:
+    """The others' wait is the first error; the stack of the one that stalls comes with it."""
+    _, said = train_with("stalls", where, tmp_path, options)
+    assert "Traceback" in said
+    assert "Root Cause (first observed failure)" in said
+    if torch.cuda.device_count() < 2:
+        assert "Timed out waiting" in said
+    stack = said[said.index("Timeout (0:00:05)!") :]
+    assert "in strike" in stack

@@ -8,18 +8,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 REPOSITORY = Path(__file__).parent.parent
-OP_EXAMPLE, SHARD_EXAMPLE, MODEL_EXAMPLE = re.findall(
+OP_EXAMPLE, SHARD_EXAMPLE, MODEL_EXAMPLE, SAVE_EXAMPLE = re.findall(
     r"```python\n(.*?)```", (REPOSITORY / "README.md").read_text(), flags=re.DOTALL
 )
 
 
-def run_script(path: Path, *launcher: str) -> str:
+def run_script(path: Path, *launcher: str, folder: Path | None = None) -> str:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
     ended = subprocess.run(
         [sys.executable, *launcher, str(path)],
+        cwd=folder,
         env=environment,
         capture_output=True,
         text=True,
@@ -37,9 +39,8 @@ def test_op_example(tmp_path: Path) -> None:
 
 
 def torchrun(script: Path, ranks: int) -> str:
-    return run_script(
-        script, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"
-    )
+    launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}")
+    return run_script(script, *launcher, folder=script.parent)
 
 
 def test_shard_example(tmp_path: Path) -> None:
@@ -59,3 +60,15 @@ def test_model_example(tmp_path: Path) -> None:
     script.write_text(MODEL_EXAMPLE)
     # 32 tokens of 16 experts on each of the two ranks that share one copy of the experts.
     assert torchrun(script, 4).startswith("1,024 pairs, busiest rank ")
+
+
+def test_save_example(tmp_path: Path) -> None:
+    script = tmp_path / "save.py"
+    script.write_text(SAVE_EXAMPLE)
+    for step in (1, 2):
+        torchrun(script, min(2, torch.cuda.device_count()) if torch.cuda.is_available() else 2)
+        assert (tmp_path / "out" / "checkpoints" / f"step-{step:08d}").is_dir()
+    tables = load_file(tmp_path / "out" / "experts.safetensors")
+    assert {name: table.shape for name, table in tables.items()} == dict.fromkeys(
+        ("down_weights", "up_weights"), (100_000, 64)
+    )

@@ -1,0 +1,102 @@
+"""Long runs, and many short ones in one process, need no more memory, files and threads in time."""
+
+import gc
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import RankPools, rank_device
+from small_run import launch
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import parallelize_module
+
+STEPS = 2000
+WARM_UP = 500
+MAX_TOKENS = 60
+# Of the resident set: what allocators of the C library keep varies by this much.
+RSS_BYTES = 6 * 2**20
+
+
+def usage() -> dict[str, int]:
+    gc.collect()
+    status = Path("/proc/self/status").read_text()
+    (resident,) = (line for line in status.splitlines() if line.startswith("VmRSS"))
+    (threads,) = (line for line in status.splitlines() if line.startswith("Threads"))
+    return {
+        "bytes allocated": torch.cuda.memory_allocated() if torch.cuda.is_available() else 0,
+        "resident bytes": int(resident.split()[1]) * 1024,
+        "files": len(os.listdir("/proc/self/fd")),
+        "threads": int(threads.split()[1]),
+        "tensors": sum(issubclass(type(one), torch.Tensor) for one in gc.get_objects()),
+    }
+
+
+def train_with_varying_tokens(folder: str, dispatcher: Any) -> list[dict[str, int]]:
+    """Usage after every 500 steps, of which a rank has none to 60 tokens in each."""
+    from flash_moe import FlashMoE
+    from flash_moe_dist import ExpertParallel, clip_grad_norm_, count_load
+    from flash_moe_dist.checkpoint import Checkpointer
+    from flash_moe_dist.runtime import Runtime
+
+    torch.manual_seed(0)
+    runtime = Runtime.of_world(rank_device())
+    moe = FlashMoE(16, 16, num_experts=48, num_experts_per_tok=4).to(runtime.device)
+    parallelize_module(moe, runtime.ep_mesh, {"experts": ExpertParallel(dispatcher)})
+    model = nn.Sequential(nn.Linear(8, 16), moe).to(runtime.device)
+    fully_shard(model, mesh=runtime.dp_mesh, ignored_params=set(moe.experts.parameters()))
+    optimizer = torch.optim.AdamW(model.parameters())
+    checkpoints = Checkpointer(Path(folder), keep=1, asynchronous=True)
+    draw = torch.Generator().manual_seed(runtime.rank)
+    found = []
+    for step in range(1, STEPS + 1):
+        tokens = int(torch.randint(MAX_TOKENS + 1, (), generator=draw))
+        rows = torch.randn(tokens, 8, generator=draw).to(runtime.device)
+        with count_load(model):
+            model(rows).square().sum().backward()
+        clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 100 == 0:
+            checkpoints.save(step, model, optimizer)
+        if step % WARM_UP == 0:
+            checkpoints.wait()
+            found.append(usage())
+    checkpoints.close()
+    return found
+
+
+def assert_flat(found: list[dict[str, int]], names: tuple[str, ...]) -> None:
+    for name in names:
+        allowed = RSS_BYTES if name == "resident bytes" else 0
+        after_warm_up = [one[name] for one in found]
+        assert max(after_warm_up) - after_warm_up[0] <= allowed, f"{name}: {after_warm_up}"
+
+
+@pytest.mark.parametrize("dispatcher", ["all_to_all", "all_gather"])
+def test_two_thousand_steps(dispatcher: str, tmp_path: Path, rank_pools: RankPools) -> None:
+    for found in rank_pools.run(2, train_with_varying_tokens, str(tmp_path), dispatcher):
+        assert_flat(found, ("resident bytes", "files", "threads", "tensors"))
+
+
+@pytest.mark.gpu
+def test_two_thousand_steps_with_nccl(tmp_path: Path, rank_pools: RankPools) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip(f"needs two GPUs, this machine has {torch.cuda.device_count()}")
+    args = (str(tmp_path), "auto")
+    for found in rank_pools.run(2, train_with_varying_tokens, *args, backend="nccl"):
+        assert_flat(found, ("bytes allocated", "resident bytes", "files", "threads", "tensors"))
+
+
+def test_fifty_times_in_one_process(tmp_path: Path) -> None:
+    """Ranks print what they use after the 10th and each later 10th time."""
+    ended = launch(str(tmp_path), script="tests/fifty_times.py", seconds=300)
+    assert ended.returncode == 0, ended.stderr
+    for rank in range(2):
+        text = (tmp_path / f"{rank}.jsonl").read_text()
+        found: list[dict[str, int]] = [json.loads(line) for line in text.splitlines()]
+        assert len(found) == 5
+        assert_flat(found, ("bytes allocated", "resident bytes", "files", "threads"))

@@ -1,0 +1,198 @@
+"""Killed, stopped or ended, a run goes on as if nothing had happened."""
+
+import os
+import re
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from subprocess import Popen
+
+import pytest
+from processes import assert_nothing_left
+from small_run import (
+    STEPS,
+    assert_same_run,
+    launch,
+    launch_with,
+    metrics_of,
+    start_slow,
+    steps_done,
+    workers_of,
+)
+
+
+def checkpoints_in(out: Path) -> list[str]:
+    return sorted(path.name for path in (out / "checkpoints").iterdir())
+
+
+def names(*steps: int) -> list[str]:
+    return [f"step-{step:08d}" for step in steps]
+
+
+KILLED_IN_A_STEP = [("before dispatch", 3), ("in dispatch", 9), ("after dispatch", 13)]
+
+
+@pytest.mark.parametrize(("where", "step"), KILLED_IN_A_STEP)
+def test_a_rank_killed_in_a_step_and_restarted(
+    where: str, step: int, options: tuple[str, ...], uninterrupted: Path, tmp_path: Path
+) -> None:
+    """Step 3 comes before any checkpoint, the others after one."""
+    fault = {"what": "sigkill", "where": where, "rank": 1, "step": step}
+    ended = launch_with(
+        fault | {"mark": str(tmp_path / "mark")},
+        *options,
+        *("--out", str(tmp_path)),
+        launcher=("--standalone", "--max-restarts", "1"),
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert (tmp_path / "mark").exists()
+    saved = step // 6 * 6
+    assert (f"going on after step {saved} of 20" in ended.stdout) == (saved > 0)
+    assert_same_run(tmp_path, uninterrupted)
+    assert_nothing_left(str(tmp_path))
+
+
+# Where, the steps that are complete then, and whether files are written by a thread.
+KILLED_WHILE_SAVING = [
+    ("writing", [6], False),
+    ("written", [6], False),
+    ("pruning", [6, 12, 18], False),
+    ("writing", [6], True),
+    ("written", [6], True),
+]
+
+
+@pytest.mark.parametrize(("where", "complete", "in_thread"), KILLED_WHILE_SAVING)
+def test_killed_while_saving(
+    where: str,
+    complete: list[int],
+    in_thread: bool,
+    options: tuple[str, ...],
+    uninterrupted: Path,
+    tmp_path: Path,
+) -> None:
+    """The checkpoint before still loads; what the killed one left goes with the next."""
+    fault = {"what": "sigkill", "where": where, "rank": 0, "step": 6 if where == "pruning" else 12}
+    thread = ("--async-checkpoint",) if in_thread else ()
+    arguments = (*options, *thread, "--out", str(tmp_path))
+    ended = launch_with(fault | {"mark": str(tmp_path / "mark")}, *arguments)
+    assert ended.returncode != 0
+    # Of what pruning has begun with, the name is taken away first.
+    found = checkpoints_in(tmp_path)
+    whole = [name for name in found if "." not in name]
+    assert whole == names(*complete[1:] if where == "pruning" else complete)
+    assert len(found) == len(whole) + 1
+    ended = launch(*arguments)
+    assert ended.returncode != 0
+    assert f"holds a checkpoint of step {complete[-1]}: --resume goes on from it" in ended.stderr
+    ended = launch(*arguments, "--resume")
+    assert ended.returncode == 0, ended.stderr
+    assert f"going on after step {complete[-1]} of 20" in ended.stdout
+    assert checkpoints_in(tmp_path) == names(18, 20)
+    assert_same_run(tmp_path, uninterrupted)
+
+
+def to_torchrun(process: Popen[str]) -> None:
+    process.terminate()
+
+
+def to_one_rank(process: Popen[str]) -> None:
+    os.kill(workers_of(process)[-1], signal.SIGTERM)
+
+
+@pytest.mark.parametrize("signalled", [to_torchrun, to_one_rank])
+@pytest.mark.parametrize("thread", [(), ("--async-checkpoint",)], ids=["saved", "saved by thread"])
+def test_sigterm_saves_and_ends(
+    signalled: Callable[[Popen[str]], None],
+    thread: tuple[str, ...],
+    options: tuple[str, ...],
+    uninterrupted: Path,
+    tmp_path: Path,
+) -> None:
+    process = start_slow(tmp_path, *options, *thread, "--checkpoint-interval", "100")
+    workers, begin = workers_of(process), time.monotonic()
+    assert len(workers) == 2
+    signalled(process)
+    out, err = process.communicate(timeout=60)
+    assert time.monotonic() - begin < 15
+    assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
+    ended = re.search(r"SIGTERM: ended after step (\d+) of 20, with a checkpoint", out)
+    assert ended, (out, err)
+    last = int(ended[1])
+    assert 5 <= last < STEPS
+    # torchrun itself reports the signal that it got.
+    assert process.returncode == (1 if signalled is to_torchrun else 0)
+    assert checkpoints_in(tmp_path) == names(last)
+    assert steps_done(tmp_path) == last
+    resumed = launch(*options, "--resume", "--out", str(tmp_path))
+    assert resumed.returncode == 0, resumed.stderr
+    assert f"going on after step {last} of 20" in resumed.stdout
+    assert_same_run(tmp_path, uninterrupted)
+    assert_nothing_left(str(tmp_path))
+
+
+def test_torchrun_killed_takes_its_processes_along(
+    options: tuple[str, ...], uninterrupted: Path, tmp_path: Path
+) -> None:
+    process = start_slow(tmp_path, *options, "--checkpoint-interval", "3")
+    process.kill()
+    process.communicate(timeout=10)
+    assert_nothing_left(str(tmp_path))
+    resumed = launch(*options, "--resume", "--out", str(tmp_path))
+    assert resumed.returncode == 0, resumed.stderr
+    assert "going on after step 3 of 20" in resumed.stdout
+    assert_same_run(tmp_path, uninterrupted)
+
+
+def test_resume_after_a_normal_end_goes_on_where_it_stopped(
+    options: tuple[str, ...], uninterrupted: Path, tmp_path: Path
+) -> None:
+    """The learning rate follows the number of steps, so both runs are told of 20."""
+    fault = {"what": "sigterm", "where": "after dispatch", "rank": 1, "step": 12}
+    arguments = (*options, "--out", str(tmp_path))
+    ended = launch_with(fault | {"mark": str(tmp_path / "mark")}, *arguments)
+    assert ended.returncode == 0, ended.stderr
+    again = launch(*arguments, "--resume")
+    assert again.returncode == 0, again.stderr
+    assert_same_run(tmp_path, uninterrupted)
+    # Nothing is left to do: the run ends as it did, and changes nothing.
+    once_more = launch(*arguments, "--resume")
+    assert once_more.returncode == 0, once_more.stderr
+    assert "going on after step 20 of 20" in once_more.stdout
+    assert once_more.stdout.splitlines()[-1] == again.stdout.splitlines()[-1]
+    assert_same_run(tmp_path, uninterrupted)
+    # More steps than before.
+    longer = launch(*arguments, "--resume", "--steps", "23")
+    assert longer.returncode == 0, longer.stderr
+    assert [line["step"] for line in metrics_of(tmp_path)] == list(range(1, 24))
+    assert checkpoints_in(tmp_path)[-1] == names(23)[0]
+
+
+def test_resume_with_nothing_saved_starts(
+    options: tuple[str, ...], uninterrupted: Path, tmp_path: Path
+) -> None:
+    ended = launch(*options, "--out", str(tmp_path), "--resume")
+    assert ended.returncode == 0, ended.stderr
+    assert "going on" not in ended.stdout
+    assert_same_run(tmp_path, uninterrupted)
+
+
+def test_resume_with_other_ranks_and_settings_says_so(
+    options: tuple[str, ...], uninterrupted: Path, tmp_path: Path
+) -> None:
+    fault = {"what": "sigterm", "where": "after dispatch", "rank": 1, "step": 12}
+    arguments = (*options, "--out", str(tmp_path))
+    ended = launch_with(fault | {"mark": str(tmp_path / "mark")}, *arguments)
+    assert ended.returncode == 0, ended.stderr
+    other = launch(*arguments, "--resume", "--num-experts", "60")
+    assert other.returncode != 0
+    assert other.stderr.count("train.sh: error: ") == 1
+    assert "checkpoint in --out is of a model with num_experts = 50, here 60" in other.stderr
+    resumed = launch(*arguments, "--resume", ranks=3)
+    assert resumed.returncode == 0, resumed.stderr
+    assert re.search(
+        r"going on after step 1[23] of 20; world_size 2 before, 3 now\n", resumed.stdout
+    )
+    for line, expected in zip(metrics_of(tmp_path), metrics_of(uninterrupted), strict=True):
+        assert line["loss"] == pytest.approx(expected["loss"], rel=1e-4)
