@@ -127,6 +127,8 @@ def distributed(
             )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
+        # After a timeout NCCL's watchdog waits four times this long for a dump, 15 s by default.
+        os.environ.setdefault("TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC", "500")
         dist.init_process_group("nccl", timeout=timeout, device_id=device, **_meeting(timeout))
     else:
         device = torch.device("cpu")

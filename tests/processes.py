@@ -28,6 +28,15 @@ def free_port() -> int:
         return port
 
 
+def wait_for_listener(port: int) -> None:
+    for _ in range(600):
+        with socket.socket() as connection:
+            if connection.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.1)
+    raise AssertionError(f"nobody listens at port {port}")
+
+
 def _processes_with(marker: str) -> dict[int, str]:
     found = {}
     for folder in Path("/proc").iterdir():

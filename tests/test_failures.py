@@ -16,22 +16,27 @@ REPOSITORY = Path(__file__).parent.parent
 SCRIPT = str(REPOSITORY / "tests" / "failing_rank.py")
 TIMEOUT = 6.0
 GRACE = 10.0
-RANKS = 3
+# As many as there are GPUs, so that nccl is tested where it can be.
+RANKS = 2 if torch.cuda.device_count() == 2 else 3
+# What gloo says, and nccl.
+LATE = ("Timed out waiting", "collective operation timeout")
 PLACES = ("before dispatch", "in the experts", "after combine", "in the backward pass")
 
 
-def environment() -> dict[str, str]:
+def environment(ranks: int) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    if torch.cuda.device_count() < ranks:
+        kept["CUDA_VISIBLE_DEVICES"] = ""
     return kept | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
 
 
 def torchrun(where: str, how: str, mark: Path, ranks: int = RANKS) -> subprocess.Popen[str]:
-    """Experts are shared out by all of three ranks, or by two pairs of four."""
-    args = (where, how, str(TIMEOUT), str(mark), "3" if ranks == 3 else "2")
+    """Experts are shared out by all ranks, or by two pairs of four."""
+    args = (where, how, str(TIMEOUT), str(mark), "2" if ranks == 4 else str(ranks))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     return subprocess.Popen(
         [*command, "--nproc-per-node", str(ranks), SCRIPT, *args],
-        env=environment(),
+        env=environment(ranks),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -62,13 +67,14 @@ def test_an_exception_on_one_rank_ends_all(where: str, tmp_path: Path) -> None:
     assert "KeyError: 'the original error'" in said
 
 
-@pytest.mark.parametrize(("where", "ranks"), [*((where, 3) for where in PLACES), (PLACES[0], 4)])
+@pytest.mark.parametrize(
+    ("where", "ranks"), [*((where, RANKS) for where in PLACES), (PLACES[0], 4)]
+)
 def test_a_stalled_rank_ends_all(where: str, ranks: int, tmp_path: Path) -> None:
     """With 4 ranks, in a group of two of them, whose timeout must be the same."""
     mark = tmp_path / "mark"
     (said,) = assert_ends_in_time([torchrun(where, "stalls", mark, ranks)], mark)
-    assert "Traceback" in said
-    assert "Timed out waiting" in said
+    assert LATE[torch.cuda.device_count() >= ranks] in said
 
 
 @pytest.mark.parametrize("where", PLACES)
@@ -77,8 +83,8 @@ def test_an_exception_ends_ranks_that_nobody_watches(where: str, tmp_path: Path)
     mark, port = tmp_path / "mark", free_port()
     started = [
         subprocess.Popen(
-            [sys.executable, SCRIPT, where, "raises", str(TIMEOUT), str(mark), "3"],
-            env=environment()
+            [sys.executable, SCRIPT, where, "raises", str(TIMEOUT), str(mark), str(RANKS)],
+            env=environment(RANKS)
             | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS)}
             | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
             stdout=subprocess.PIPE,
@@ -133,9 +139,7 @@ def test_a_stall_in_training_says_where(
 ) -> None:
     """The others' wait is the first error; the stack of the one that stalls comes with it."""
     _, said = train_with("stalls", where, tmp_path, options)
-    assert "Traceback" in said
+    assert LATE[torch.cuda.device_count() >= 2] in said
     assert "Root Cause (first observed failure)" in said
-    if torch.cuda.device_count() < 2:
-        assert "Timed out waiting" in said
     stack = said[said.index("Timeout (0:00:05)!") :]
     assert "in strike" in stack

@@ -5,12 +5,12 @@ import re
 import signal
 import time
 from pathlib import Path
-from subprocess import Popen
+from subprocess import Popen, TimeoutExpired
 from typing import Any
 
 import pytest
 import torch
-from processes import assert_nothing_left, free_port
+from processes import assert_nothing_left, free_port, wait_for_listener
 from small_run import assert_same_run, start_slow, steps_done, workers_of
 
 README = Path(__file__).parent.parent / "README.md"
@@ -40,12 +40,22 @@ def kill_agent(agent: Popen[str]) -> None:
     agent.kill()
 
 
+def what_it_said(agent: Popen[str]) -> tuple[str, str]:
+    try:
+        return agent.communicate(timeout=120)
+    except TimeoutExpired:
+        agent.kill()
+        return agent.communicate()
+
+
 @pytest.mark.parametrize("kill", [kill_machine, kill_agent])
 def test_one_of_two_agents_is_killed_and_comes_back(
     kill: Any, options: tuple[str, ...], uninterrupted: Path, tmp_path: Path
 ) -> None:
     port = free_port()
     first = start_agent(0, tmp_path, port, *options, steps=0)
+    # The one that comes first keeps the rendezvous.
+    wait_for_listener(port)
     second = start_agent(1, tmp_path, port, *options, steps=8)
     kill(second)
     second.communicate(timeout=10)
@@ -53,7 +63,7 @@ def test_one_of_two_agents_is_killed_and_comes_back(
     done = steps_done(tmp_path)
     assert 8 <= done < 20, "the run has gone on with one machine"
     again = start_agent(1, tmp_path, port, *options, steps=0)
-    said = [agent.communicate(timeout=120) for agent in (first, again)]
+    said = [what_it_said(agent) for agent in (first, again)]
     assert first.returncode == again.returncode == 0, said
     assert any("going on after step 6 of 20" in out for out, _ in said)
     assert_same_run(tmp_path, uninterrupted)
