@@ -133,6 +133,7 @@ class Checkpointer:
         Raises:
             RuntimeError: on every rank, if the folder cannot be read.
         """
+        self.wait()
         steps: list[int] = []
         with same_error_on_all_ranks(self._group):
             if self._is_first:
@@ -146,6 +147,7 @@ class Checkpointer:
         Raises:
             ValueError: on every rank, if it cannot be read.
         """
+        self.wait()
         with same_error_on_all_ranks(self._group):
             try:
                 read = json.loads((self._path(step) / PROGRESS).read_text())
@@ -169,7 +171,8 @@ class Checkpointer:
         Raises:
             ValueError: on every rank, if the checkpoint is damaged, or of another model or kind
                 of optimizer. Nothing has been changed then.
-            RuntimeError: on every rank, if reading it fails.
+            RuntimeError: on every rank, if reading it fails, after which model and optimizer may
+                hold parts of it.
         """
         progress = self.progress(step)
         path, device = self._path(step), _device_of(model)
@@ -227,12 +230,20 @@ class Checkpointer:
             raise RuntimeError(
                 f"checkpoint could not be written to {complete}: {_causes(failure)}"
             ) from failure
-        if self._is_first:
-            partial.rename(complete)
-            for step in self._steps()[: -self.keep]:
-                # Under this name nothing takes half of it for a checkpoint.
-                removed = self._path(step).rename(self.folder / f"step-{step:08d}.removed")
-                shutil.rmtree(removed)
+        if not self._is_first:
+            return
+        try:
+            _whole_metadata(partial)
+        except ValueError as error:
+            raise RuntimeError(
+                f"checkpoint could not be written to {complete}: files of other ranks are missing; "
+                f"all must see the same {self.folder}: {error}"
+            ) from error
+        partial.rename(complete)
+        others = [self._path(step) for step in self._steps() if self._path(step) != complete]
+        for path in others[: len(others) - self.keep + 1]:
+            # Under this name nothing takes half of it for a checkpoint.
+            shutil.rmtree(path.rename(path.with_name(path.name + ".removed")))
 
 
 def _causes(failure: CheckpointException) -> str:

@@ -70,7 +70,7 @@ def export_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         with same_error_on_all_ranks():
             if dist.get_rank() == 0:
                 partial.rename(path)
-    except (TypeError, RuntimeError):
+    except (TypeError, ValueError, RuntimeError):
         if dist.get_rank() == 0:
             partial.unlink(missing_ok=True)
         raise
@@ -95,6 +95,8 @@ def import_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
             raise ValueError(f"{path} is no whole safetensors file: {error}") from error
     with same_error_on_all_ranks():
         for name, tensor in tensors.items():
+            if isinstance(tensor, DTensor) and tensor.device_mesh.get_coordinate() is None:
+                continue
             local, offset = _own_part(tensor)
             if local.ndim == 0:
                 with safe_open(path, framework="pt") as file:
@@ -130,8 +132,10 @@ def _layout(tensors: Mapping[str, Tensor]) -> tuple[bytes, dict[str, int]]:
 
 
 def _write(path: Path, place: int, tensor: Tensor) -> None:
+    if not _writes(tensor):
+        return
     local, offset = _own_part(tensor)
-    if not _writes(tensor) or local.numel() == 0:
+    if local.numel() == 0:
         return
     if local.ndim == 0:
         local, offset = local.view(1), (0,)
@@ -170,7 +174,8 @@ def _writes(tensor: Tensor) -> bool:
     if not isinstance(tensor, DTensor):
         return dist.get_rank() == 0
     coordinate = tensor.device_mesh.get_coordinate()
-    assert coordinate is not None
+    if coordinate is None:
+        return False
     places = zip(coordinate, tensor.placements, strict=True)
     return all(at == 0 for at, placement in places if placement.is_replicate())
 

@@ -67,18 +67,27 @@ def runtime_for(args: argparse.Namespace, runtime: Runtime) -> Runtime:
     return Runtime.of_world(runtime.device, args.ep_size, runtime.timeout)
 
 
-def step_to_resume(args: argparse.Namespace, checkpoints: Checkpointer) -> int:
-    """The step of the checkpoint to go on from, 0 to start; the same on every rank."""
+def progress_to_resume(args: argparse.Namespace, checkpoints: Checkpointer) -> dict[str, Any]:
+    """Of the checkpoint to go on from, empty to start; the same on every rank."""
+    newest = checkpoints.newest()
+    if newest is None:
+        return {}
+    saved = checkpoints.progress(newest)
     restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
     # A node that came back counts from 0 again.
     restarted = any(gather_objects(restarted, None))
-    newest = checkpoints.newest() or 0
-    if newest and not (args.resume or restarted):
+    # torchrun also starts again what was refused: only what this torchrun has saved goes on.
+    if not args.resume and not (restarted and saved.get("run_id") == run_id()):
         raise ValueError(
             f"--out {args.out} holds a checkpoint of step {newest}: --resume goes on from it, "
             "another --out starts anew"
         )
-    return newest
+    return saved
+
+
+def run_id() -> str:
+    """What torchrun calls this run, over restarts."""
+    return os.environ.get("TORCHELASTIC_RUN_ID", "")
 
 
 def prepare(
@@ -365,7 +374,8 @@ def train(
         if metrics is not None:
             metrics.write(line)
         if report.stop or step % args.checkpoint_interval == 0 or step == args.steps:
-            checkpoints.save(step, run.model, run.optimizer, run.progress())
+            progress_now = {**run.progress(), "run_id": run_id()}
+            checkpoints.save(step, run.model, run.optimizer, progress_now)
         if report.stop:
             break
     checkpoints.wait()
@@ -373,11 +383,14 @@ def train(
 
 
 @contextmanager
-def an_error_of_all_ranks_ends_the_run(runtime: Runtime) -> Iterator[None]:
-    """Prints an error that every rank raises once, without a traceback, and exits with 2."""
+def an_error_of_all_ranks_ends_the_run(runtime: Runtime, *kinds: type[Exception]) -> Iterator[None]:
+    """Prints an error that every rank raises once, without a traceback, and exits with 2.
+
+    kinds: of exceptions that no rank raises alone; without any, the usual three.
+    """
     try:
         yield
-    except (ValueError, TypeError, RuntimeError) as error:
+    except kinds as error:
         if runtime.is_main:
             print(f"train.sh: error: {error}", file=sys.stderr, flush=True)
         dist.barrier()
@@ -408,13 +421,13 @@ def main() -> None:
             checkpoints = Checkpointer(
                 args.out / CHECKPOINTS, args.keep, args.async_checkpoint, timeout
             )
-            last_step = step_to_resume(args, checkpoints)
-            saved = checkpoints.progress(last_step) if last_step else {}
+            saved = progress_to_resume(args, checkpoints)
+            last_step = saved.get("step", 0)
             with same_error_on_all_ranks():
                 corpus, config = prepare(args, runtime, saved)
         run = Run(args, runtime, corpus, config)
         if last_step:
-            with an_error_of_all_ranks_ends_the_run(runtime):
+            with an_error_of_all_ranks_ends_the_run(runtime, (ValueError,)):
                 checkpoints.load(last_step, run.model, run.optimizer)
         count = sum(parameter.numel() for parameter in run.model.parameters())
         say(

@@ -353,6 +353,47 @@ def test_no_space_on_one_rank(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001", "step-00000002"]
 
 
+def save_where_not_all_see_the_same(data: str, folders: list[str]) -> str:
+    """Each rank has a folder of its own, as on machines without a shared file system."""
+    from flash_moe_dist.checkpoint import Checkpointer
+
+    checkpoints = Checkpointer(Path(folders[torch.distributed.get_rank()]))
+    run = run_of(data)
+    with pytest.raises(RuntimeError) as raised:
+        checkpoints.save(1, run.model, run.optimizer)
+    assert checkpoints.newest() is None
+    checkpoints.close()
+    return str(raised.value)
+
+
+def test_a_folder_that_not_all_ranks_see(text: str, tmp_path: Path, rank_pools: RankPools) -> None:
+    folders = [str(tmp_path / name) for name in ("first", "second")]
+    for message in rank_pools.run(2, save_where_not_all_see_the_same, text, folders):
+        assert "files of other ranks are missing; all must see the same" in message
+
+
+def load_while_saving(data: str, folder: str) -> int | None:
+    from flash_moe_dist.checkpoint import Checkpointer
+
+    checkpoints = Checkpointer(Path(folder), asynchronous=True)
+    run = run_of(data)
+    run.step(1)
+    for step in (1, 2, 3):
+        checkpoints.save(step, run.model, run.optimizer)
+        assert checkpoints.load(step, run.model, run.optimizer) == {"step": step}
+        checkpoints.save(step + 10, run.model, run.optimizer)
+        assert checkpoints.newest() == step + 10
+    found = checkpoints.newest()
+    checkpoints.close()
+    return found
+
+
+def test_loading_waits_for_the_thread_that_saves(
+    text: str, tmp_path: Path, rank_pools: RankPools
+) -> None:
+    assert rank_pools.run(2, load_while_saving, text, str(tmp_path)) == [13, 13]
+
+
 def save_refused(data: str, folder: str) -> list[str]:
     from flash_moe_dist.checkpoint import Checkpointer
 

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -30,12 +31,23 @@ def names(*steps: int) -> list[str]:
     return [f"step-{step:08d}" for step in steps]
 
 
-KILLED_IN_A_STEP = [("before dispatch", 3), ("in dispatch", 9), ("after dispatch", 13)]
+# Where, the step, and whether torchrun's store is not for its processes, as launch/train.sh has it.
+KILLED_IN_A_STEP = [
+    ("before dispatch", 3, "0"),
+    ("in dispatch", 9, "0"),
+    ("in dispatch", 9, "1"),
+    ("after dispatch", 13, "0"),
+]
 
 
-@pytest.mark.parametrize(("where", "step"), KILLED_IN_A_STEP)
+@pytest.mark.parametrize(("where", "step", "not_shared"), KILLED_IN_A_STEP)
 def test_a_rank_killed_in_a_step_and_restarted(
-    where: str, step: int, options: tuple[str, ...], uninterrupted: Path, tmp_path: Path
+    where: str,
+    step: int,
+    not_shared: str,
+    options: tuple[str, ...],
+    uninterrupted: Path,
+    tmp_path: Path,
 ) -> None:
     """Step 3 comes before any checkpoint, the others after one."""
     fault = {"what": "sigkill", "where": where, "rank": 1, "step": step}
@@ -44,6 +56,7 @@ def test_a_rank_killed_in_a_step_and_restarted(
         *options,
         *("--out", str(tmp_path)),
         launcher=("--standalone", "--max-restarts", "1"),
+        TORCH_DISABLE_SHARE_RDZV_TCP_STORE=not_shared,
     )
     assert ended.returncode == 0, ended.stderr
     assert (tmp_path / "mark").exists()
@@ -167,6 +180,17 @@ def test_resume_after_a_normal_end_goes_on_where_it_stopped(
     assert longer.returncode == 0, longer.stderr
     assert [line["step"] for line in metrics_of(tmp_path)] == list(range(1, 24))
     assert checkpoints_in(tmp_path)[-1] == names(23)[0]
+
+
+def test_what_is_refused_is_not_resumed_by_a_restart(
+    options: tuple[str, ...], uninterrupted: Path, tmp_path: Path
+) -> None:
+    out = shutil.copytree(uninterrupted, tmp_path / "out")
+    launcher = ("--standalone", "--max-restarts", "1")
+    ended = launch(*options, "--steps", "30", "--out", str(out), launcher=launcher)
+    assert ended.returncode != 0
+    assert ended.stderr.count("train.sh: error: --out") == 2
+    assert_same_run(out, uninterrupted)
 
 
 def test_resume_with_nothing_saved_starts(
