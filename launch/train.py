@@ -383,10 +383,12 @@ def train(
 
 
 @contextmanager
-def an_error_of_all_ranks_ends_the_run(runtime: Runtime, *kinds: type[Exception]) -> Iterator[None]:
+def an_error_of_all_ranks_ends_the_run(
+    runtime: Runtime, kinds: tuple[type[Exception], ...] = (ValueError, TypeError, RuntimeError)
+) -> Iterator[None]:
     """Prints an error that every rank raises once, without a traceback, and exits with 2.
 
-    kinds: of exceptions that no rank raises alone; without any, the usual three.
+    kinds: of exceptions that no rank raises alone.
     """
     try:
         yield
