@@ -294,7 +294,13 @@ def _check_fits(state: Mapping[str, Any], metadata: Metadata, path: Path) -> Non
         for name, one in metadata.state_dict_metadata.items()
         if not name.startswith("rng.") and isinstance(one, TensorStorageMetadata)
     }
-    here = dict(_tensors_in(state, ""))
+    check_same_tensors(saved, dict(_tensors_in(state, "")), path, "model or optimizer")
+
+
+def check_same_tensors(
+    saved: Mapping[str, object], here: Mapping[str, object], path: Path, of: str
+) -> None:
+    """Raise ValueError if names, or what is said of a name, differ between a file and memory."""
     differing = [
         f"{name}: saved {saved.get(name, 'nothing')}, here {here.get(name, 'nothing')}"
         for name in sorted(saved.keys() | here.keys())
@@ -302,8 +308,7 @@ def _check_fits(state: Mapping[str, Any], metadata: Metadata, path: Path) -> Non
     ]
     if differing:
         raise ValueError(
-            f"{path} is of another model or optimizer: {len(differing)} tensors differ, "
-            f"the first {differing[0]}"
+            f"{path} is of another {of}: {len(differing)} tensors differ, the first {differing[0]}"
         )
 
 

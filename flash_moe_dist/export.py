@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from flash_moe_dist.agreement import same_error_on_all_ranks
+from flash_moe_dist.checkpoint import check_same_tensors
 
 PIECE_BYTES = 2**26
 DTYPES = {
@@ -194,12 +195,4 @@ def _check_same(file: Any, tensors: Mapping[str, Tensor], path: Path) -> None:
         for name in file.keys()  # noqa: SIM118
     }
     here = {name: (list(one.shape), DTYPES.get(one.dtype)) for name, one in tensors.items()}
-    differing = [
-        f"{name}: saved {saved.get(name, 'nothing')}, here {here.get(name, 'nothing')}"
-        for name in sorted(saved.keys() | here.keys())
-        if saved.get(name) != here.get(name)
-    ]
-    if differing:
-        raise ValueError(
-            f"{path} is of another model: {len(differing)} tensors differ, the first {differing[0]}"
-        )
+    check_same_tensors(saved, here, path, "model")
