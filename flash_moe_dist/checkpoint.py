@@ -61,7 +61,7 @@ class Checkpointer:
     ) -> None:
         if keep < 1:
             raise ValueError(f"keep must be at least 1, got {keep}")
-        self.folder, self.keep, self.asynchronous = folder, keep, asynchronous
+        self.folder, self.keep = folder, keep
         # Of its own, so that a thread can save while the ranks train.
         self._group = dist.new_group(backend="gloo", timeout=timeout)
         self._is_first = dist.get_rank() == 0

@@ -3,7 +3,6 @@
 import json
 import os
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 Line = dict[str, Any]
@@ -25,15 +24,7 @@ class MetricsFile:
         os.replace(kept, path)
         self._file = path.open("a", buffering=1)
 
-    def __enter__(self) -> "MetricsFile":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
         self._file.close()
 
     def write(self, line: Line) -> None:

@@ -9,7 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -446,7 +446,7 @@ def main() -> None:
             ]
             say(runtime, "; ".join([f"going on after step {last_step} of {args.steps}", *changed]))
         metrics = MetricsFile(args.out / METRICS, last_step) if runtime.is_main else None
-        with metrics or nullcontext(), Sigterm(args.grace) as sigterm:
+        with closing(metrics) if metrics else nullcontext(), Sigterm(args.grace) as sigterm:
             last_step = train(run, last_step + 1, checkpoints, metrics, sigterm)
         checkpoints.close()
         if last_step < args.steps:

@@ -1,7 +1,6 @@
 """launch/train.py with a fault, described in JSON by the environment variable FAULT.
 
-what    "sigkill", "sigterm", "raises", "stalls", "nan" or "inf" (of the loss), "no space" (from
-        then on no file can have more than 4 KiB)
+what    "sigkill", "sigterm", "raises", "stalls", "nan" or "inf" (of the loss)
 where   "before dispatch", "in dispatch" or "after dispatch" of a training step; "writing",
         "written" (but not renamed) or "pruning" of a checkpoint
 rank    on which it happens
@@ -13,7 +12,6 @@ slow    seconds that every step takes longer
 import json
 import os
 import re
-import resource
 import shutil
 import signal
 import time
@@ -47,8 +45,6 @@ def strike() -> None:
         raise KeyError("the original error")
     elif what == "stalls":
         time.sleep(1000)
-    elif what == "no space":
-        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 
 
 def before(where: str, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -59,7 +59,7 @@ def start(
     launcher: tuple[str, ...] = ("--standalone",),
     **variables: str,
 ) -> subprocess.Popen[str]:
-    """The script under torchrun, as launch/train.sh runs it, in a process group of its own."""
+    """The script under torchrun itself, in a session of its own."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     path = os.pathsep.join(map(str, (REPOSITORY, REPOSITORY / "launch", REPOSITORY / "tests")))
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, **variables}

@@ -60,5 +60,5 @@ def test_after_an_attempt_to_which_not_all_came(store: Any, came: tuple[int, ...
 
 def test_fewer_ranks_than_before(store: Any) -> None:
     attempt(store, range(WORLD_SIZE))
-    (alone,) = [store_of_this_attempt(store, 0, 1, SOON)]
+    alone = store_of_this_attempt(store, 0, 1, SOON)
     assert not alone.check(["address"])

@@ -158,14 +158,18 @@ def test_torchrun_killed_takes_its_processes_along(
     assert_same_run(tmp_path, uninterrupted)
 
 
+def stop_in_step_12(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    fault = {"what": "sigterm", "where": "after dispatch", "rank": 1, "step": 12}
+    ended = launch_with(fault | {"mark": str(tmp_path / "mark")}, *arguments)
+    assert ended.returncode == 0, ended.stderr
+
+
 def test_resume_after_a_normal_end_goes_on_where_it_stopped(
     options: tuple[str, ...], uninterrupted: Path, tmp_path: Path
 ) -> None:
     """The learning rate follows the number of steps, so both runs are told of 20."""
-    fault = {"what": "sigterm", "where": "after dispatch", "rank": 1, "step": 12}
     arguments = (*options, "--out", str(tmp_path))
-    ended = launch_with(fault | {"mark": str(tmp_path / "mark")}, *arguments)
-    assert ended.returncode == 0, ended.stderr
+    stop_in_step_12(tmp_path, arguments)
     again = launch(*arguments, "--resume")
     assert again.returncode == 0, again.stderr
     assert_same_run(tmp_path, uninterrupted)
@@ -205,10 +209,8 @@ def test_resume_with_nothing_saved_starts(
 def test_resume_with_other_ranks_and_settings_says_so(
     options: tuple[str, ...], uninterrupted: Path, tmp_path: Path
 ) -> None:
-    fault = {"what": "sigterm", "where": "after dispatch", "rank": 1, "step": 12}
     arguments = (*options, "--out", str(tmp_path))
-    ended = launch_with(fault | {"mark": str(tmp_path / "mark")}, *arguments)
-    assert ended.returncode == 0, ended.stderr
+    stop_in_step_12(tmp_path, arguments)
     other = launch(*arguments, "--resume", "--num-experts", "60")
     assert other.returncode != 0
     assert other.stderr.count("train.sh: error: ") == 1
