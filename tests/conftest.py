@@ -44,7 +44,8 @@ def small_blocks(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(dense, "BLOCK_ZEROS", 16)
 
 
-@pytest.fixture(scope="session")
+# Not of a session: in each group that tests leave behind, threads of gloo wake 100 times a second.
+@pytest.fixture(scope="module")
 def rank_pools() -> Iterator[RankPools]:
     pools = RankPools()
     yield pools
