@@ -4,6 +4,7 @@ from flash_moe_dist.expert_parallel import ExpertParallel
 from flash_moe_dist.gradients import clip_grad_norm_
 from flash_moe_dist.initialization import materialize, normal_rows_
 from flash_moe_dist.load import ExpertLoad, count_load
+from flash_moe_dist.steps import time_steps
 
 __all__ = [
     "ExpertLoad",
@@ -12,4 +13,5 @@ __all__ = [
     "count_load",
     "materialize",
     "normal_rows_",
+    "time_steps",
 ]

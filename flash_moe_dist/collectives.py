@@ -7,6 +7,8 @@ W ranks of the group. All of them must call alike. Autograd does not see through
 import torch.distributed as dist
 from torch import Tensor
 
+from flash_moe_dist.steps import step
+
 ALL_TO_ALL = "all_to_all_single"
 # Their names from torch 2.13 on, where the older ones warn.
 ALL_GATHER, REDUCE_SCATTER = (
@@ -29,19 +31,25 @@ def all_to_all_rows(
         (sum(output_splits), ...), in the order of the ranks that sent.
     """
     received = rows.new_empty(sum(output_splits), *rows.shape[1:])
-    dist.all_to_all_single(received, rows.contiguous(), output_splits, input_splits, group=group)
+    rows = rows.contiguous()
+    with step("communication"):
+        dist.all_to_all_single(received, rows, output_splits, input_splits, group=group)
     return received
 
 
 def all_gather_rows(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Rows (T, ...), as many on every rank, of all ranks: (W T, ...)."""
     gathered = rows.new_empty(dist.get_world_size(group) * rows.shape[0], *rows.shape[1:])
-    getattr(dist, ALL_GATHER)(gathered, rows.contiguous(), group=group)
+    rows = rows.contiguous()
+    with step("communication"):
+        getattr(dist, ALL_GATHER)(gathered, rows, group=group)
     return gathered
 
 
 def reduce_scatter_rows(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Rows (W T, ...) summed over the ranks; the r-th T of them stay with rank r: (T, ...)."""
     summed = rows.new_empty(rows.shape[0] // dist.get_world_size(group), *rows.shape[1:])
-    getattr(dist, REDUCE_SCATTER)(summed, rows.contiguous(), group=group)
+    rows = rows.contiguous()
+    with step("communication"):
+        getattr(dist, REDUCE_SCATTER)(summed, rows, group=group)
     return summed

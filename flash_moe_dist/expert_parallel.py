@@ -8,7 +8,6 @@ from typing import Any, Literal, NoReturn, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.profiler import record_function
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ParallelStyle
@@ -20,6 +19,7 @@ from flash_moe_dist.agreement import raise_differences, same_error_on_all_ranks
 from flash_moe_dist.counts import Settings, fail_together
 from flash_moe_dist.dispatch import DISPATCHERS, TokenDispatcher
 from flash_moe_dist.initialization import normal_rows_
+from flash_moe_dist.steps import step
 from flash_moe_dist.volume import DispatcherName, Widths, cheaper_dispatcher
 
 Dispatcher = Literal["auto", "all_to_all", "all_gather"]
@@ -170,7 +170,7 @@ class ExpertParallelFunc:
         inputs = (hidden_states, down_eH, up_eH, routing_weights)
         grads = torch.is_grad_enabled()
         needed = [grads and isinstance(one, Tensor) and one.requires_grad for one in inputs]
-        dispatcher = self._dispatcher_for(hidden_states, indices, routing_weights, down_eH)
+        dispatcher = self.dispatcher_for(hidden_states, indices, routing_weights, down_eH)
         settings = Settings(
             num_experts,
             hidden_size,
@@ -193,9 +193,10 @@ class ExpertParallelFunc:
         )
         return out_TH
 
-    def _dispatcher_for(
+    def dispatcher_for(
         self, hidden_TH: Tensor, indices_TK: Tensor, weights_TK: Tensor, down_eH: Tensor
     ) -> TokenDispatcher:
+        """What a call with these arguments, and these local rows of a table, dispatches with."""
         name: DispatcherName
         rows = (hidden_TH, indices_TK, weights_TK)
         if self.dispatcher != "auto":
@@ -251,9 +252,9 @@ class _ShardedExperts(torch.autograd.Function):
         settings: Settings,
         counters: tuple[Callable[[Tensor], None], ...],
     ) -> Tensor:
-        with record_function("flash_moe::dispatch"):
+        with step("dispatch"):
             received, metadata = dispatcher.dispatch(hidden_TH, indices_TK, weights_TK, settings)
-        with record_function("flash_moe::experts"):
+        with step("experts"):
             rows_RH, weights_M = received.hidden_RH, received.weights_M
             backend = choose_backend(None, rows_RH, down_eH, up_eH, None)
             for count in counters:
@@ -268,7 +269,7 @@ class _ShardedExperts(torch.autograd.Function):
                 backend,
                 accumulator_dtype(hidden_TH.dtype, down_eH.dtype),
             )
-        with record_function("flash_moe::combine"):
+        with step("combine"):
             out_TH = dispatcher.combine(partial_RH, metadata, hidden_TH.dtype)
         ctx.save_for_backward(rows_RH, down_eH, up_eH, weights_M, *kept, *metadata.tensors())
         ctx.dispatched = metadata.with_tensors()
@@ -291,9 +292,9 @@ class _ShardedExperts(torch.autograd.Function):
         dispatcher: TokenDispatcher = ctx.dispatcher
         hidden_needed, down_needed, up_needed, _, weights_needed, *_ = ctx.needs_input_grad
         hidden_grad = weights_grad = None
-        with record_function("flash_moe::dispatch_backward"):
+        with step("dispatch_backward"):
             grad_RH = dispatcher.dispatch_rows(grad_TH, metadata)
-        with record_function("flash_moe::experts_backward"):
+        with step("experts_backward"):
             backward = Backward(
                 grad_RH,
                 rows_RH,
@@ -307,12 +308,12 @@ class _ShardedExperts(torch.autograd.Function):
             )
             sum_dtype = accumulator_dtype(ctx.hidden_dtype, down_eH.dtype)
             partial_RH, weights_grad_M = backward.for_tokens(sum_dtype)
-        with record_function("flash_moe::combine_backward"):
+        with step("combine_backward"):
             if partial_RH is not None:
                 hidden_grad = dispatcher.combine(partial_RH, metadata, ctx.hidden_dtype)
             if weights_grad_M is not None:
                 weights_grad = dispatcher.return_pairs(weights_grad_M, metadata)
-        with record_function("flash_moe::experts_backward"):
+        with step("experts_backward"):
             # The loss is averaged over the ranks.
             down_grad, up_grad = backward.for_tables(1 / dispatcher.ep_size)
         return hidden_grad, down_grad, up_grad, None, weights_grad, None, None, None
