@@ -15,7 +15,7 @@ POSITIVE = (
 
 def parse_args(description: str, argv: list[str] | None = None) -> argparse.Namespace:
     """Raises ValueError for what no run could do."""
-    parser = _Parser(
+    parser = RaisingParser(
         prog="train.sh",
         description=description,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -87,6 +87,12 @@ def parse_args(description: str, argv: list[str] | None = None) -> argparse.Name
         help="seconds after SIGTERM for the step under way, and a validation, to end; then a "
         "checkpoint is written",
     )
+    add(
+        "--time-steps",
+        action="store_true",
+        help="share of each step that the sharded expert layers take for dispatch, experts, "
+        "combine and for communication that nothing hides, in metrics.jsonl and at the end",
+    )
     args = parser.parse_args(argv)
     for name in POSITIVE:
         value = getattr(args, name)
@@ -99,7 +105,7 @@ def parse_args(description: str, argv: list[str] | None = None) -> argparse.Name
     return args
 
 
-class _Parser(argparse.ArgumentParser):
+class RaisingParser(argparse.ArgumentParser):
     """Raises instead of exiting, so that all ranks can report an error as one."""
 
     def error(self, message: str) -> NoReturn:

@@ -6,6 +6,7 @@ torchrun --standalone --nproc-per-node 2 launch/train.py --out out/run
 import argparse
 import math
 import os
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -33,6 +34,7 @@ from flash_moe_dist import (
     clip_grad_norm_,
     count_load,
     materialize,
+    time_steps,
 )
 from flash_moe_dist.agreement import gather_objects, same_error_on_all_ranks
 from flash_moe_dist.checkpoint import Checkpointer
@@ -196,11 +198,15 @@ def learning_rate_factor(step: int, steps: int) -> float:
 
 @dataclass(frozen=True)
 class StepReport:
-    """losses: by rank, in nats a token; norm: of the gradient; stop: some rank asks to end."""
+    """losses: by rank, in nats a token; norm: of the gradient; stop: some rank asks to end.
+
+    layer_seconds: of this rank, if asked for, as `flash_moe_dist.time_steps`.
+    """
 
     losses: list[float]
     norm: float
     stop: bool
+    layer_seconds: dict[str, float]
 
     @property
     def is_finite(self) -> bool:
@@ -240,14 +246,18 @@ class Run:
         learning_rate = self.args.lr * learning_rate_factor(step - 1, self.args.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        loss = self.loss(self.corpus.train, step, self.args.seed)
-        loss.backward()
+        timed: AbstractContextManager[dict[str, float]] = (
+            time_steps(self.runtime.device) if self.args.time_steps else nullcontext({})
+        )
+        with timed as layer_seconds:
+            loss = self.loss(self.corpus.train, step, self.args.seed)
+            loss.backward()
         norm = clip_grad_norm_(self.model.parameters(), MAX_GRAD_NORM)
         numbers = [loss.detach().float(), norm.float(), torch.tensor(float(stop_asked())).to(norm)]
         assert dist.group.WORLD is not None
         everyone = all_gather_rows(torch.stack(numbers).unsqueeze(0), dist.group.WORLD)
         losses, norms, stops = everyone.t().tolist()
-        report = StepReport(losses, norms[0], any(stops))
+        report = StepReport(losses, norms[0], any(stops), layer_seconds)
         if report.is_finite:
             self.optimizer.step()
         self.optimizer.zero_grad()
@@ -344,9 +354,14 @@ def train(
         begin = time.perf_counter()
         with sigterm.deadline():
             report = run.step(step, lambda: sigterm.received)
-        tokens_per_s = args.batch_size * args.seq_len / (time.perf_counter() - begin)
+        seconds = time.perf_counter() - begin
+        tokens_per_s = args.batch_size * args.seq_len / seconds
         line: Line = {"step": step, "loss": report.loss, "tokens_per_s": tokens_per_s}
         line |= {"world_size": runtime.world_size, "ep_size": runtime.ep_mesh.size()}
+        if args.time_steps:
+            line["share_of_step"] = {
+                name: taken / seconds for name, taken in report.layer_seconds.items()
+            }
         if report.is_finite:
             progress.set_postfix(loss=f"{report.loss:.3f}", tokens_per_s=f"{tokens_per_s:,.0f}")
         else:
@@ -472,9 +487,22 @@ def finish(run: Run, metrics: MetricsFile | None) -> None:
         f"validation loss {_as_text(last.get('validation_loss'))}, "
         f"single-token entropy of the validation data {entropy:.4f} nats\n"
         f"sample, after the prompt {prompt!r}:\n{continuation}\n"
+        f"{speed(metrics.lines)}\n"
         f"metrics, loss curve and checkpoints are in {run.args.out}",
         flush=True,
     )
+
+
+def speed(lines: list[Line]) -> str:
+    """Medians over the steps, of which the first ones also compile."""
+    rate = statistics.median(line["tokens_per_s"] for line in lines) if lines else 0.0
+    shares: dict[str, list[float]] = {}
+    for line in lines:
+        for name, share in line.get("share_of_step", {}).items():
+            shares.setdefault(name, []).append(share)
+    parts = [f"{name} {statistics.median(of_steps):.1%}" for name, of_steps in shares.items()]
+    text = f"median of {rate:,.0f} tokens/s"
+    return f"{text}; of the step: {', '.join(parts)}" if parts else text
 
 
 def _as_text(loss: float | None) -> str:

@@ -132,6 +132,17 @@ def test_bfloat16_and_a_batch_for_any_number_of_ranks(text: str, tmp_path: Path)
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
 
 
+def test_shares_of_a_step(text: str, tmp_path: Path) -> None:
+    small = [*SMALL, "--data", text, "--out", str(tmp_path), "--time-steps", "--steps", "3"]
+    ended = launch(*small, "--sample-tokens", "3")
+    assert ended.returncode == 0, ended.stderr
+    assert re.search(r"median of [\d,]+ tokens/s; of the step: .*experts \d", ended.stdout)
+    for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
+        shares = json.loads(line)["share_of_step"]
+        assert {"dispatch", "experts", "combine", "communication"} < shares.keys()
+        assert 0 < sum(shares.values()) < 1
+
+
 def test_learning_rate_rises_then_falls() -> None:
     from train import learning_rate_factor
 

@@ -96,13 +96,13 @@ class PeakMemory:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.before = _start_of_peak(device)
+        self.before = start_of_peak(device)
         self.results = 0
 
     def __call__(self, work: Work[tuple[Tensor, ...]]) -> tuple[tuple[Tensor, ...], int]:
         results = work()
         self.results += sum(result.nbytes for result in results)
-        return results, max(0, _peak(self.device) - self.before - self.results)
+        return results, max(0, peak_bytes(self.device) - self.before - self.results)
 
 
 def unobserved(work: Work[R]) -> tuple[R, None]:
@@ -263,7 +263,7 @@ def relative_error(result: Tensor, exact: Tensor) -> float:
     return error if math.isfinite(error) else math.inf
 
 
-def _start_of_peak(device: torch.device) -> int:
+def start_of_peak(device: torch.device) -> int:
     """Bytes in use; from here on the peak is counted anew."""
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -276,7 +276,8 @@ def _start_of_peak(device: torch.device) -> int:
     return _status_bytes("VmRSS")
 
 
-def _peak(device: torch.device) -> int:
+def peak_bytes(device: torch.device) -> int:
+    """Most bytes in use since `start_of_peak`."""
     return torch.cuda.max_memory_allocated() if device.type == "cuda" else _status_bytes("VmHWM")
 
 

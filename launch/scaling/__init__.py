@@ -1,0 +1,1 @@
+"""Parts of launch/bench_scaling.py."""

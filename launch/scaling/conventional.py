@@ -1,0 +1,70 @@
+"""The baseline: dispatch as it is done for few large experts, every pair carrying its row.
+
+T local tokens, K experts per token, H hidden size, N = T K pairs of this rank, M pairs received.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from flash_moe.ops.flash_expert import ragged_flash_expert_func
+from flash_moe_dist.collectives import all_to_all_rows
+from flash_moe_dist.sharding import experts_per_rank
+
+# Rows of pairs that are there at one time: to send, received, results, returned, in order.
+COPIES = 5
+
+
+@torch.no_grad()
+def conventional_expert_func(
+    hidden_TH: Tensor,
+    down_eH: Tensor,
+    up_eH: Tensor,
+    indices_TK: Tensor,
+    weights_TK: Tensor,
+    num_experts: int,
+    group: dist.ProcessGroup,
+) -> Tensor:
+    """The forward pass of the expert-parallel layer, over all ranks of `group`.
+
+    For each pair the row of its token goes to the expert's owner by all-to-all, and a row of
+    results comes back; the owner's kernels are those of the layer. No empty slots.
+
+    Args:
+        hidden_TH, indices_TK, weights_TK: as `triton_flash_expert_func`; no index is -1.
+        down_eH, up_eH: the tables' rows that this rank owns, of `num_experts` in all.
+
+    Returns:
+        (T, H) in the dtype of `hidden_TH`, to which results of pairs are rounded before the sum.
+    """
+    num_tokens, slots = indices_TK.shape
+    ids_N, ep_size = indices_TK.flatten(), dist.get_world_size(group)
+    local_size = experts_per_rank(num_experts, ep_size)
+    owner_N, order_N = (ids_N // local_size).sort(stable=True)
+    sent_W = torch.bincount(owner_N, minlength=ep_size)
+    one_each = [1] * ep_size
+    received_W = all_to_all_rows(sent_W, one_each, one_each, group)
+    sent, received = torch.stack([sent_W, received_W]).tolist()
+
+    rows_NH = hidden_TH.index_select(0, order_N // slots)
+    rows_MH = all_to_all_rows(rows_NH, sent, received, group)
+    del rows_NH
+    local_ids_N = (ids_N[order_N] - owner_N * local_size).to(torch.int32)
+    ids_M = all_to_all_rows(local_ids_N, sent, received, group)
+    weights_M = all_to_all_rows(weights_TK.flatten()[order_N], sent, received, group)
+
+    offsets_M1 = torch.arange(len(ids_M) + 1, device=ids_M.device)
+    results_MH = ragged_flash_expert_func(rows_MH, down_eH, up_eH, offsets_M1, ids_M, weights_M)
+    del rows_MH
+    returned_NH = all_to_all_rows(results_MH, received, sent, group)
+    del results_MH
+    place_N = torch.empty_like(order_N)
+    place_N[order_N] = torch.arange(len(order_N), device=order_N.device)
+    in_order_TKH = returned_NH.index_select(0, place_N).view(num_tokens, slots, hidden_TH.shape[1])
+    return in_order_TKH.sum(1)
+
+
+def bytes_needed(pairs_sent: int, pairs_received: int, hidden_TH: Tensor) -> int:
+    """Of rows of pairs alone, at the peak."""
+    row_bytes = hidden_TH.shape[1] * hidden_TH.element_size()
+    return COPIES * max(pairs_sent, pairs_received) * row_bytes

@@ -1,0 +1,108 @@
+"""The layer that is measured, sharded over ranks, with its results and its load.
+
+T local tokens, H hidden size, E experts, e of them on this rank.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import parallelize_module
+
+from flash_moe import FlashExperts
+from flash_moe.bench.cases import Inputs
+from flash_moe_dist import ExpertParallel
+from flash_moe_dist.collectives import all_to_all_rows
+from flash_moe_dist.expert_parallel import ExpertParallelFunc
+from flash_moe_dist.routing import Routing
+from flash_moe_dist.sharding import experts_per_rank
+from flash_moe_dist.volume import DispatcherName, Load
+from scaling.conventional import conventional_expert_func
+from scaling.problems import Tokens
+from scaling.ranks import Ranks
+
+TABLES = ("down_weights", "up_weights")
+
+
+class Layer:
+    """`FlashExperts` sharded over ranks, and this rank's tokens."""
+
+    def __init__(self, inputs: Inputs, ranks: Ranks) -> None:
+        _, *full_EH, _ = inputs.leaves
+        num_experts, hidden_size = full_EH[0].shape
+        self.ranks, self.num_experts = ranks, num_experts
+        self.experts = FlashExperts(num_experts, hidden_size, "meta", full_EH[0].dtype)
+        parallelize_module(self.experts, ranks.mesh, ExpertParallel())
+        self.experts.to_empty(device=ranks.device)
+        self.rows = rows_of(num_experts, ranks.size, ranks.rank)
+        for table, full in zip(self.tables, full_EH, strict=True):
+            table.to_local().copy_(full.detach()[self.rows])
+        self.tokens = Tokens.of_rank(inputs, ranks.rank, ranks.size)
+
+    @property
+    def tables(self) -> tuple[DTensor, DTensor]:
+        tables: Any = [self.experts.get_parameter(name).detach() for name in TABLES]
+        return tables[0], tables[1]
+
+    def choose(self, dispatcher: Any) -> None:
+        self.experts.expert_func = ExpertParallelFunc(self.ranks.mesh, dispatcher)
+
+    def dispatcher_of(self, chosen: Any) -> DispatcherName:
+        """The name that "auto" stands for."""
+        func = ExpertParallelFunc(self.ranks.mesh, chosen)
+        tokens, (down, _) = self.tokens, self.tables
+        rows = (tokens.hidden_TH, tokens.indices_TK, tokens.weights_TK)
+        return func.dispatcher_for(*rows, down.to_local()).name
+
+    def forward(self) -> None:
+        tokens = self.tokens
+        self.out_TH = self.experts(tokens.hidden_TH, tokens.indices_TK, tokens.weights_TK)
+
+    def backward(self) -> None:
+        """Of the last forward pass."""
+        self.out_TH.backward(self.tokens.grad_TH)
+
+    def clear(self) -> None:
+        self.out_TH = torch.empty(0)
+        for leaf in (self.tokens.hidden_TH, self.tokens.weights_TK, *self.experts.parameters()):
+            leaf.grad = None
+
+    def conventional(self) -> Tensor:
+        tokens = self.tokens
+        down_eH, up_eH = (table.to_local() for table in self.tables)
+        return conventional_expert_func(
+            tokens.hidden_TH,
+            down_eH,
+            up_eH,
+            tokens.indices_TK,
+            tokens.weights_TK,
+            self.num_experts,
+            self.ranks.group,
+        )
+
+    def load(self) -> Load:
+        """What this rank sends and receives; waits for the device."""
+        indices_TK, size = self.tokens.indices_TK, self.ranks.size
+        sent_2W = Routing.of(indices_TK, self.num_experts, size).counts_2W()
+        ones = [1] * size
+        received_W2 = all_to_all_rows(sent_2W.t(), ones, ones, self.ranks.group)
+        sent, received = sent_2W.sum(1).tolist(), received_W2.sum(0).tolist()
+        return Load(sent[0], received[0], sent[1], received[1], len(indices_TK))
+
+    def results(self) -> tuple[Tensor, ...]:
+        """Output, and gradients in the order of LEAVES; of tables this rank's rows."""
+        self.clear()
+        self.forward()
+        self.backward()
+        tables: Any = [self.experts.get_parameter(name).grad for name in TABLES]
+        hidden_grad, weights_grad = self.tokens.hidden_TH.grad, self.tokens.weights_TK.grad
+        assert hidden_grad is not None
+        assert weights_grad is not None
+        grads_eH = [table.to_local() for table in tables]
+        return self.out_TH.detach(), hidden_grad, *grads_eH, weights_grad
+
+
+def rows_of(num_experts: int, ranks: int, rank: int) -> slice:
+    size = experts_per_rank(num_experts, ranks)
+    return slice(min(num_experts, rank * size), min(num_experts, (rank + 1) * size))

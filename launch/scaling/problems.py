@@ -1,0 +1,85 @@
+"""What is measured: problems, the ranks each is given to, and one rank's part of the inputs."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from flash_moe.bench.cases import Case, Inputs
+
+Scaling = Literal["weak", "strong"]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A layer, its routing, and how its tokens grow with the ranks.
+
+    scaling: "weak": every rank has `tokens`; "strong": all ranks together have.
+    Other fields: as `flash_moe.bench.cases.Case`, which refuses wrong ones.
+    """
+
+    scaling: Scaling
+    tokens: int
+    hidden_size: int
+    num_experts: int
+    num_experts_per_tok: int
+    dtype: str
+    routing: str
+    key_bias: float
+
+    @property
+    def name(self) -> str:
+        whose = "a rank" if self.scaling == "weak" else "in all"
+        bias = f", key bias {self.key_bias:g}" if self.routing == "product_keys" else ""
+        return (
+            f"{self.scaling} scaling, {self.tokens} tokens {whose}, K={self.num_experts_per_tok}, "
+            f"H={self.hidden_size}, E={self.num_experts}, {self.dtype}, {self.routing}{bias}"
+        )
+
+    def tokens_per_rank(self, ranks: int) -> int:
+        return self.tokens if self.scaling == "weak" else self.tokens // ranks
+
+    def case(self, ranks: int) -> Case:
+        """All ranks' tokens as one problem of one device.
+
+        Raises:
+            ValueError: the tokens of all do not divide by `ranks`; as `Case`.
+        """
+        if self.scaling == "strong" and self.tokens % ranks:
+            raise ValueError(
+                f"--total-tokens must divide by every number of ranks, got {self.tokens} tokens "
+                f"and {ranks} ranks"
+            )
+        return Case(
+            self.name,
+            self.tokens_per_rank(ranks) * ranks,
+            self.hidden_size,
+            self.num_experts,
+            self.num_experts_per_tok,
+            self.dtype,
+            self.routing,
+            self.key_bias,
+        )
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """One rank's tokens: hidden states (T, H), ids and routing weights (T, K), gradient (T, H)."""
+
+    hidden_TH: Tensor
+    indices_TK: Tensor
+    weights_TK: Tensor
+    grad_TH: Tensor
+
+    @classmethod
+    def of_rank(cls, inputs: Inputs, rank: int, ranks: int) -> "Tokens":
+        """The `rank`-th of `ranks` equal parts, in memory of its own."""
+        hidden_NH, _, _, weights_NK = inputs.leaves
+        hidden_TH, indices_TK, weights_TK, grad_TH = (
+            rows.detach().chunk(ranks)[rank].clone()
+            for rows in (hidden_NH, inputs.indices, weights_NK, inputs.grad)
+        )
+        return cls(hidden_TH.requires_grad_(), indices_TK, weights_TK.requires_grad_(), grad_TH)
+
+    def leaves(self, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.hidden_TH, *tables, self.weights_TK
