@@ -41,8 +41,9 @@ def time_steps(device: torch.device) -> Iterator[dict[str, float]]:
 
     Yields a dictionary that is filled at the end of the block, after a wait for the device: for
     each step the sum over all passes, without the steps within it. Times are between CUDA events on
-    the stream that the layer runs on (the host's clock on the CPU), so "communication" is what no
-    other work hides. Layers whose ep mesh has one rank have no steps.
+    the stream that the layer runs on (the host's clock on the CPU). So "communication" is what no
+    other work hides; and where the device waits for the host, as it does after the counts of a
+    dispatch, that is part of the step. Layers whose ep mesh has one rank have no steps.
 
     Raises:
         RuntimeError: within another such block.

@@ -12,11 +12,15 @@ Without GPUs a small version runs over gloo.
 """
 
 import argparse
+import io
+import os
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, replace
-from typing import Any
+from contextlib import nullcontext, redirect_stdout
+from dataclasses import replace
+from datetime import timedelta
 
+import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 from tqdm import tqdm
@@ -25,15 +29,16 @@ from flash_moe.bench.cases import make_inputs
 from flash_moe.bench.ceilings import copy_rate
 from flash_moe.bench.report import device_name, versions
 from flash_moe_dist.agreement import same_error_on_all_ranks
-from flash_moe_dist.runtime import Runtime, distributed
-from scaling.arguments import DISPATCHERS, parse, problems_of
+from flash_moe_dist.runtime import DEFAULT_TIMEOUT, Runtime, distributed
+from scaling.arguments import DISPATCHERS, measured, parse, problems_of
 from scaling.layer import Layer
 from scaling.links import measure_links
-from scaling.measure import CONVENTIONAL, measure_all, verify_all
-from scaling.predict import Link, Network, predict, predict_even
+from scaling.measure import measure_all, rounds, verify_all
+from scaling.predict import Link, Network, predict
 from scaling.problems import Problem
 from scaling.ranks import Ranks
-from scaling.report import AUTO, Point, ProblemReport, table, write_json, write_plot
+from scaling.report import Point, ProblemReport, assumptions, table, write_json, write_plot
+from scaling.traffic import Traffic
 from scaling.verify import results_of_one_device
 
 EXTRAPOLATED = (8, 64, 512)
@@ -45,100 +50,122 @@ def measure_point(
     """Collective over `ranks`."""
     inputs = make_inputs(problem.case(ranks.size), ranks.device)
     layer = Layer(inputs, ranks)
-    results = verify_all(layer, results_of_one_device(inputs, layer), variants(args, ranks.size))
+    variants = measured(args.dispatcher, ranks.size, layer.auto)
+    traffic = layer.traffic()
+    results = verify_all(layer, results_of_one_device(inputs, layer), variants, traffic)
     # Whole tables would count as memory of the layer.
     del inputs
     measure_all(layer, results, args.repeats, advance)
-    return Point(ranks.size, layer.dispatcher_of(AUTO), ranks.gather(layer.load()), results)
+    further = {} if ranks.size > 1 else further_traffic(problem, layer)
+    return Point(ranks.size, layer.auto, results, traffic, further)
 
 
-def variants(args: argparse.Namespace, ranks: int) -> list[str]:
-    """One rank has nothing to dispatch."""
-    if ranks > 1:
-        return args.dispatcher
-    return [name for name in args.dispatcher if name != CONVENTIONAL][:1]
+def further_traffic(problem: Problem, layer: Layer) -> dict[int, Traffic]:
+    """Of more ranks than there are, if all their tokens are routed as those of one rank."""
+    indices_TK = layer.tokens.indices_TK
+    return {
+        ranks: Traffic.drawn_alike(
+            indices_TK,
+            problem.num_experts,
+            ranks,
+            problem.tokens if problem.scaling == "weak" else problem.tokens / ranks,
+        )
+        for ranks in EXTRAPOLATED
+    }
 
 
-def predict_point(report: ProblemReport, point: Point, network: Network) -> None:
-    for name in point.results:
-        if point.ranks > 1 and name != CONVENTIONAL:
-            dispatcher: Any = point.means if name == AUTO else name
+def predict_all(report: ProblemReport, near: dict[int, Network], beyond: Network | None) -> None:
+    """Of the last point if no more can be said, else of all points and of more ranks."""
+    one_rank = report.one_rank("total")
+    for point in report.points[1:]:
+        for name in DISPATCHERS:
             point.predictions[name] = predict(
-                dispatcher, report.problem, point.loads, network, report.one_rank("total")
+                name, report.problem, point.traffic, near[point.ranks], one_rank
             )
-
-
-def extrapolate(report: ProblemReport, network: Network) -> None:
-    for ranks in EXTRAPOLATED:
-        if network.links and ranks > report.points[-1].ranks:
+    for ranks, traffic in report.points[0].further.items():
+        if beyond is not None and ranks > report.points[-1].ranks:
             report.extrapolated[ranks] = {
-                name: predict_even(name, report.problem, ranks, network, report.one_rank("total"))
+                name: predict(name, report.problem, traffic, beyond, one_rank)
                 for name in DISPATCHERS
             }
 
 
-def networks(
-    args: argparse.Namespace, ranks: list[Ranks], memory: float
-) -> tuple[dict[int, Network], Network]:
-    """Of the ranks there are, by their number, and of more; collective over `ranks`."""
-    between_hosts = args.network * 1e9
-    # All ranks are as near to each other as when their links were measured.
-    found = {
-        some.size: Network(measure_links(some), some.size, between_hosts, memory) for some in ranks
-    }
-    beyond = found[max(found)]
+def network_beyond(args: argparse.Namespace, near: dict[int, Network]) -> Network | None:
+    """Of more ranks than there are: the links of one host, and the network that was given."""
+    in_a_host = [size for size in near if size <= int(os.environ["LOCAL_WORLD_SIZE"])]
+    if not in_a_host:
+        return None
+    network = near[max(in_a_host)]
     if args.link is not None:
-        links = {name: Link(link.latency, args.link * 1e9) for name, link in beyond.links.items()}
-        beyond = replace(beyond, links=links)
-    return found, replace(beyond, ranks_per_host=args.ranks_per_host)
+        links = {name: Link(link.latency, args.link * 1e9) for name, link in network.links.items()}
+        network = replace(network, links=links)
+    return replace(network, ranks_per_host=args.ranks_per_host)
 
 
 def run(args: argparse.Namespace, runtime: Runtime) -> None:
     device = runtime.device
     groups = {size: dist.new_group(range(size), timeout=runtime.timeout) for size in args.ranks}
-    mine = [Ranks(n, group, device) for n, group in groups.items() if runtime.rank < n]
-    near, beyond = networks(args, mine, copy_rate(device))
-    about = {
-        "command": sys.argv[1:],
-        "versions": versions(),
-        "device": {"type": device.type, "name": device_name(device)},
-        "world_size": runtime.world_size,
-        "networks": [asdict(network) for network in (*near.values(), beyond)],
-    }
+    mine = {n: Ranks(n, group, device) for n, group in groups.items() if runtime.rank < n}
+    near: dict[int, Network] = {}
+    for size in args.ranks[1:]:
+        dist.barrier()
+        if size in mine:
+            # All ranks are as near to each other as they are now.
+            links = measure_links(mine[size])
+            near[size] = Network(links, size, args.network * 1e9, copy_rate(device))
+    problems = problems_of(args)
+    total = sum(len(measured(args.dispatcher, n, None)) for n in args.ranks) * len(problems)
     title = f"{runtime.world_size} x {device_name(device)}, " + ", ".join(
         f"{name} {version}" for name, version in versions().items()
     )
-    problems = problems_of(args)
-    total = len(problems) * sum(len(variants(args, size)) for size in args.ranks)
+    beyond = network_beyond(args, near) if runtime.is_main else None
     reports: list[ProblemReport] = []
-    with tqdm(total=total, desc="scaling", unit="variant", disable=not runtime.is_main) as progress:
-        progress.write(title) if runtime.is_main else None
+    with tqdm(
+        total=total * rounds(args.repeats),
+        desc="scaling",
+        unit="round",
+        disable=not runtime.is_main,
+    ) as progress:
+        if runtime.is_main:
+            progress.write("\n".join([title, *assumptions(near, beyond)]))
         for problem in problems:
-            report = ProblemReport(problem)
-            for ranks in mine:
-                point = measure_point(problem, ranks, args, progress.update)
-                report.points.append(point)
-                if runtime.is_main:
-                    predict_point(report, point, near[ranks.size])
+            report = ProblemReport(problem, args.repeats)
+            for size in args.ranks:
+                # Ranks that are left out wait here, and do nothing that others would notice.
+                dist.barrier()
+                if size in mine:
+                    point = measure_point(problem, mine[size], args, progress.update)
+                    report.points.append(point)
             if not runtime.is_main:
                 continue
-            extrapolate(report, beyond)
+            predict_all(report, near, beyond)
             reports.append(report)
             # At once, so that a run that is cut off still shows what it measured.
             progress.write(table(report))
             if args.json:
-                write_json(args.json, about, reports)
+                write_json(args.json, runtime, near, beyond, reports)
             if args.plot:
                 write_plot(args.plot, title, reports)
 
 
 @record
 def main() -> None:
-    with distributed() as runtime:
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    timeout, wrong = DEFAULT_TIMEOUT, None
+    is_main = os.environ.get("RANK", "0") == "0"
+    try:
+        # Only one rank prints --help.
+        with nullcontext() if is_main else redirect_stdout(io.StringIO()):
+            args = parse(__doc__ or "", sys.argv[1:], torch.cuda.is_available(), world_size)
+        problems_of(args)
+        timeout = timedelta(seconds=args.timeout)
+    except ValueError as error:
+        wrong = error
+    with distributed(timeout) as runtime:
         try:
             with same_error_on_all_ranks():
-                args = parse(__doc__ or "", sys.argv[1:], runtime.device, runtime.world_size)
-                problems_of(args)
+                if wrong is not None:
+                    raise wrong
         except ValueError as error:
             if runtime.is_main:
                 print(f"bench_scaling.py: error: {error}", file=sys.stderr, flush=True)

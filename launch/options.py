@@ -90,8 +90,9 @@ def parse_args(description: str, argv: list[str] | None = None) -> argparse.Name
     add(
         "--time-steps",
         action="store_true",
-        help="share of each step that the sharded expert layers take for dispatch, experts, "
-        "combine and for communication that nothing hides, in metrics.jsonl and at the end",
+        help="share of each step that expert layers over several ranks take for dispatch, experts, "
+        "combine and for communication that nothing hides, in metrics.jsonl and at the end; each "
+        "step waits for the device once more",
     )
     args = parser.parse_args(argv)
     for name in POSITIVE:

@@ -257,6 +257,7 @@ def relative_error(result: Tensor, exact: Tensor) -> float:
     rows = max(1, EXACT_ELEMENTS[exact.device.type] // exact.shape[1])
     squares = torch.zeros(2, device=exact.device, dtype=torch.float64)
     for part, exact_part in zip(result.detach().split(rows), exact.split(rows), strict=True):
+        exact_part = exact_part.double()
         difference = part.double() - exact_part
         squares += torch.stack([difference.square().sum(), exact_part.square().sum()])
     error = float((squares[0] / squares[1]).sqrt())

@@ -3,45 +3,65 @@
 import argparse
 import importlib.util
 import itertools
+import math
 from pathlib import Path
-
-import torch
 
 from flash_moe.bench.cases import DTYPES, ROUTINGS
 from flash_moe_dist.volume import DispatcherName
 from options import RaisingParser
-from scaling.measure import CONVENTIONAL
+from scaling.measure import ALONE, CONVENTIONAL
 from scaling.problems import Problem
-from scaling.report import AUTO
 
+AUTO = "auto"
 DISPATCHERS: tuple[DispatcherName, ...] = ("all_to_all", "all_gather")
-REPEATS = {"cuda": 20, "cpu": 5}
+# What fits the device, and a minute or two.
+ON_GPUS = {
+    "tokens": [8192],
+    "total_tokens": [16384],
+    "num_experts_per_tok": [64, 512],
+    "hidden_size": [1024],
+    "num_experts": [102_400],
+    "dtype": "bfloat16",
+    "repeats": 20,
+}
+ON_CPUS = {
+    "tokens": [512],
+    "total_tokens": [1024],
+    "num_experts_per_tok": [8, 64],
+    "hidden_size": [256],
+    "num_experts": [8192],
+    "dtype": "float32",
+    "repeats": 5,
+}
 
 
-def parse(
-    description: str, argv: list[str], device: torch.device, world_size: int
-) -> argparse.Namespace:
+def parse(description: str, argv: list[str], on_gpus: bool, world_size: int) -> argparse.Namespace:
     """Raises ValueError for what cannot be measured; exits for --help."""
     parser = RaisingParser(
         prog="bench_scaling.py",
         description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=_Formatter,
     )
     add = parser.add_argument
-    sizes = default_sizes(device)
-    add("--scaling", nargs="+", choices=("weak", "strong"), default=["weak", "strong"])
+    add(
+        "--scaling",
+        nargs="+",
+        choices=("weak", "strong"),
+        default=["weak", "strong"],
+        help="weak: each rank's tokens stay the same; strong: all ranks' tokens together do",
+    )
     for name, help in (
         ("tokens", "of each rank, in weak scaling"),
         ("total_tokens", "of all ranks together, in strong scaling"),
         ("num_experts_per_tok", "K"),
         ("hidden_size", "H"),
-        ("num_experts", "E, over all ranks"),
+        ("num_experts", "E, over all ranks; one rank must be able to hold all"),
     ):
-        add(_option(name), type=int, nargs="+", default=sizes[name], help=help)
-    add("--dtype", choices=DTYPES, default="bfloat16" if device.type == "cuda" else "float32")
-    add("--routing", nargs="+", choices=ROUTINGS, default=["uniform"])
+        add(_option(name), type=int, nargs="+", help=help)
+    add("--dtype", choices=DTYPES, help="of everything")
+    add("--routing", nargs="+", choices=ROUTINGS, default=["uniform"], help="of tokens to experts")
     add("--key-bias", type=float, default=0.0, help="of product keys: how much keys differ")
-    add("--ranks", type=int, nargs="+", help="1 and more; 1, 2, 4, ... and all if not given")
+    add("--ranks", type=int, nargs="+", help="besides 1; without it 2, 4, ... and all")
     add(
         "--dispatcher",
         nargs="+",
@@ -49,36 +69,60 @@ def parse(
         default=[AUTO, *DISPATCHERS, CONVENTIONAL],
         help="conventional: each pair carries its row, forward only",
     )
-    add("--repeats", type=int, default=REPEATS[device.type])
+    add("--repeats", type=int, help="of each time")
     add("--ranks-per-host", type=int, default=8, help="of more ranks than there are")
-    add("--link", type=float, help="GB/s of a rank to others of its host; measured if not given")
-    add("--network", type=float, default=50.0, help="GB/s of a rank to other hosts")
+    add("--link", type=float, help="GB/s of a rank to others of its host; without it as measured")
+    add("--network", type=float, default=50.0, help="GB/s of a rank to other hosts, at most --link")
+    add("--timeout", type=float, default=600, help="seconds that a rank may wait for the others")
     add("--json", type=Path, metavar="FILE", help="write all that was measured")
     add("--plot", type=Path, metavar="FILE.png", help="time, efficiency, steps against ranks")
+    parser.set_defaults(**(ON_GPUS if on_gpus else ON_CPUS))
     args = parser.parse_args(argv)
 
     numbers = ("tokens", "total_tokens", "num_experts_per_tok", "hidden_size", "num_experts")
-    for name in (*numbers, "repeats", "ranks_per_host", "link", "network"):
+    for name in (*numbers, "repeats", "ranks_per_host", "link", "network", "timeout"):
         value = getattr(args, name)
         for one in value if isinstance(value, list) else [value]:
-            if one is not None and one <= 0:
+            if one is not None and not 0 < one < math.inf:
                 parser.error(f"{_option(name)} must be positive, got {one}")
     if args.ranks is None:
-        doubled = [2**power for power in range(world_size.bit_length())]
-        args.ranks = [*doubled, world_size]
+        args.ranks = [2**power for power in range(world_size.bit_length())] + [world_size]
     args.ranks = sorted({1, *args.ranks})
     if args.ranks[0] < 1 or args.ranks[-1] > world_size:
         parser.error(f"--ranks must be from 1 to the {world_size} there are, got {args.ranks}")
+    if args.total_tokens == parser.get_default("total_tokens"):
+        # So that any number of ranks can share them.
+        least = math.lcm(*args.ranks)
+        args.total_tokens = [-(-tokens // least) * least for tokens in args.total_tokens]
+    for name in (*numbers, "scaling", "routing", "dispatcher"):
+        setattr(args, name, list(dict.fromkeys(getattr(args, name))))
+    if args.key_bias and "product_keys" not in args.routing:
+        parser.error(f"--key-bias is for --routing product_keys, got {' '.join(args.routing)}")
     for name in ("json", "plot"):
         path = getattr(args, name)
         if path is not None and (path.is_dir() or not path.parent.is_dir()):
             parser.error(f"{_option(name)} must be a file in a folder that exists, got {path}")
     if args.plot and importlib.util.find_spec("matplotlib") is None:
         parser.error("--plot needs matplotlib: pip install matplotlib")
-    args.dispatcher = list(dict.fromkeys(args.dispatcher))
     if args.dispatcher == [CONVENTIONAL]:
         parser.error(f"--dispatcher {CONVENTIONAL} needs another one to be compared with")
     return args
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    pass
+
+
+def measured(chosen: list[str], ranks: int, auto: DispatcherName | None) -> list[str]:
+    """What is measured on so many ranks, "auto" being the dispatcher that it stands for.
+
+    auto: None if that is not known yet; the number of variants is right then too, unless it is
+    asked for beside only one of the dispatchers.
+    """
+    if ranks == 1:
+        return [ALONE]
+    meant = [auto or DISPATCHERS[0] if name == AUTO else name for name in chosen]
+    return list(dict.fromkeys(meant))
 
 
 def _option(name: str) -> str:
@@ -103,22 +147,3 @@ def problems_of(args: argparse.Namespace) -> list[Problem]:
                 problem.case(ranks)
             problems.append(problem)
     return problems
-
-
-def default_sizes(device: torch.device) -> dict[str, list[int]]:
-    """Of the options that are not given: what fits the device, and a minute."""
-    if device.type == "cuda":
-        return {
-            "tokens": [8192],
-            "total_tokens": [16384],
-            "num_experts_per_tok": [64, 512],
-            "hidden_size": [1024],
-            "num_experts": [102_400],
-        }
-    return {
-        "tokens": [512],
-        "total_tokens": [1024],
-        "num_experts_per_tok": [8, 64],
-        "hidden_size": [256],
-        "num_experts": [8192],
-    }

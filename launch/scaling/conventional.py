@@ -11,8 +11,8 @@ from flash_moe.ops.flash_expert import ragged_flash_expert_func
 from flash_moe_dist.collectives import all_to_all_rows
 from flash_moe_dist.sharding import experts_per_rank
 
-# Rows of pairs that are there at one time: to send, received, results, returned, in order.
-COPIES = 5
+# Buffers with a row for each pair that are there at one time: two, and room for one.
+COPIES = 3
 
 
 @torch.no_grad()
@@ -60,11 +60,12 @@ def conventional_expert_func(
     del results_MH
     place_N = torch.empty_like(order_N)
     place_N[order_N] = torch.arange(len(order_N), device=order_N.device)
-    in_order_TKH = returned_NH.index_select(0, place_N).view(num_tokens, slots, hidden_TH.shape[1])
+    shape = (num_tokens, slots, hidden_TH.shape[1])
+    in_order_TKH = returned_NH.index_select(0, place_N).view(shape)
+    del returned_NH
     return in_order_TKH.sum(1)
 
 
-def bytes_needed(pairs_sent: int, pairs_received: int, hidden_TH: Tensor) -> int:
-    """Of rows of pairs alone, at the peak."""
-    row_bytes = hidden_TH.shape[1] * hidden_TH.element_size()
-    return COPIES * max(pairs_sent, pairs_received) * row_bytes
+def bytes_needed(pairs: int, hidden_TH: Tensor) -> int:
+    """Of rows of that many pairs, sent or received, at the peak."""
+    return COPIES * pairs * hidden_TH.shape[1] * hidden_TH.element_size()

@@ -13,14 +13,13 @@ from torch.distributed.tensor.parallel import parallelize_module
 from flash_moe import FlashExperts
 from flash_moe.bench.cases import Inputs
 from flash_moe_dist import ExpertParallel
-from flash_moe_dist.collectives import all_to_all_rows
 from flash_moe_dist.expert_parallel import ExpertParallelFunc
-from flash_moe_dist.routing import Routing
 from flash_moe_dist.sharding import experts_per_rank
-from flash_moe_dist.volume import DispatcherName, Load
+from flash_moe_dist.volume import DispatcherName
 from scaling.conventional import conventional_expert_func
 from scaling.problems import Tokens
 from scaling.ranks import Ranks
+from scaling.traffic import Traffic, sent_by_one_rank
 
 TABLES = ("down_weights", "up_weights")
 
@@ -35,9 +34,9 @@ class Layer:
         self.experts = FlashExperts(num_experts, hidden_size, "meta", full_EH[0].dtype)
         parallelize_module(self.experts, ranks.mesh, ExpertParallel())
         self.experts.to_empty(device=ranks.device)
-        self.rows = rows_of(num_experts, ranks.size, ranks.rank)
+        own = rows_of(num_experts, ranks.size, ranks.rank)
         for table, full in zip(self.tables, full_EH, strict=True):
-            table.to_local().copy_(full.detach()[self.rows])
+            table.to_local().copy_(full.detach()[own])
         self.tokens = Tokens.of_rank(inputs, ranks.rank, ranks.size)
 
     @property
@@ -46,11 +45,14 @@ class Layer:
         return tables[0], tables[1]
 
     def choose(self, dispatcher: Any) -> None:
-        self.experts.expert_func = ExpertParallelFunc(self.ranks.mesh, dispatcher)
+        """A name, or anything on one rank."""
+        func = ExpertParallelFunc(self.ranks.mesh, dispatcher)
+        self.experts.expert_func = func
 
-    def dispatcher_of(self, chosen: Any) -> DispatcherName:
-        """The name that "auto" stands for."""
-        func = ExpertParallelFunc(self.ranks.mesh, chosen)
+    @property
+    def auto(self) -> DispatcherName:
+        """The dispatcher that "auto" stands for."""
+        func = ExpertParallelFunc(self.ranks.mesh)
         tokens, (down, _) = self.tokens, self.tables
         rows = (tokens.hidden_TH, tokens.indices_TK, tokens.weights_TK)
         return func.dispatcher_for(*rows, down.to_local()).name
@@ -81,14 +83,11 @@ class Layer:
             self.ranks.group,
         )
 
-    def load(self) -> Load:
-        """What this rank sends and receives; waits for the device."""
-        indices_TK, size = self.tokens.indices_TK, self.ranks.size
-        sent_2W = Routing.of(indices_TK, self.num_experts, size).counts_2W()
-        ones = [1] * size
-        received_W2 = all_to_all_rows(sent_2W.t(), ones, ones, self.ranks.group)
-        sent, received = sent_2W.sum(1).tolist(), received_W2.sum(0).tolist()
-        return Load(sent[0], received[0], sent[1], received[1], len(indices_TK))
+    def traffic(self) -> Traffic:
+        """Collective over the ranks; waits for the device."""
+        mine = sent_by_one_rank(self.tokens.indices_TK, self.num_experts, self.ranks.size)
+        rows, pairs = zip(*self.ranks.gather(mine), strict=True)
+        return Traffic(torch.stack(rows), torch.stack(pairs), len(self.tokens.indices_TK))
 
     def results(self) -> tuple[Tensor, ...]:
         """Output, and gradients in the order of LEAVES; of tables this rank's rows."""

@@ -11,14 +11,16 @@ from torch import Tensor
 
 from flash_moe.bench.measure import peak_bytes, start_of_peak
 from flash_moe_dist import time_steps
-from flash_moe_dist.volume import Load
 from scaling.conventional import bytes_needed
 from scaling.layer import Layer
 from scaling.ranks import Clock
+from scaling.traffic import Traffic
 from scaling.verify import verify, verify_conventional
 
-CONVENTIONAL = "conventional"
+# What is measured beside the dispatchers: one rank, which dispatches nothing, and the baseline.
+ALONE, CONVENTIONAL = "one rank", "conventional"
 STEPS = ("dispatch", "experts", "combine", "communication")
+LOOPS = 3
 
 
 @dataclass
@@ -26,12 +28,14 @@ class Result:
     """Of one variant on some ranks.
 
     failure: why there is nothing else.
-    seconds: by "forward", "backward", and "loop" for both in a training loop: of each repeat, on
-        the rank that took longest. The conventional baseline has only a forward pass.
+    seconds: of each repeat, on the rank that took longest: "forward" and "backward", begun on all
+        ranks at once on devices with work before it; "loop", of a pass of both among many, without
+        any wait in between but their own. The conventional baseline has only a forward pass.
     steps: seconds of both passes in "dispatch", "experts", "combine", each without the waiting
-        for other ranks, which is "communication"; "other" is the rest. Means over ranks.
-    peak_bytes: most that a rank's memory held in a training step with AdamW.
-    error: the largest relative distance from what one device computes.
+        for other ranks, which is "communication"; "other" is the rest. Means over ranks and
+        repeats.
+    peak_bytes: most that a GPU's memory held in a training step with AdamW; 0 on CPUs.
+    error: the largest relative distance from what one device computes; 0 on one rank.
     """
 
     failure: str = ""
@@ -48,13 +52,13 @@ class Result:
 
 
 def verify_all(
-    layer: Layer, expected: tuple[Tensor, ...], variants: list[str]
+    layer: Layer, expected: tuple[Tensor, ...], variants: list[str], traffic: Traffic
 ) -> dict[str, Result]:
     """Results with an error, or a reason for having none; raises as `verify`."""
     results = {name: Result() for name in variants}
     for name, result in results.items():
         if name == CONVENTIONAL:
-            result.failure = why_not_conventional(layer, layer.load())
+            result.failure = why_not_conventional(layer, traffic)
             if not result.failure:
                 result.error = verify_conventional(layer, expected)
         else:
@@ -63,18 +67,19 @@ def verify_all(
     return results
 
 
-def why_not_conventional(layer: Layer, load: Load) -> str:
+def why_not_conventional(layer: Layer, traffic: Traffic) -> str:
     """Why the baseline's rows do not fit, on any rank; empty if they do."""
-    needed = bytes_needed(load.pairs_sent, load.pairs_received, layer.tokens.hidden_TH)
+    pairs_WW = traffic.pairs_WW
+    most_pairs = int(torch.maximum(pairs_WW.sum(0), pairs_WW.sum(1)).max())
+    needed = bytes_needed(most_pairs, layer.tokens.hidden_TH)
     if layer.ranks.device.type == "cuda":
         torch.cuda.empty_cache()
         free = torch.cuda.mem_get_info()[0]
     else:
         # All ranks of a machine share it.
         free = _available_bytes() // layer.ranks.size
-    if any(layer.ranks.gather(needed > 0.9 * free)):
-        most = max(layer.ranks.gather(needed))
-        return f"left out: rows of all pairs take {most / 1e9:.1f} GB a rank"
+    if needed > 0.9 * min(layer.ranks.gather(free)):
+        return f"left out: rows of all pairs take {needed / 1e9:.1f} GB a rank"
     return ""
 
 
@@ -87,29 +92,45 @@ def _available_bytes() -> int:
 def measure_all(
     layer: Layer, results: dict[str, Result], repeats: int, advance: Callable[[], object]
 ) -> None:
-    """Times of all variants by turns, then what is measured of each: loop, steps, memory.
+    """Times of all variants by turns, then their steps and memory.
 
-    advance: called as a variant is done.
+    advance: called `rounds(repeats)` times for each variant.
     """
     clock = Clock(layer.ranks)
-    for _ in range(repeats):
+
+    def by_turns(measure: Callable[[Layer, Clock, Result], None]) -> None:
         for name, result in results.items():
             if name != CONVENTIONAL:
                 layer.choose(name)
                 layer.clear()
-                _keep(result, "forward", clock(layer.forward))
-                _keep(result, "backward", clock(layer.backward))
-            elif not result.failure:
-                layer.clear()
-                _keep(result, "forward", clock(layer.conventional))
-    for name, result in results.items():
-        if name != CONVENTIONAL:
-            layer.choose(name)
-            _keep(result, "loop", clock(partial(_loop, layer, repeats), busy=False) / repeats)
-            result.steps = _steps(layer, clock, repeats)
-            result.peak_bytes = _peak_of_training(layer)
+                measure(layer, clock, result)
+            advance()
+
+    for _ in range(repeats):
+        by_turns(_time)
+        if CONVENTIONAL in results and not results[CONVENTIONAL].failure:
             layer.clear()
-        advance()
+            _keep(results[CONVENTIONAL], "forward", clock(layer.conventional))
+    for _ in range(LOOPS):
+        by_turns(partial(_time_loop, repeats))
+    by_turns(partial(_time_steps, repeats))
+    # Its buffer would count as memory of the layer.
+    clock.flushed = None
+    by_turns(_weigh)
+    layer.clear()
+
+
+def rounds(repeats: int) -> int:
+    return repeats + LOOPS + 2
+
+
+def _time(layer: Layer, clock: Clock, result: Result) -> None:
+    _keep(result, "forward", clock(layer.forward))
+    _keep(result, "backward", clock(layer.backward))
+
+
+def _time_loop(passes: int, layer: Layer, clock: Clock, result: Result) -> None:
+    _keep(result, "loop", clock(partial(_loop, layer, passes), busy=False) / passes)
 
 
 def _keep(result: Result, what: str, seconds: float) -> None:
@@ -123,8 +144,7 @@ def _loop(layer: Layer, repeats: int) -> None:
         layer.backward()
 
 
-def _steps(layer: Layer, clock: Clock, repeats: int) -> dict[str, float]:
-    """Means over repeats and ranks; all of it is the experts' on one rank."""
+def _time_steps(repeats: int, layer: Layer, clock: Clock, result: Result) -> None:
     totals = dict.fromkeys(("total", *STEPS), 0.0)
     for _ in range(repeats):
         layer.clear()
@@ -137,21 +157,22 @@ def _steps(layer: Layer, clock: Clock, repeats: int) -> dict[str, float]:
                 totals[name.removesuffix("_backward")] += taken / repeats
     of_ranks = layer.ranks.gather(totals)
     mean = {name: statistics.fmean(one[name] for one in of_ranks) for name in totals}
-    if layer.ranks.size == 1:
-        return {"experts": mean["total"]}
     total = mean.pop("total")
-    return mean | {"other": total - sum(mean.values())}
+    # One rank does not dispatch, and times no steps.
+    alone = layer.ranks.size == 1
+    result.steps = {"experts": total} if alone else {**mean, "other": total - sum(mean.values())}
 
 
-def _peak_of_training(layer: Layer) -> int:
-    """Of the second of two steps, when the optimizer has its state."""
-    layer.clear()
+def _weigh(layer: Layer, _: Clock, result: Result) -> None:
+    """The second of two steps, when the optimizer has its state."""
+    if layer.ranks.device.type != "cuda":
+        return
     optimizer = torch.optim.AdamW(layer.experts.parameters(), lr=0.0)
-    for _ in range(2):
+    for _step in range(2):
         gc.collect()
         start_of_peak(layer.ranks.device)
         layer.clear()
         layer.forward()
         layer.backward()
         optimizer.step()
-    return max(layer.ranks.gather(peak_bytes(layer.ranks.device)))
+    result.peak_bytes = max(layer.ranks.gather(peak_bytes(layer.ranks.device)))

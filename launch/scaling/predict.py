@@ -1,34 +1,32 @@
-"""Times from the volume model: experts as on one rank, rows of other ranks, and their links.
+"""Times from the volume model: experts as on one rank, what memory and links take for the rest.
 
-W ranks, r of them on each host; R rows received, H hidden size; b, a bytes of an element of hidden
-states and of partial sums, as in `flash_moe_dist.volume`.
+W ranks; a rank has T tokens, sends S rows, receives R; E experts, H hidden size; b, a, g bytes of
+an element of hidden states, of partial sums and of tables.
 
-Experts take what they take on one rank, times the share of the busiest rank's pairs, and what its
-memory needs for the rows received: both passes read hidden states, the backward one gradients too,
-and both write sums: R H (3 b + 2 a). Communication takes the bytes of `flash_moe_dist.volume` over
-the rate of each collective, and a latency for each message. Nothing is taken to overlap.
+Experts take what they take on one rank, times the share of the busiest rank's pairs. Its memory
+takes what has to be moved besides, forward and backward:
 
-Between hosts: of an all-to-all every rank sends (W - r) / W of its bytes there. Rows of an
-all-gather or reduce-scatter cross to a host once, shared out among its r ranks: (W - r) / r times
-what one rank gathers, or scatters to one rank, over each rank's network.
+    more rows than T, received: read twice in the backward pass      (R - T) H (3 b + 2 a)
+        and once in the forward pass, a sum written in each
+    all-to-all: rows packed, sums of every rank read                 2 S H (2 b + a)
+    less of the gradients of the tables written                      -2 (1 - 1/W) E H g
+
+Each message takes a latency and, over its rate, the most bytes that any rank sends to others or
+receives from them. Nothing is taken to overlap.
+
+Between hosts: the rows of an all-gather or reduce-scatter cross to a host once, shared out among
+its ranks; those of an all-to-all cross as they are.
 """
 
 from dataclasses import dataclass
 
+import torch
+
 from flash_moe.bench.cases import DTYPES
 from flash_moe.ops.backends import accumulator_dtype
-from flash_moe_dist.volume import (
-    DispatcherName,
-    Load,
-    Widths,
-    bytes_handed,
-    expected_fan_out,
-)
+from flash_moe_dist.volume import DispatcherName, Widths
 from scaling.problems import Problem
-
-# Of the pairs: ids and weights travel one after the other in a forward pass.
-MESSAGES: dict[str, dict[str, int]] = {"forward": {"pairs": 2}, "backward": {}}
-ALL_TO_ALL, ALL_GATHER, REDUCE_SCATTER = "all_to_all", "all_gather", "reduce_scatter"
+from scaling.traffic import ALL_GATHER, ALL_TO_ALL, Message, Traffic, messages
 
 
 @dataclass(frozen=True)
@@ -48,87 +46,77 @@ class Network:
     between_hosts: float
     memory: float
 
-    def seconds(self, collective: str, handed: float, ranks: int, messages: int = 1) -> float:
-        """Of `handed` bytes on each of `ranks` ranks, in so many messages."""
+    def seconds(self, message: Message) -> float:
+        bytes_WW = message.bytes_WW
+        ranks = len(bytes_WW)
         if ranks == 1:
             return 0.0
-        link, near = self.links[collective], min(ranks, self.ranks_per_host)
-        far = ranks - near
-        if collective == ALL_TO_ALL:
-            within, between = handed * (near - 1) / ranks, handed * far / ranks
+        link = self.links[message.collective]
+        near = min(ranks, self.ranks_per_host)
+        if message.collective == ALL_TO_ALL:
+            host_W = torch.arange(ranks) // near
+            same_host_WW = host_W[:, None] == host_W
+            elsewhere_WW = bytes_WW.clone().fill_diagonal_(0)
+            within = _busiest(elsewhere_WW.where(same_host_WW, 0.0))
+            between = _busiest(elsewhere_WW.where(~same_host_WW, 0.0))
         else:
-            # What one rank gathers, or scatters to one rank.
-            part = handed if collective == ALL_GATHER else handed / ranks
-            within, between = part * (ranks - 1), part * far / near
-        return messages * link.latency + max(within / link.rate, between / self.between_hosts)
+            # What one rank gathers from another, or scatters to it.
+            part = float(bytes_WW.max())
+            within, between = part * (ranks - 1), part * (ranks - near) / near
+        rate_between = min(self.between_hosts, link.rate)
+        return link.latency + max(within / link.rate, between / rate_between)
+
+
+def _busiest(bytes_WW: torch.Tensor) -> float:
+    """Most that any rank sends or receives."""
+    return float(torch.maximum(bytes_WW.sum(0), bytes_WW.sum(1)).max())
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Seconds of both passes on the busiest rank: experts, communication."""
+    """Seconds of both passes: experts and memory of the busiest rank, communication."""
 
     experts: float
+    memory: float
     communication: float
 
     @property
     def total(self) -> float:
-        return self.experts + self.communication
+        return self.experts + self.memory + self.communication
 
 
 def predict(
     dispatcher: DispatcherName,
     problem: Problem,
-    loads: list[Load],
+    traffic: Traffic,
     network: Network,
     one_rank_seconds: float,
 ) -> Prediction:
-    """Of the busiest of the ranks that have these loads.
+    """Of both passes.
 
-    one_rank_seconds: of both passes on one rank: of its tokens in weak, all in strong scaling.
+    Args:
+        one_rank_seconds: of these on one rank, in strong scaling with the tokens of all.
     """
-    ranks = len(loads)
+    ranks = len(traffic.rows_WW)
     shared = one_rank_seconds if problem.scaling == "weak" else one_rank_seconds / ranks
-    most_pairs, pairs = (f(load.pairs_received for load in loads) for f in (max, sum))
-    pairs_seconds = shared * most_pairs * ranks / max(1, pairs)
-    of_each = (_predict(dispatcher, problem, ranks, load, network, pairs_seconds) for load in loads)
-    return max(of_each, key=lambda one: one.total)
-
-
-def predict_even(
-    dispatcher: DispatcherName,
-    problem: Problem,
-    ranks: int,
-    network: Network,
-    one_rank_seconds: float,
-) -> Prediction:
-    """Of more ranks than there are, where every expert is as likely as any other."""
-    slots = problem.num_experts_per_tok
-    tokens = max(1, problem.tokens_per_rank(ranks))
-    rows = round(tokens * expected_fan_out(ranks, slots))
-    load = Load(rows, rows, tokens * slots, tokens * slots, tokens)
-    return predict(dispatcher, problem, [load] * ranks, network, one_rank_seconds)
-
-
-def _predict(
-    dispatcher: DispatcherName,
-    problem: Problem,
-    ranks: int,
-    load: Load,
-    network: Network,
-    pairs_seconds: float,
-) -> Prediction:
+    pairs_W = traffic.pairs_WW.sum(0)
+    experts = shared * float(pairs_W.max() / pairs_W.mean().clamp(min=1e-9))
+    if ranks == 1:
+        return Prediction(experts, 0.0, 0.0)
     dtype = DTYPES[problem.dtype]
-    sum_bytes = accumulator_dtype(dtype, dtype).itemsize
-    widths = Widths(ranks, problem.hidden_size, dtype.itemsize, sum_bytes, dtype.itemsize)
-    communication = 0.0
-    for direction, handed in zip(MESSAGES, bytes_handed(dispatcher, widths, load), strict=True):
-        for item, count in handed.items():
-            collective = ALL_TO_ALL
-            if dispatcher == "all_gather":
-                collective = {"rows": ALL_GATHER, "sums": REDUCE_SCATTER}.get(item, ALL_TO_ALL)
-            messages = MESSAGES[direction].get(item, 1)
-            communication += network.seconds(collective, count, ranks, messages)
-    gathers = dispatcher == "all_gather"
-    rows_received = ranks * load.most_tokens if gathers else load.rows_received
-    row_bytes = problem.hidden_size * (3 * dtype.itemsize + 2 * sum_bytes)
-    return Prediction(pairs_seconds + rows_received * row_bytes / network.memory, communication)
+    b, a = dtype.itemsize, accumulator_dtype(dtype, dtype).itemsize
+    widths = Widths(ranks, problem.hidden_size, b, a, dtype.itemsize)
+    if dispatcher == ALL_GATHER:
+        packed, received = 0.0, ranks * traffic.most_tokens
+    else:
+        packed = float(traffic.rows_WW.sum(1).max())
+        received = float(traffic.rows_WW.sum(0).max())
+    per_column = (received - traffic.most_tokens) * (3 * b + 2 * a) + 2 * packed * (2 * b + a)
+    per_column -= 2 * (1 - 1 / ranks) * problem.num_experts * b
+    memory = per_column * problem.hidden_size / network.memory
+    return Prediction(
+        experts,
+        # Less time than nothing is not to be had.
+        max(memory, -experts),
+        sum(network.seconds(message) for message in messages(dispatcher, widths, traffic)),
+    )

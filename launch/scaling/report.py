@@ -1,46 +1,51 @@
 """What was measured and predicted, as tables, as JSON and as plots."""
 
 import json
+import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flash_moe_dist.volume import DispatcherName, Load
-from scaling.measure import CONVENTIONAL, STEPS, Result
-from scaling.predict import Prediction
+from flash_moe.bench.report import device_name, versions
+from flash_moe_dist.runtime import Runtime
+from flash_moe_dist.volume import DispatcherName
+from scaling.measure import ALONE, CONVENTIONAL, STEPS, Result
+from scaling.predict import Network, Prediction
 from scaling.problems import Problem
+from scaling.traffic import Traffic
 
 PARTS = (*STEPS, "other")
-AUTO = "auto"
+COLOURS = {"all_to_all": "tab:blue", "all_gather": "tab:orange"}
 
 
 @dataclass(frozen=True)
 class Point:
     """A problem on some ranks.
 
-    means: the dispatcher that "auto" stands for; loads: of each rank; results: by variant;
-    predictions: by variant, on more than one rank.
+    auto: the dispatcher that "auto" stands for; results: by variant; traffic: of these ranks;
+    further: of more ranks, from one rank's tokens; predictions: by dispatcher.
     """
 
     ranks: int
-    means: DispatcherName
-    loads: list[Load]
+    auto: DispatcherName
     results: dict[str, Result]
+    traffic: Traffic
+    further: dict[int, Traffic] = field(default_factory=dict)
     predictions: dict[str, Prediction] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class ProblemReport:
-    """extrapolated: predictions by number of ranks and dispatcher, for even routing."""
+    """The first point is of one rank; extrapolated: predictions by ranks and dispatcher."""
 
     problem: Problem
+    repeats: int
     points: list[Point] = field(default_factory=list)
     extrapolated: dict[int, dict[str, Prediction]] = field(default_factory=dict)
 
     def one_rank(self, what: str) -> float:
         """Seconds on one rank, which has nothing to dispatch."""
-        results = self.points[0].results
-        return next(iter(results.values())).median(what)
+        return self.points[0].results[ALONE].median(what)
 
     def efficiency(self, ranks: int, seconds: float, what: str = "total") -> float:
         """1 where time stays as on one rank (weak scaling), or falls to 1/ranks of it (strong)."""
@@ -48,17 +53,32 @@ class ProblemReport:
         return self.one_rank(what) / (seconds * shared)
 
 
-def table(report: ProblemReport) -> str:
-    """A line for each number of ranks and variant; times in ms, of the rank that took longest.
+def assumptions(near: dict[int, Network], beyond: Network | None) -> list[str]:
+    """What predictions are made from: a line for each number of ranks."""
+    lines = [_rates(f"links of {ranks} ranks", network) for ranks, network in near.items()]
+    if beyond is None:
+        return [*lines, "no links between ranks to measure: nothing is predicted"]
+    return [
+        *lines,
+        f"{_rates('predicted for more ranks', beyond)}; {beyond.ranks_per_host} ranks a host, "
+        f"{beyond.between_hosts / 1e9:g} GB/s between hosts at most, latencies as here",
+    ]
 
-    "loop" is a step of a training loop; other times are those of a device that the host is ahead
-    of. "eff." is against one rank. Then the steps of forward and backward pass together, means
-    over ranks, "communication" being what nothing hides.
-    """
+
+def _rates(what: str, network: Network) -> str:
+    links = ", ".join(
+        f"{name} {link.latency * 1e3:.3f} ms and {link.rate / 1e9:.3g} GB/s"
+        for name, link in network.links.items()
+    )
+    return f"{what}: {links}; memory {network.memory / 1e9:.3g} GB/s"
+
+
+def table(report: ProblemReport) -> str:
+    """A line for each number of ranks and variant, then one for the steps of each."""
     rows, steps = [], []
     for point in report.points:
         for name, result in point.results.items():
-            shown = f"{name} ({point.means})" if name == AUTO and point.ranks > 1 else name
+            shown = f"{name} (auto)" if name == point.auto else name
             label = f"  {point.ranks:5}  {shown:18}"
             rows.append(label + _cells(report, point, name, result))
             if result.steps:
@@ -74,9 +94,14 @@ def table(report: ProblemReport) -> str:
     return "\n".join(
         [
             report.problem.name,
+            f"  ms, medians of {report.repeats}, of the rank that took longest; eff.: efficiency "
+            "against one rank;",
+            "  loop: a pass of many without a wait, launching included; other times: begun on busy "
+            "devices",
             f"{title}{'forward':>9}{'backward':>9}{'total':>9}{'eff.':>6}{'loop':>9}{'eff.':>6}"
             f"{'predicted':>10}{'eff.':>6}{'peak MB':>10}{'error':>9}",
             *rows,
+            "  steps of both passes, ms, means over ranks; communication: what nothing else hides",
             title + "".join(f"{part:>15}" for part in PARTS),
             *steps,
         ]
@@ -93,12 +118,13 @@ def _cells(report: ProblemReport, point: Point, name: str, result: Result) -> st
         )
         return f"{_ms(forward):>9}  {forward / best:.1f} x the fastest, error {result.error:.1e}"
     total, loop = result.median("total"), result.median("loop")
+    peak = f"{result.peak_bytes / 1e6:.0f}" if result.peak_bytes else ""
+    error = f"{result.error:.1e}" if name != ALONE else ""
     return (
         f"{_ms(forward):>9}{_ms(result.median('backward')):>9}{_ms(total):>9}"
         f"{report.efficiency(point.ranks, total):6.2f}"
         f"{_ms(loop):>9}{report.efficiency(point.ranks, loop, 'loop'):6.2f}"
-        f"{_predicted(report, point.ranks, point.predictions.get(name))}"
-        f"{result.peak_bytes / 1e6:10.0f}{result.error:9.1e}"
+        f"{_predicted(report, point.ranks, point.predictions.get(name))}{peak:>10}{error:>9}"
     )
 
 
@@ -112,33 +138,61 @@ def _ms(seconds: float) -> str:
     return f"{seconds * 1e3:.3f}"
 
 
-def write_json(path: Path, about: dict[str, Any], reports: list[ProblemReport]) -> None:
+def write_json(
+    path: Path,
+    runtime: Runtime,
+    near: dict[int, Network],
+    beyond: Network | None,
+    reports: list[ProblemReport],
+) -> None:
     """Seconds, bytes, bytes/s."""
-    fields = [
-        asdict(report)
-        | {
-            "efficiencies": {
-                point.ranks: {
-                    name: {
-                        what: report.efficiency(point.ranks, result.median(what), what)
-                        for what in ("total", "loop")
-                    }
-                    for name, result in point.results.items()
-                    if name != CONVENTIONAL
-                }
-                for point in report.points
+    device = runtime.device
+    content = {
+        "command": sys.argv[1:],
+        "versions": versions(),
+        "device": {"type": device.type, "name": device_name(device)},
+        "world_size": runtime.world_size,
+        "networks": {ranks: asdict(network) for ranks, network in near.items()},
+        "assumed_network": None if beyond is None else asdict(beyond),
+        "problems": [
+            {
+                "problem": asdict(report.problem),
+                "points": [_as_fields(report, point) for point in report.points],
+                "extrapolated": {
+                    ranks: {name: asdict(one) for name, one in predictions.items()}
+                    for ranks, predictions in report.extrapolated.items()
+                },
             }
-        }
-        for report in reports
-    ]
-    path.write_text(json.dumps(about | {"problems": fields}, indent=1) + "\n")
+            for report in reports
+        ],
+    }
+    path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def _as_fields(report: ProblemReport, point: Point) -> dict[str, Any]:
+    return {
+        "ranks": point.ranks,
+        "auto": point.auto if point.ranks > 1 else None,
+        "rows_sent": point.traffic.rows_WW.tolist(),
+        "pairs_sent": point.traffic.pairs_WW.tolist(),
+        "results": {name: asdict(result) for name, result in point.results.items()},
+        "predictions": {name: asdict(one) for name, one in point.predictions.items()},
+        "efficiencies": {
+            name: {
+                what: report.efficiency(point.ranks, result.median(what), what)
+                for what in ("total", "loop")
+            }
+            for name, result in point.results.items()
+            if name != CONVENTIONAL
+        },
+    }
 
 
 def write_plot(path: Path, title: str, reports: list[ProblemReport]) -> None:
-    """For each problem: time and efficiency against ranks, and the steps of the largest number."""
+    """For each problem: time and efficiency against ranks, and the steps on all of them."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(15, 4 * len(reports)), layout="constrained")
+    figure = Figure(figsize=(15, 4.2 * len(reports)), layout="constrained")
     figure.suptitle(title)
     rows = figure.subplots(len(reports), 3, squeeze=False)
     for (times, efficiencies, steps), report in zip(rows, reports, strict=True):
@@ -148,48 +202,38 @@ def write_plot(path: Path, title: str, reports: list[ProblemReport]) -> None:
 
 
 def _plot_against_ranks(times: Any, efficiencies: Any, report: ProblemReport) -> None:
-    names = [name for name in report.points[-1].results if name != CONVENTIONAL]
-    for name in names:
-        # One rank dispatches nothing: one time for all.
-        seconds = {
-            point.ranks: point.results.get(name, next(iter(point.results.values()))).median("total")
-            for point in report.points
+    """Solid where measured, dotted where predicted; crosses where there is nothing else."""
+    one_rank = {1: report.one_rank("total")}
+    for name, colour in COLOURS.items():
+        measured = one_rank | {
+            point.ranks: point.results[name].median("total")
+            for point in report.points[1:]
+            if name in point.results
         }
-        _lines(times, efficiencies, report, seconds, "o-", name)
-    predicted: dict[str, dict[int, float]] = {}
-    by_ranks = {point.ranks: point.predictions for point in report.points} | report.extrapolated
-    for ranks, predictions in by_ranks.items():
-        for name, prediction in predictions.items():
-            if name != AUTO:
-                predicted.setdefault(name, {})[ranks] = prediction.total
-    for name, seconds in predicted.items():
-        _lines(times, efficiencies, report, seconds, "x:", f"{name}, predicted")
+        predicted = one_rank | {
+            point.ranks: point.predictions[name].total for point in report.points[1:]
+        }
+        only = {ranks: one[name].total for ranks, one in report.extrapolated.items()}
+        for seconds, form, label in (
+            (measured, "o-", name),
+            (predicted | only, ":", f"{name}, predicted"),
+            (only, "x", None),
+        ):
+            ranks = list(seconds)
+            times.plot(ranks, [seconds[n] * 1e3 for n in ranks], form, color=colour, label=label)
+            shares = [report.efficiency(n, seconds[n]) for n in ranks]
+            efficiencies.plot(ranks, shares, form, color=colour, label=label)
+    all_ranks = [*(point.ranks for point in report.points), *report.extrapolated]
     for axes in (times, efficiencies):
         axes.set_xscale("log", base=2)
-        axes.set_xticks(list(by_ranks), list(map(str, by_ranks)))
+        axes.set_xticks(all_ranks, list(map(str, all_ranks)))
         axes.set_xlabel("ranks")
         axes.legend(fontsize="small")
-    problem = report.problem
     times.set_yscale("log")
-    times.set(ylabel="ms, forward and backward", title=f"{problem.scaling} scaling")
-    efficiencies.set(
-        ylabel="efficiency",
-        ylim=(0, 1.1),
-        title=f"{problem.tokens} tokens, K={problem.num_experts_per_tok}, {problem.routing}",
-    )
-
-
-def _lines(
-    times: Any,
-    efficiencies: Any,
-    report: ProblemReport,
-    seconds: dict[int, float],
-    form: str,
-    label: str,
-) -> None:
-    ranks = sorted(seconds)
-    times.plot(ranks, [seconds[n] * 1e3 for n in ranks], form, label=label)
-    efficiencies.plot(ranks, [report.efficiency(n, seconds[n]) for n in ranks], form, label=label)
+    times.set(ylabel="ms, forward and backward")
+    times.set_title(report.problem.name, fontsize="small", loc="left")
+    efficiencies.set(ylabel="efficiency against one rank")
+    efficiencies.set_ylim(bottom=0)
 
 
 def _plot_steps(axes: Any, report: ProblemReport) -> None:
@@ -205,7 +249,7 @@ def _plot_steps(axes: Any, report: ProblemReport) -> None:
         axes.bar(range(len(bars)), heights, bottom=bottom, label=part)
         bottom = [below + height for below, height in zip(bottom, heights, strict=True)]
     axes.set_xticks(range(len(bars)), [name for name, _ in bars], fontsize="x-small")
-    axes.set(ylabel="ms", title="steps, by ranks and dispatcher")
+    axes.set(ylabel="ms, forward and backward", title="steps, by ranks and dispatcher")
     # Beside the bars, not over them.
     axes.set_xlim(right=1.6 * len(bars))
     axes.legend(fontsize="small", loc="upper right")
