@@ -7,7 +7,7 @@ W ranks of the group. All of them must call alike. Autograd does not see through
 import torch.distributed as dist
 from torch import Tensor
 
-from flash_moe_dist.steps import step
+from flash_moe_dist.steps import communication
 
 ALL_TO_ALL = "all_to_all_single"
 # Their names from torch 2.13 on, where the older ones warn.
@@ -32,7 +32,7 @@ def all_to_all_rows(
     """
     received = rows.new_empty(sum(output_splits), *rows.shape[1:])
     rows = rows.contiguous()
-    with step("communication"):
+    with communication():
         dist.all_to_all_single(received, rows, output_splits, input_splits, group=group)
     return received
 
@@ -41,7 +41,7 @@ def all_gather_rows(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Rows (T, ...), as many on every rank, of all ranks: (W T, ...)."""
     gathered = rows.new_empty(dist.get_world_size(group) * rows.shape[0], *rows.shape[1:])
     rows = rows.contiguous()
-    with step("communication"):
+    with communication():
         getattr(dist, ALL_GATHER)(gathered, rows, group=group)
     return gathered
 
@@ -50,6 +50,6 @@ def reduce_scatter_rows(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Rows (W T, ...) summed over the ranks; the r-th T of them stay with rank r: (T, ...)."""
     summed = rows.new_empty(rows.shape[0] // dist.get_world_size(group), *rows.shape[1:])
     rows = rows.contiguous()
-    with step("communication"):
+    with communication():
         getattr(dist, REDUCE_SCATTER)(summed, rows, group=group)
     return summed

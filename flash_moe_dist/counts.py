@@ -17,7 +17,7 @@ from flash_moe.ops.backends import check_backend, default_backend
 from flash_moe.ops.checks import check_routing
 from flash_moe_dist.agreement import raise_differences, raise_same_error
 from flash_moe_dist.routing import Routing
-from flash_moe_dist.steps import step
+from flash_moe_dist.steps import communication
 from flash_moe_dist.volume import COUNTS
 
 
@@ -100,7 +100,7 @@ def fail_together(error: Exception, device: torch.device, group: dist.ProcessGro
 def _exchanged(sent_CW: Tensor, group: dist.ProcessGroup) -> Tensor:
     received_WC = sent_CW.new_empty(sent_CW.shape[1], COUNTS)
     sent_WC = sent_CW.t().contiguous()
-    with step("communication"):
+    with communication():
         dist.all_to_all_single(received_WC, sent_WC, group=group)
     return received_WC.t()
 

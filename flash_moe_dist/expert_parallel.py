@@ -170,7 +170,7 @@ class ExpertParallelFunc:
         inputs = (hidden_states, down_eH, up_eH, routing_weights)
         grads = torch.is_grad_enabled()
         needed = [grads and isinstance(one, Tensor) and one.requires_grad for one in inputs]
-        dispatcher = self.dispatcher_for(hidden_states, indices, routing_weights, down_eH)
+        dispatcher = self._dispatcher_for(hidden_states, indices, routing_weights, down_eH)
         settings = Settings(
             num_experts,
             hidden_size,
@@ -193,10 +193,9 @@ class ExpertParallelFunc:
         )
         return out_TH
 
-    def dispatcher_for(
+    def _dispatcher_for(
         self, hidden_TH: Tensor, indices_TK: Tensor, weights_TK: Tensor, down_eH: Tensor
     ) -> TokenDispatcher:
-        """What a call with these arguments, and these local rows of a table, dispatches with."""
         name: DispatcherName
         rows = (hidden_TH, indices_TK, weights_TK)
         if self.dispatcher != "auto":

@@ -8,7 +8,7 @@ communication                                           within these: waiting fo
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -18,17 +18,23 @@ from torch.autograd.profiler import record_function
 _timer: "_Timer | None" = None
 
 
-@contextmanager
-def step(name: str) -> Iterator[None]:
+def step(name: str) -> AbstractContextManager[object]:
     """A part of a layer's pass, as the range `flash_moe::name` of a trace."""
-    timer = _timer
-    with record_function(f"flash_moe::{name}"):
-        if timer is None:
-            yield
-            return
-        span = timer.begin(name)
+    traced = record_function(f"flash_moe::{name}")
+    return traced if _timer is None else _both(traced, _timer.timed(name))
+
+
+def communication() -> AbstractContextManager[object]:
+    """A wait for other ranks. Collectives have ranges of PyTorch's own in a trace."""
+    return nullcontext() if _timer is None else _timer.timed("communication")
+
+
+@contextmanager
+def _both(
+    outer: AbstractContextManager[object], inner: AbstractContextManager[object]
+) -> Iterator[None]:
+    with outer, inner:
         yield
-        timer.end(span)
 
 
 @contextmanager
@@ -93,14 +99,13 @@ class _Timer:
         self.open: list[_Span] = []
         self.ended: list[_Span] = []
 
-    def begin(self, name: str) -> _Span:
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
         span = _Span(name, self.device)
         if self.open:
             self.open[-1].within.append(span)
         self.open.append(span)
-        return span
-
-    def end(self, span: _Span) -> None:
+        yield
         span.end()
         self.open.remove(span)
         self.ended.append(span)

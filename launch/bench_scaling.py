@@ -25,21 +25,22 @@ import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 from tqdm import tqdm
 
+from errors import an_error_of_all_ranks_ends_the_run
 from flash_moe.bench.cases import make_inputs
 from flash_moe.bench.ceilings import copy_rate
 from flash_moe.bench.report import device_name, versions
 from flash_moe_dist.agreement import same_error_on_all_ranks
 from flash_moe_dist.runtime import DEFAULT_TIMEOUT, Runtime, distributed
-from scaling.arguments import DISPATCHERS, measured, parse, problems_of
+from scaling.arguments import DISPATCHERS, parse, problems_of, variants
 from scaling.layer import Layer
 from scaling.links import measure_links
-from scaling.measure import measure_all, rounds, verify_all
+from scaling.measure import measure_all, rounds
 from scaling.predict import Link, Network, predict
 from scaling.problems import Problem
 from scaling.ranks import Ranks
 from scaling.report import Point, ProblemReport, assumptions, table, write_json, write_plot
 from scaling.traffic import Traffic
-from scaling.verify import results_of_one_device
+from scaling.verify import results_of_one_device, verify_all
 
 EXTRAPOLATED = (8, 64, 512)
 
@@ -50,14 +51,13 @@ def measure_point(
     """Collective over `ranks`."""
     inputs = make_inputs(problem.case(ranks.size), ranks.device)
     layer = Layer(inputs, ranks)
-    variants = measured(args.dispatcher, ranks.size, layer.auto)
-    traffic = layer.traffic()
-    results = verify_all(layer, results_of_one_device(inputs, layer), variants, traffic)
+    chosen, traffic = variants(args.dispatcher, problem, ranks.size), layer.traffic()
+    results = verify_all(layer, results_of_one_device(inputs, layer), chosen, traffic)
     # Whole tables would count as memory of the layer.
     del inputs
     measure_all(layer, results, args.repeats, advance)
     further = {} if ranks.size > 1 else further_traffic(problem, layer)
-    return Point(ranks.size, layer.auto, results, traffic, further)
+    return Point(ranks.size, results, traffic, further)
 
 
 def further_traffic(problem: Problem, layer: Layer) -> dict[int, Traffic]:
@@ -75,7 +75,7 @@ def further_traffic(problem: Problem, layer: Layer) -> dict[int, Traffic]:
 
 
 def predict_all(report: ProblemReport, near: dict[int, Network], beyond: Network | None) -> None:
-    """Of the last point if no more can be said, else of all points and of more ranks."""
+    """Of all points but that of one rank; of more ranks than there are if their links are known."""
     one_rank = report.one_rank("total")
     for point in report.points[1:]:
         for name in DISPATCHERS:
@@ -114,7 +114,9 @@ def run(args: argparse.Namespace, runtime: Runtime) -> None:
             links = measure_links(mine[size])
             near[size] = Network(links, size, args.network * 1e9, copy_rate(device))
     problems = problems_of(args)
-    total = sum(len(measured(args.dispatcher, n, None)) for n in args.ranks) * len(problems)
+    total = sum(
+        len(variants(args.dispatcher, problem, size)) for problem in problems for size in args.ranks
+    )
     title = f"{runtime.world_size} x {device_name(device)}, " + ", ".join(
         f"{name} {version}" for name, version in versions().items()
     )
@@ -162,15 +164,10 @@ def main() -> None:
     except ValueError as error:
         wrong = error
     with distributed(timeout) as runtime:
-        try:
+        with an_error_of_all_ranks_ends_the_run("bench_scaling.py", runtime, (ValueError,)):
             with same_error_on_all_ranks():
                 if wrong is not None:
                     raise wrong
-        except ValueError as error:
-            if runtime.is_main:
-                print(f"bench_scaling.py: error: {error}", file=sys.stderr, flush=True)
-            dist.barrier()
-            sys.exit(2)
         run(args, runtime)
 
 

@@ -1,7 +1,8 @@
-"""metrics.jsonl, a line a step, and the loss curve drawn from it."""
+"""metrics.jsonl, a line a step, and the loss curve and the speed that it shows."""
 
 import json
 import os
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,18 @@ def plot_losses(path: Path, lines: list[Line], single_token_entropy: float) -> N
     axes.set(xlabel="step", ylabel="loss, nats a token")
     axes.legend()
     figure.savefig(path, dpi=120)
+
+
+def speed(lines: list[Line]) -> str:
+    """Medians over the steps, of which the first ones also compile."""
+    rate = statistics.median(line["tokens_per_s"] for line in lines) if lines else 0.0
+    shares: dict[str, list[float]] = {}
+    for line in lines:
+        for name, share in line.get("share_of_step", {}).items():
+            shares.setdefault(name, []).append(share)
+    parts = [f"{name} {statistics.median(of_steps):.1%}" for name, of_steps in shares.items()]
+    text = f"median of {rate:,.0f} tokens/s"
+    return f"{text}; of the step: {', '.join(parts)}" if parts else text
 
 
 def _read(path: Path) -> list[Line]:

@@ -2,7 +2,8 @@
 
 import argparse
 from pathlib import Path
-from typing import NoReturn
+
+from errors import RaisingParser
 
 MAX_OPTION = 2**31
 POSITIVE = (
@@ -104,10 +105,3 @@ def parse_args(description: str, argv: list[str] | None = None) -> argparse.Name
         if not 0 <= value < MAX_OPTION:
             parser.error(f"--{name.replace('_', '-')} must not be negative, got {value}")
     return args
-
-
-class RaisingParser(argparse.ArgumentParser):
-    """Raises instead of exiting, so that all ranks can report an error as one."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(message)

@@ -6,11 +6,9 @@ torchrun --standalone --nproc-per-node 2 launch/train.py --out out/run
 import argparse
 import math
 import os
-import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -28,6 +26,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from data import Corpus, Tokens, batch_at, load_corpus
+from errors import an_error_of_all_ranks_ends_the_run
 from flash_moe_dist import (
     ExpertLoad,
     ExpertParallel,
@@ -40,7 +39,7 @@ from flash_moe_dist.agreement import gather_objects, same_error_on_all_ranks
 from flash_moe_dist.checkpoint import Checkpointer
 from flash_moe_dist.collectives import all_gather_rows
 from flash_moe_dist.runtime import DEFAULT_TIMEOUT, Runtime, distributed
-from metrics import Line, MetricsFile, plot_losses
+from metrics import Line, MetricsFile, plot_losses, speed
 from model import ModelConfig, Transformer
 from options import parse_args
 from sigterm import Sigterm
@@ -397,23 +396,6 @@ def train(
     return step
 
 
-@contextmanager
-def an_error_of_all_ranks_ends_the_run(
-    runtime: Runtime, kinds: tuple[type[Exception], ...] = (ValueError, TypeError, RuntimeError)
-) -> Iterator[None]:
-    """Prints an error that every rank raises once, without a traceback, and exits with 2.
-
-    kinds: of exceptions that no rank raises alone.
-    """
-    try:
-        yield
-    except kinds as error:
-        if runtime.is_main:
-            print(f"train.sh: error: {error}", file=sys.stderr, flush=True)
-        dist.barrier()
-        sys.exit(2)
-
-
 def say(runtime: Runtime, text: str) -> None:
     if runtime.is_main:
         print(text, flush=True)
@@ -428,7 +410,7 @@ def main() -> None:
     except ValueError as error:
         wrong = error
     with distributed(timeout) as runtime:
-        with an_error_of_all_ranks_ends_the_run(runtime):
+        with an_error_of_all_ranks_ends_the_run("train.sh", runtime):
             with same_error_on_all_ranks():
                 if wrong is not None:
                     raise wrong
@@ -444,7 +426,7 @@ def main() -> None:
                 corpus, config = prepare(args, runtime, saved)
         run = Run(args, runtime, corpus, config)
         if last_step:
-            with an_error_of_all_ranks_ends_the_run(runtime, (ValueError,)):
+            with an_error_of_all_ranks_ends_the_run("train.sh", runtime, (ValueError,)):
                 checkpoints.load(last_step, run.model, run.optimizer)
         count = sum(parameter.numel() for parameter in run.model.parameters())
         say(
@@ -491,18 +473,6 @@ def finish(run: Run, metrics: MetricsFile | None) -> None:
         f"metrics, loss curve and checkpoints are in {run.args.out}",
         flush=True,
     )
-
-
-def speed(lines: list[Line]) -> str:
-    """Medians over the steps, of which the first ones also compile."""
-    rate = statistics.median(line["tokens_per_s"] for line in lines) if lines else 0.0
-    shares: dict[str, list[float]] = {}
-    for line in lines:
-        for name, share in line.get("share_of_step", {}).items():
-            shares.setdefault(name, []).append(share)
-    parts = [f"{name} {statistics.median(of_steps):.1%}" for name, of_steps in shares.items()]
-    text = f"median of {rate:,.0f} tokens/s"
-    return f"{text}; of the step: {', '.join(parts)}" if parts else text
 
 
 def _as_text(loss: float | None) -> str:

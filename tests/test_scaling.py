@@ -16,16 +16,17 @@ from flash_moe.ops.naive import naive_expert_func
 from flash_moe_dist import dispatch
 from flash_moe_dist.sharding import experts_per_rank
 from flash_moe_dist.volume import Load, Widths, bytes_handed
-from scaling.arguments import measured, parse, problems_of
+from scaling.arguments import parse, problems_of, variants
 from scaling.conventional import conventional_expert_func
 from scaling.layer import Layer
-from scaling.measure import CONVENTIONAL, measure_all, rounds, verify_all
+from scaling.measure import measure_all, rounds
 from scaling.predict import Link, Network, predict
 from scaling.problems import Problem
 from scaling.ranks import Ranks
 from scaling.report import Point, ProblemReport, table
+from scaling.results import CONVENTIONAL
 from scaling.traffic import ALL_GATHER, ALL_TO_ALL, REDUCE_SCATTER, Message, Traffic, messages
-from scaling.verify import largest_row_error, results_of_one_device, verify
+from scaling.verify import largest_row_error, results_of_one_device, verify, verify_all
 
 SMALL = ["--tokens", "12", "--total-tokens", "12", "--hidden-size", "16", "--num-experts", "50"]
 SMALL += ["--num-experts-per-tok", "4", "--repeats", "2"]
@@ -179,10 +180,10 @@ def test_defaults_suit_any_number_of_ranks(world_size: int, on_gpus: bool) -> No
 
 def test_what_is_measured() -> None:
     chosen = ["auto", "all_to_all", "all_gather", "conventional"]
-    assert measured(chosen, 1, "all_gather") == ["one rank"]
-    assert measured(chosen, 2, "all_gather") == ["all_gather", "all_to_all", "conventional"]
-    assert measured(["auto"], 2, "all_to_all") == ["all_to_all"]
-    assert len(measured(chosen, 2, None)) == 3
+    few, many = (Problem("weak", 8, 16, 30, slots, "float32", "uniform", 0.0) for slots in (1, 30))
+    assert variants(chosen, many, 1) == ["one rank"]
+    assert variants(chosen, many, 2) == ["all_gather", "all_to_all", "conventional"]
+    assert variants(["auto", "all_gather"], few, 2) == ["all_to_all", "all_gather"]
     args = parse("", ["--tokens", "8", "8", "--scaling", "weak", "weak"], False, 2)
     assert len(problems_of(args)) == 2
 
@@ -279,7 +280,7 @@ def test_row_errors() -> None:
 
 
 def baseline_without_memory() -> tuple[str, str, dict[str, list[float]]]:
-    import scaling.measure as module
+    import scaling.verify as module
 
     patched: Any = module
     layer, expected = sharded_layer(WEAK)
@@ -295,8 +296,8 @@ def baseline_without_memory() -> tuple[str, str, dict[str, list[float]]]:
 
     measure_all(layer, results, 2, advance)
     assert calls == 2 * rounds(2)
-    alone = Point(1, "all_to_all", {"one rank": results["all_to_all"]}, traffic)
-    report = ProblemReport(WEAK, 2, [alone, Point(2, "all_to_all", results, traffic)])
+    alone = Point(1, {"one rank": results["all_to_all"]}, traffic)
+    report = ProblemReport(WEAK, 2, [alone, Point(2, results, traffic)])
     left_out = results[CONVENTIONAL]
     return left_out.failure, table(report), left_out.seconds
 
@@ -306,6 +307,31 @@ def test_a_baseline_that_does_not_fit_is_left_out(rank_pools: RankPools) -> None
         assert failure.startswith("left out: rows of all pairs take")
         assert failure in printed
         assert seconds == {}
+
+
+def dispatcher_of_auto(problem: Problem) -> str:
+    """That of the layer itself."""
+    used: list[str] = []
+    layer, _ = sharded_layer(problem)
+    layer.choose("auto")
+    with pytest.MonkeyPatch.context() as patch:
+        for key, one in dispatch.DISPATCHERS.items():
+            rows = one.dispatch_rows
+
+            def noted(*args: Any, name: str = key, rows: Any = rows) -> Any:
+                used.append(name)
+                return rows(*args)
+
+            patch.setattr(one, "dispatch_rows", noted)
+        layer.forward()
+    (name,) = used
+    return name
+
+
+@pytest.mark.parametrize(("slots", "dtype"), [(1, "float32"), (2, "bfloat16"), (30, "bfloat16")])
+def test_auto_is_that_of_the_layer(slots: int, dtype: str, rank_pools: RankPools) -> None:
+    problem = Problem("weak", 10, 16, 30, slots, dtype, "uniform", 0.0)
+    assert rank_pools.run(2, dispatcher_of_auto, problem) == [problem.auto(2)] * 2
 
 
 def traffic_of_two() -> tuple[Traffic, list[list[int]]]:
@@ -352,7 +378,6 @@ NETWORK = Network(
 @pytest.mark.parametrize(
     ("collective", "bytes_WW", "expected"),
     [
-        (ALL_TO_ALL, [[80]], 0.0),
         # What a rank keeps does not count; the most that one sends or receives does.
         (ALL_TO_ALL, [[80, 10], [40, 80]], 1 + 40 / 10),
         (ALL_TO_ALL, [[0, 30, 0, 0], [0] * 4, [0] * 4, [0] * 4], 1 + 30 / 10),

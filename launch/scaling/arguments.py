@@ -6,11 +6,11 @@ import itertools
 import math
 from pathlib import Path
 
+from errors import RaisingParser
 from flash_moe.bench.cases import DTYPES, ROUTINGS
 from flash_moe_dist.volume import DispatcherName
-from options import RaisingParser
-from scaling.measure import ALONE, CONVENTIONAL
 from scaling.problems import Problem
+from scaling.results import ALONE, CONVENTIONAL
 
 AUTO = "auto"
 DISPATCHERS: tuple[DispatcherName, ...] = ("all_to_all", "all_gather")
@@ -113,15 +113,11 @@ class _Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaults
     pass
 
 
-def measured(chosen: list[str], ranks: int, auto: DispatcherName | None) -> list[str]:
-    """What is measured on so many ranks, "auto" being the dispatcher that it stands for.
-
-    auto: None if that is not known yet; the number of variants is right then too, unless it is
-    asked for beside only one of the dispatchers.
-    """
+def variants(chosen: list[str], problem: Problem, ranks: int) -> list[str]:
+    """What is measured on so many ranks, "auto" being the dispatcher that it stands for."""
     if ranks == 1:
         return [ALONE]
-    meant = [auto or DISPATCHERS[0] if name == AUTO else name for name in chosen]
+    meant = [problem.auto(ranks) if name == AUTO else name for name in chosen]
     return list(dict.fromkeys(meant))
 
 

@@ -15,7 +15,6 @@ from flash_moe.bench.cases import Inputs
 from flash_moe_dist import ExpertParallel
 from flash_moe_dist.expert_parallel import ExpertParallelFunc
 from flash_moe_dist.sharding import experts_per_rank
-from flash_moe_dist.volume import DispatcherName
 from scaling.conventional import conventional_expert_func
 from scaling.problems import Tokens
 from scaling.ranks import Ranks
@@ -46,16 +45,7 @@ class Layer:
 
     def choose(self, dispatcher: Any) -> None:
         """A name, or anything on one rank."""
-        func = ExpertParallelFunc(self.ranks.mesh, dispatcher)
-        self.experts.expert_func = func
-
-    @property
-    def auto(self) -> DispatcherName:
-        """The dispatcher that "auto" stands for."""
-        func = ExpertParallelFunc(self.ranks.mesh)
-        tokens, (down, _) = self.tokens, self.tables
-        rows = (tokens.hidden_TH, tokens.indices_TK, tokens.weights_TK)
-        return func.dispatcher_for(*rows, down.to_local()).name
+        self.experts.expert_func = ExpertParallelFunc(self.ranks.mesh, dispatcher)
 
     def forward(self) -> None:
         tokens = self.tokens

@@ -19,9 +19,7 @@ WIDTH = 2**10
 
 
 def measure_links(ranks: Ranks) -> dict[str, Link]:
-    """Latency and rate of each collective, from a small and a large message; {} for one rank."""
-    if ranks.size == 1:
-        return {}
+    """Latency and rate of each collective, from a small and a large message."""
     return {name: _link(ranks, name) for name in (ALL_TO_ALL, ALL_GATHER, REDUCE_SCATTER)}
 
 

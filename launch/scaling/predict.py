@@ -22,11 +22,9 @@ from dataclasses import dataclass
 
 import torch
 
-from flash_moe.bench.cases import DTYPES
-from flash_moe.ops.backends import accumulator_dtype
-from flash_moe_dist.volume import DispatcherName, Widths
+from flash_moe_dist.volume import DispatcherName
 from scaling.problems import Problem
-from scaling.traffic import ALL_GATHER, ALL_TO_ALL, Message, Traffic, messages
+from scaling.traffic import ALL_GATHER, ALL_TO_ALL, Message, Traffic, busiest, messages
 
 
 @dataclass(frozen=True)
@@ -49,27 +47,20 @@ class Network:
     def seconds(self, message: Message) -> float:
         bytes_WW = message.bytes_WW
         ranks = len(bytes_WW)
-        if ranks == 1:
-            return 0.0
         link = self.links[message.collective]
         near = min(ranks, self.ranks_per_host)
         if message.collective == ALL_TO_ALL:
             host_W = torch.arange(ranks) // near
             same_host_WW = host_W[:, None] == host_W
             elsewhere_WW = bytes_WW.clone().fill_diagonal_(0)
-            within = _busiest(elsewhere_WW.where(same_host_WW, 0.0))
-            between = _busiest(elsewhere_WW.where(~same_host_WW, 0.0))
+            within = busiest(elsewhere_WW.where(same_host_WW, 0.0))
+            between = busiest(elsewhere_WW.where(~same_host_WW, 0.0))
         else:
             # What one rank gathers from another, or scatters to it.
             part = float(bytes_WW.max())
             within, between = part * (ranks - 1), part * (ranks - near) / near
         rate_between = min(self.between_hosts, link.rate)
         return link.latency + max(within / link.rate, between / rate_between)
-
-
-def _busiest(bytes_WW: torch.Tensor) -> float:
-    """Most that any rank sends or receives."""
-    return float(torch.maximum(bytes_WW.sum(0), bytes_WW.sum(1)).max())
 
 
 @dataclass(frozen=True)
@@ -101,11 +92,8 @@ def predict(
     shared = one_rank_seconds if problem.scaling == "weak" else one_rank_seconds / ranks
     pairs_W = traffic.pairs_WW.sum(0)
     experts = shared * float(pairs_W.max() / pairs_W.mean().clamp(min=1e-9))
-    if ranks == 1:
-        return Prediction(experts, 0.0, 0.0)
-    dtype = DTYPES[problem.dtype]
-    b, a = dtype.itemsize, accumulator_dtype(dtype, dtype).itemsize
-    widths = Widths(ranks, problem.hidden_size, b, a, dtype.itemsize)
+    widths = problem.widths(ranks)
+    b, a = widths.hidden_bytes, widths.sum_bytes
     if dispatcher == ALL_GATHER:
         packed, received = 0.0, ranks * traffic.most_tokens
     else:

@@ -5,7 +5,9 @@ from typing import Literal
 
 from torch import Tensor
 
-from flash_moe.bench.cases import Case, Inputs
+from flash_moe.bench.cases import DTYPES, Case, Inputs
+from flash_moe.ops.backends import accumulator_dtype
+from flash_moe_dist.volume import DispatcherName, Widths, cheaper_dispatcher
 
 Scaling = Literal["weak", "strong"]
 
@@ -38,6 +40,16 @@ class Problem:
 
     def tokens_per_rank(self, ranks: int) -> int:
         return self.tokens if self.scaling == "weak" else self.tokens // ranks
+
+    def widths(self, ranks: int) -> Widths:
+        dtype = DTYPES[self.dtype]
+        sum_dtype = accumulator_dtype(dtype, dtype)
+        sizes = (dtype.itemsize, sum_dtype.itemsize, dtype.itemsize)
+        return Widths(ranks, self.hidden_size, *sizes)
+
+    def auto(self, ranks: int) -> DispatcherName:
+        """The dispatcher that "auto" stands for."""
+        return cheaper_dispatcher(self.widths(ranks), self.num_experts_per_tok)
 
     def case(self, ranks: int) -> Case:
         """All ranks' tokens as one problem of one device.

@@ -8,10 +8,9 @@ from typing import Any
 
 from flash_moe.bench.report import device_name, versions
 from flash_moe_dist.runtime import Runtime
-from flash_moe_dist.volume import DispatcherName
-from scaling.measure import ALONE, CONVENTIONAL, STEPS, Result
 from scaling.predict import Network, Prediction
 from scaling.problems import Problem
+from scaling.results import ALONE, CONVENTIONAL, STEPS, Result
 from scaling.traffic import Traffic
 
 PARTS = (*STEPS, "other")
@@ -22,12 +21,11 @@ COLOURS = {"all_to_all": "tab:blue", "all_gather": "tab:orange"}
 class Point:
     """A problem on some ranks.
 
-    auto: the dispatcher that "auto" stands for; results: by variant; traffic: of these ranks;
-    further: of more ranks, from one rank's tokens; predictions: by dispatcher.
+    results: by variant; traffic: of these ranks; further: of more ranks, from one rank's tokens;
+    predictions: by dispatcher.
     """
 
     ranks: int
-    auto: DispatcherName
     results: dict[str, Result]
     traffic: Traffic
     further: dict[int, Traffic] = field(default_factory=dict)
@@ -78,7 +76,7 @@ def table(report: ProblemReport) -> str:
     rows, steps = [], []
     for point in report.points:
         for name, result in point.results.items():
-            shown = f"{name} (auto)" if name == point.auto else name
+            shown = f"{name} (auto)" if name == report.problem.auto(point.ranks) else name
             label = f"  {point.ranks:5}  {shown:18}"
             rows.append(label + _cells(report, point, name, result))
             if result.steps:
@@ -172,7 +170,7 @@ def write_json(
 def _as_fields(report: ProblemReport, point: Point) -> dict[str, Any]:
     return {
         "ranks": point.ranks,
-        "auto": point.auto if point.ranks > 1 else None,
+        "auto": report.problem.auto(point.ranks) if point.ranks > 1 else None,
         "rows_sent": point.traffic.rows_WW.tolist(),
         "pairs_sent": point.traffic.pairs_WW.tolist(),
         "results": {name: asdict(result) for name, result in point.results.items()},

@@ -39,6 +39,11 @@ def sent_by_one_rank(indices_TK: Tensor, num_experts: int, ranks: int) -> tuple[
     return counts_2W[0], counts_2W[1]
 
 
+def busiest(sent_WW: Tensor) -> float:
+    """Most that any rank sends or receives."""
+    return float(torch.maximum(sent_WW.sum(0), sent_WW.sum(1)).max())
+
+
 @dataclass(frozen=True)
 class Message:
     """bytes_WW: handed over by rank i for rank j; of an all-gather each row is the same."""

@@ -16,7 +16,10 @@ from flash_moe.bench.measure import (
 )
 from flash_moe.ops.flash_expert import triton_flash_expert_func
 from flash_moe_dist.agreement import same_error_on_all_ranks
+from scaling.conventional import bytes_needed
 from scaling.layer import Layer, rows_of
+from scaling.results import CONVENTIONAL, Result
+from scaling.traffic import Traffic, busiest
 
 
 def results_of_one_device(inputs: Inputs, layer: Layer) -> tuple[Tensor, ...]:
@@ -37,6 +40,42 @@ def results_of_one_device(inputs: Inputs, layer: Layer) -> tuple[Tensor, ...]:
                 own_eH = part / ranks.size
         grads[place] = own_eH
     return out_TH.detach(), *grads
+
+
+def verify_all(
+    layer: Layer, expected: tuple[Tensor, ...], variants: list[str], traffic: Traffic
+) -> dict[str, Result]:
+    """Results with an error, or a reason for having none; raises as `verify`."""
+    results = {name: Result() for name in variants}
+    for name, result in results.items():
+        if name == CONVENTIONAL:
+            result.failure = why_not_conventional(layer, traffic)
+            if not result.failure:
+                result.error = verify_conventional(layer, expected)
+        else:
+            result.error = verify(layer, expected, name)
+        layer.clear()
+    return results
+
+
+def why_not_conventional(layer: Layer, traffic: Traffic) -> str:
+    """Why the baseline's rows do not fit, on any rank; empty if they do."""
+    needed = bytes_needed(int(busiest(traffic.pairs_WW)), layer.tokens.hidden_TH)
+    if layer.ranks.device.type == "cuda":
+        torch.cuda.empty_cache()
+        free = torch.cuda.mem_get_info()[0]
+    else:
+        # All ranks of a machine share it.
+        free = _available_bytes() // layer.ranks.size
+    if needed > 0.9 * min(layer.ranks.gather(free)):
+        return f"left out: rows of all pairs take {needed / 1e9:.1f} GB a rank"
+    return ""
+
+
+def _available_bytes() -> int:
+    with open("/proc/meminfo") as lines:
+        (line,) = (line for line in lines if line.startswith("MemAvailable"))
+    return int(line.split()[1]) * 1024
 
 
 def verify(layer: Layer, expected: tuple[Tensor, ...], dispatcher: Any) -> float:
