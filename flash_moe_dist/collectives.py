@@ -4,23 +4,34 @@ W ranks of the group. All of them must call alike. Autograd does not see through
 `flash_moe_dist.expert_parallel` for the backward pass.
 """
 
+from typing import Any
+
 import torch.distributed as dist
 from torch import Tensor
 
 from flash_moe_dist.steps import communication
 
 ALL_TO_ALL = "all_to_all_single"
-# Their names from torch 2.13 on, where the older ones warn.
-ALL_GATHER, REDUCE_SCATTER = (
-    ("all_gather_single", "reduce_scatter_single")
-    if hasattr(dist, "all_gather_single")
-    else ("all_gather_into_tensor", "reduce_scatter_tensor")
-)
+# Its name from torch 2.13 on, where the older one warns.
+ALL_GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
 
 
-def all_to_all_rows(
+class Pending:
+    """Rows on their way, beside whatever the device does until `wait`."""
+
+    def __init__(self, received: Tensor, sent: Tensor, work: Any) -> None:
+        self._received, self._sent, self._work = received, sent, work
+
+    def wait(self) -> Tensor:
+        """The rows received; what the device does next comes after them."""
+        with communication():
+            self._work.wait()
+        return self._received
+
+
+def start_all_to_all(
     rows: Tensor, input_splits: list[int], output_splits: list[int], group: dist.ProcessGroup
-) -> Tensor:
+) -> Pending:
     """Send consecutive runs of rows to the ranks of `group` and receive theirs.
 
     Args:
@@ -28,28 +39,31 @@ def all_to_all_rows(
         input_splits, output_splits: (W,) rows sent to, received from each rank.
 
     Returns:
-        (sum(output_splits), ...), in the order of the ranks that sent.
+        (sum(output_splits), ...), in the order of the ranks that sent, once they are there.
     """
-    received = rows.new_empty(sum(output_splits), *rows.shape[1:])
     rows = rows.contiguous()
-    with communication():
-        dist.all_to_all_single(received, rows, output_splits, input_splits, group=group)
-    return received
+    received = rows.new_empty(sum(output_splits), *rows.shape[1:])
+    work = dist.all_to_all_single(
+        received, rows, output_splits, input_splits, group=group, async_op=True
+    )
+    return Pending(received, rows, work)
+
+
+def all_to_all_rows(
+    rows: Tensor, input_splits: list[int], output_splits: list[int], group: dist.ProcessGroup
+) -> Tensor:
+    """`start_all_to_all`, and wait."""
+    return start_all_to_all(rows, input_splits, output_splits, group).wait()
+
+
+def start_all_gather(rows: Tensor, group: dist.ProcessGroup) -> Pending:
+    """Rows (T, ...), as many on every rank, of all ranks: (W T, ...), once they are there."""
+    rows = rows.contiguous()
+    gathered = rows.new_empty(dist.get_world_size(group) * rows.shape[0], *rows.shape[1:])
+    work = getattr(dist, ALL_GATHER)(gathered, rows, group=group, async_op=True)
+    return Pending(gathered, rows, work)
 
 
 def all_gather_rows(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Rows (T, ...), as many on every rank, of all ranks: (W T, ...)."""
-    gathered = rows.new_empty(dist.get_world_size(group) * rows.shape[0], *rows.shape[1:])
-    rows = rows.contiguous()
-    with communication():
-        getattr(dist, ALL_GATHER)(gathered, rows, group=group)
-    return gathered
-
-
-def reduce_scatter_rows(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Rows (W T, ...) summed over the ranks; the r-th T of them stay with rank r: (T, ...)."""
-    summed = rows.new_empty(rows.shape[0] // dist.get_world_size(group), *rows.shape[1:])
-    rows = rows.contiguous()
-    with communication():
-        getattr(dist, REDUCE_SCATTER)(summed, rows, group=group)
-    return summed
+    """`start_all_gather`, and wait."""
+    return start_all_gather(rows, group).wait()

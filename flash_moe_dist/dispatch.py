@@ -7,25 +7,32 @@ Routing is by rank, not by expert. A token's hidden row crosses to a rank once, 
 of that rank's experts it uses, with a list of (local expert id, routing weight); the owner
 returns one partial sum for it, and the token's rank adds these up.
 
-Pairs travel by all-to-all, ordered as `flash_moe_dist.routing` says. Two ways for the rows:
+Pairs travel by all-to-all, in words as `flash_moe_dist.routing` says. Two ways for the rows:
 
     AllToAllDispatcher    a row goes to the ranks that own some of its experts, and only there
-    AllGatherDispatcher   every row goes to every rank, sums come back by reduce-scatter; rows of
-                          no pairs fill up where ranks have fewer tokens than others
+    AllGatherDispatcher   every row goes to every rank, and a sum comes back from every rank; rows
+                          of no pairs fill up where ranks have fewer tokens than others
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from flash_moe.ops.backends import default_backend, load_backend, ragged_backend
+from flash_moe.ops.backends import (
+    TRITON_BACKENDS,
+    default_backend,
+    load_backend,
+    ragged_backend,
+)
+from flash_moe.ops.backends.gather import sum_pieces
 from flash_moe.ops.pairs import Pairs
-from flash_moe_dist.collectives import all_gather_rows, all_to_all_rows, reduce_scatter_rows
+from flash_moe_dist.collectives import Pending, start_all_gather, start_all_to_all
 from flash_moe_dist.counts import Settings, agree_on_counts
-from flash_moe_dist.routing import Routing
+from flash_moe_dist.routing import unpack, words_of_pair
 from flash_moe_dist.volume import DispatcherName, Load
 
 
@@ -35,8 +42,8 @@ class DispatchMetadata:
 
     rows_sent, rows_received, pairs_sent, pairs_received (W,): to and from each rank.
     num_tokens, most_tokens: T here, and on the rank that has most.
-    slots_P (P,): place in (T, K) of each pair sent; shape_TK: that shape.
-    tokens_S (S,), sent_TW (T, W): as `Routing.rows`; None where rows are gathered.
+    shape_TK: of the indices.
+    slots_P (P,), tokens_S (S,), sent_TW (T, W): as `flash_moe_dist.routing.SentPairs`.
     """
 
     rows_sent: list[int]
@@ -46,7 +53,7 @@ class DispatchMetadata:
     num_tokens: int
     most_tokens: int
     shape_TK: torch.Size
-    slots_P: Tensor | None
+    slots_P: Tensor | None = None
     tokens_S: Tensor | None = None
     sent_TW: Tensor | None = None
 
@@ -86,9 +93,10 @@ class TokenDispatcher(ABC):
     """Dispatch and combine over the ranks of `group`, without autograd.
 
     A forward pass is `dispatch`, the experts, `combine`. A backward pass is the mirror image:
-    `dispatch_rows` of the output's gradient, the experts, `combine` of the hidden states'
-    gradient and `return_pairs` of the routing weights'. The forward pass reads the counts of an
-    exchange on the host, its only host sync; the backward pass has none.
+    `dispatch_rows` of the output's gradient, the experts, `start_combine` of the hidden states'
+    gradient and `start_return` of the routing weights', which travel while the gradients of the
+    tables are computed. The forward pass reads the counts of an exchange on the host, its only
+    host sync; the backward pass has none.
 
     Args:
         group: the expert-parallel ranks. Every rank calls every method equally often, with any
@@ -96,6 +104,7 @@ class TokenDispatcher(ABC):
     """
 
     name: DispatcherName
+    sends_all_rows: bool
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
@@ -114,9 +123,8 @@ class TokenDispatcher(ABC):
             TypeError, ValueError: on every rank alike, if any rank's input is wrong or the
                 ranks' settings differ.
         """
-        rows = (hidden_TH, indices_TK, weights_TK)
-        routing, counts = agree_on_counts(*rows, settings, self.ep_size, self.group)
-        local_ids_P, slots_P = routing.pairs(sum(counts.pairs_sent))
+        arguments = (hidden_TH, indices_TK, weights_TK)
+        routing, counts = agree_on_counts(*arguments, settings, self.ep_size, self.group)
         metadata = DispatchMetadata(
             counts.rows_sent,
             counts.rows_received,
@@ -125,92 +133,110 @@ class TokenDispatcher(ABC):
             indices_TK.shape[0],
             counts.most_tokens,
             indices_TK.shape,
-            slots_P,
         )
-        metadata, pairs_per_row_R = self._send_row_pairs(routing, metadata)
-        pairs = (counts.pairs_sent, counts.pairs_received, self.group)
-        received = ReceivedTokens(
-            hidden_RH=self.dispatch_rows(hidden_TH, metadata),
-            row_offsets=torch.nn.functional.pad(pairs_per_row_R.cumsum(0), (1, 0)),
-            expert_ids_M=all_to_all_rows(local_ids_P, *pairs),
-            weights_M=all_to_all_rows(weights_TK.reshape(-1).index_select(0, slots_P), *pairs),
+        # Where every rank gets all rows, these travel while pairs are packed.
+        rows = self.start_rows(hidden_TH, metadata) if self.sends_all_rows else None
+        rows_of_all = counts.most_tokens if self.sends_all_rows else 0
+        sent = routing.pack(weights_TK, counts.rows_sent, counts.pairs_sent, rows_of_all)
+        metadata = metadata.with_tensors(sent.slots_P, sent.tokens_S, sent.sent_TW)
+        rows_received = [rows_of_all] * self.ep_size if rows_of_all else counts.rows_received
+        width = words_of_pair(weights_TK.dtype)
+        received_splits = [
+            num_rows + width * num_pairs
+            for num_rows, num_pairs in zip(rows_received, counts.pairs_received, strict=True)
+        ]
+        words = start_all_to_all(sent.words, sent.splits, received_splits, self.group)
+        rows = rows or self.start_rows(hidden_TH, metadata)
+        row_offsets, ids_M, weights_M = unpack(
+            words.wait(), rows_received, counts.pairs_received, weights_TK.dtype
         )
-        return received, metadata
+        return ReceivedTokens(rows.wait(), row_offsets, ids_M, weights_M), metadata
 
-    def return_pairs(self, values_M: Tensor, metadata: DispatchMetadata) -> Tensor:
-        """Values of the pairs received back to (T, K) of the ranks that sent them, 0 elsewhere."""
-        assert metadata.slots_P is not None
-        values_P = all_to_all_rows(
-            values_M, metadata.pairs_received, metadata.pairs_sent, self.group
-        )
-        returned = values_P.new_zeros(metadata.shape_TK)
-        returned.view(-1).index_copy_(0, metadata.slots_P, values_P)
-        return returned
-
-    @abstractmethod
     def dispatch_rows(self, rows_TH: Tensor, metadata: DispatchMetadata) -> Tensor:
         """Rows (T, H) of the tokens to the owners of their experts, as (R, H)."""
+        return self.start_rows(rows_TH, metadata).wait()
 
-    @abstractmethod
     def combine(self, partial_RH: Tensor, metadata: DispatchMetadata, dtype: torch.dtype) -> Tensor:
         """Return partial sums (R, H) to their tokens' ranks; add them up to (T, H) in `dtype`.
 
-        Added in the dtype of the partial sums and in a fixed order, and rounded once.
+        Added in the dtype of the partial sums, in the order of the ranks, and rounded once.
         """
+        return self.start_combine(partial_RH, metadata, dtype)()
+
+    def start_return(self, values_M: Tensor, metadata: DispatchMetadata) -> Callable[[], Tensor]:
+        """Values of the pairs received back to the ranks that sent them.
+
+        The call of what is returned waits for this rank's: (T, K), 0 in empty slots.
+        """
+        pending = start_all_to_all(
+            values_M, metadata.pairs_received, metadata.pairs_sent, self.group
+        )
+
+        def returned() -> Tensor:
+            assert metadata.slots_P is not None
+            values_P = pending.wait()
+            values_TK = values_P.new_zeros(metadata.shape_TK)
+            values_TK.view(-1).index_copy_(0, metadata.slots_P, values_P)
+            return values_TK
+
+        return returned
 
     @abstractmethod
-    def _send_row_pairs(
-        self, routing: Routing, metadata: DispatchMetadata
-    ) -> tuple[DispatchMetadata, Tensor]:
-        """Metadata with what rows need, and how many pairs each row received has: (R,) int32."""
+    def start_rows(self, rows_TH: Tensor, metadata: DispatchMetadata) -> Pending:
+        """As `dispatch_rows`, without waiting."""
+
+    @abstractmethod
+    def start_combine(
+        self, partial_RH: Tensor, metadata: DispatchMetadata, dtype: torch.dtype
+    ) -> Callable[[], Tensor]:
+        """As `combine`, in two: the call of what is returned waits, and adds up."""
 
 
 class AllToAllDispatcher(TokenDispatcher):
     """A row goes once to each rank that owns some of its experts."""
 
     name = "all_to_all"
+    sends_all_rows = False
 
-    def dispatch_rows(self, rows_TH: Tensor, metadata: DispatchMetadata) -> Tensor:
+    def start_rows(self, rows_TH: Tensor, metadata: DispatchMetadata) -> Pending:
         assert metadata.tokens_S is not None
         rows_SH = rows_TH.index_select(0, metadata.tokens_S)
-        return all_to_all_rows(rows_SH, metadata.rows_sent, metadata.rows_received, self.group)
+        return start_all_to_all(rows_SH, metadata.rows_sent, metadata.rows_received, self.group)
 
-    def combine(self, partial_RH: Tensor, metadata: DispatchMetadata, dtype: torch.dtype) -> Tensor:
-        assert metadata.sent_TW is not None
-        returned_SH = all_to_all_rows(
-            partial_RH, metadata.rows_received, metadata.rows_sent, self.group
-        )
-        return sum_copies(returned_SH, metadata.sent_TW, dtype)
+    def start_combine(
+        self, partial_RH: Tensor, metadata: DispatchMetadata, dtype: torch.dtype
+    ) -> Callable[[], Tensor]:
+        splits = (metadata.rows_received, metadata.rows_sent)
+        pending = start_all_to_all(partial_RH, *splits, self.group)
 
-    def _send_row_pairs(
-        self, routing: Routing, metadata: DispatchMetadata
-    ) -> tuple[DispatchMetadata, Tensor]:
-        tokens_S, pairs_per_row_S, sent_TW = routing.rows(sum(metadata.rows_sent))
-        received = all_to_all_rows(
-            pairs_per_row_S, metadata.rows_sent, metadata.rows_received, self.group
-        )
-        return replace(metadata, tokens_S=tokens_S, sent_TW=sent_TW), received
+        def combined() -> Tensor:
+            assert metadata.sent_TW is not None
+            return sum_copies(pending.wait(), metadata.sent_TW, dtype)
+
+        return combined
 
 
 class AllGatherDispatcher(TokenDispatcher):
     """Every row goes to every rank: static shapes, nothing packed."""
 
     name = "all_gather"
+    sends_all_rows = True
 
-    def dispatch_rows(self, rows_TH: Tensor, metadata: DispatchMetadata) -> Tensor:
-        return all_gather_rows(_filled_up(rows_TH, metadata.most_tokens), self.group)
+    def start_rows(self, rows_TH: Tensor, metadata: DispatchMetadata) -> Pending:
+        return start_all_gather(_filled_up(rows_TH, metadata.most_tokens), self.group)
 
-    def combine(self, partial_RH: Tensor, metadata: DispatchMetadata, dtype: torch.dtype) -> Tensor:
-        summed_XH = reduce_scatter_rows(partial_RH, self.group)
-        return summed_XH[: metadata.num_tokens].to(dtype)
-
-    def _send_row_pairs(
-        self, routing: Routing, metadata: DispatchMetadata
-    ) -> tuple[DispatchMetadata, Tensor]:
-        pairs_TW = routing.pairs_WT.t().to(torch.int32)
-        pairs_WX = _filled_up(pairs_TW, metadata.most_tokens).t().flatten()
+    def start_combine(
+        self, partial_RH: Tensor, metadata: DispatchMetadata, dtype: torch.dtype
+    ) -> Callable[[], Tensor]:
+        # Not a reduce-scatter: NCCL's takes longer for as many bytes, and its order is its own.
         splits = [metadata.most_tokens] * self.ep_size
-        return metadata, all_to_all_rows(pairs_WX, splits, splits, self.group)
+        pending = start_all_to_all(partial_RH, splits, splits, self.group)
+
+        def combined() -> Tensor:
+            pieces_WXH = pending.wait().view(self.ep_size, metadata.most_tokens, -1)
+            return sum_over_ranks(pieces_WXH, dtype)[: metadata.num_tokens]
+
+        return combined
 
 
 DISPATCHERS: dict[DispatcherName, type[TokenDispatcher]] = {
@@ -224,6 +250,16 @@ def sum_copies(rows_SH: Tensor, sent_TW: Tensor, dtype: torch.dtype) -> Tensor:
     ones_N = torch.ones(pattern.num_pairs, device=rows_SH.device)
     primitives = load_backend(ragged_backend(default_backend(rows_SH.device)))
     return primitives.spmm(ones_N, rows_SH, pattern, dtype)
+
+
+def sum_over_ranks(pieces_WXH: Tensor, dtype: torch.dtype) -> Tensor:
+    """The sum over the first dimension, in its order, rounded once."""
+    if default_backend(pieces_WXH.device) in TRITON_BACKENDS:
+        return sum_pieces(pieces_WXH, dtype)
+    total_XH = pieces_WXH[0].clone()
+    for piece_XH in pieces_WXH[1:]:
+        total_XH += piece_XH
+    return total_XH.to(dtype)
 
 
 def _filled_up(rows: Tensor, num_rows: int) -> Tensor:

@@ -290,7 +290,6 @@ class _ShardedExperts(torch.autograd.Function):
         kept, metadata = tuple(rest[:5]), ctx.dispatched.with_tensors(*rest[5:])
         dispatcher: TokenDispatcher = ctx.dispatcher
         hidden_needed, down_needed, up_needed, _, weights_needed, *_ = ctx.needs_input_grad
-        hidden_grad = weights_grad = None
         with step("dispatch_backward"):
             grad_RH = dispatcher.dispatch_rows(grad_TH, metadata)
         with step("experts_backward"):
@@ -309,12 +308,15 @@ class _ShardedExperts(torch.autograd.Function):
             partial_RH, weights_grad_M = backward.for_tokens(sum_dtype)
         with step("combine_backward"):
             if partial_RH is not None:
-                hidden_grad = dispatcher.combine(partial_RH, metadata, ctx.hidden_dtype)
+                hidden_combined = dispatcher.start_combine(partial_RH, metadata, ctx.hidden_dtype)
             if weights_grad_M is not None:
-                weights_grad = dispatcher.return_pairs(weights_grad_M, metadata)
+                weights_returned = dispatcher.start_return(weights_grad_M, metadata)
         with step("experts_backward"):
             # The loss is averaged over the ranks.
             down_grad, up_grad = backward.for_tables(1 / dispatcher.ep_size)
+        with step("combine_backward"):
+            hidden_grad = None if partial_RH is None else hidden_combined()
+            weights_grad = None if weights_grad_M is None else weights_returned()
         return hidden_grad, down_grad, up_grad, None, weights_grad, None, None, None
 
 

@@ -1,23 +1,55 @@
-"""Which pairs and rows go to which rank.
+"""Which pairs and rows go to which rank, and the words that tell a rank of its pairs.
 
 T local tokens, K experts per token, N = T K; W ranks, each the owner of a run of experts; S rows
 and P pairs sent by this rank.
 
 Pairs are sent rank by rank, within a rank token by token, within a token by ascending expert id.
-An index of -1 is sent nowhere.
+An index of -1 is sent nowhere. To each rank go 32-bit words: for each row the number of its pairs,
+then for each pair the owner's local expert id and the routing weight, as the bits of a float32 in
+one word or of a float64 in two.
 
 Example: 2 ranks of 2 experts, this rank's tokens choose [3, 0], [1, 0], [2, -1]. Rank 0 gets the
 pairs of token 0 with its local expert [0] and of token 1 with [0, 1]; rank 1 those of token 0 with
 its local expert [1] and of token 2 with [0]. Rows, if sent once to each rank that needs them: of
-tokens 0 and 1 to rank 0, of tokens 0 and 2 to rank 1.
+tokens 0 and 1 to rank 0, of tokens 0 and 2 to rank 1. The words, with g for a weight:
+
+    rank 0    1 2   0 g   0 g   1 g
+    rank 1    1 1   1 g   0 g
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
+import triton
 from torch import Tensor
 
+from flash_moe.ops.arrange import order_dtype
+from flash_moe.ops.backends import TRITON_BACKENDS, default_backend
+from flash_moe.ops.cost import MAX_SORTED_SLOTS
+from flash_moe.ops.launch import launch, next_power_of_2
+from flash_moe_dist.routing_kernels import pack_kernel, route_kernel
 from flash_moe_dist.sharding import experts_per_rank
+
+PACK_BLOCK = 128
+
+
+@dataclass(frozen=True)
+class SentPairs:
+    """What `Routing.pack` gives, on the device.
+
+    words       to each rank in turn: see above; `splits` (W,) says how many
+    slots_P     place in (T, K) of each pair
+    tokens_S    token of each row, and
+    sent_TW     (T, W) int32: which of the S rows are copies of token t, in the order of the ranks,
+                -1 for none; both None where every rank gets all rows
+    """
+
+    words: Tensor
+    splits: list[int]
+    slots_P: Tensor
+    tokens_S: Tensor | None = None
+    sent_TW: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -27,7 +59,7 @@ class Routing:
     ids_N, slots_N   ids sorted within each token, and the place in (T, K) each came from
     begin_WT         where the pairs of token t with rank w begin in ids_N
     pairs_WT         how many there are
-    out_of_range     () how many ids are neither an expert nor -1; these go nowhere
+    out_of_range     (1,) how many ids are neither an expert nor -1; these go nowhere
     local_size       experts of each rank but the last ones
     """
 
@@ -40,37 +72,128 @@ class Routing:
 
     @classmethod
     def of(cls, indices_TK: Tensor, num_experts: int, ep_size: int) -> "Routing":
+        local_size = experts_per_rank(num_experts, ep_size)
+        if _in_kernels(indices_TK) and 0 < indices_TK.shape[1] <= MAX_SORTED_SLOTS:
+            return cls._of_in_kernel(indices_TK, num_experts, ep_size, local_size)
         device = indices_TK.device
         num_tokens, slots = indices_TK.shape
-        ids_TK, slot_TK = indices_TK.sort(dim=1)
-        local_size = experts_per_rank(num_experts, ep_size)
+        ids_TK, slot_TK = indices_TK.sort(dim=1, stable=True)
         # The last rank's range ends with the last expert: ids beyond it go nowhere.
         bounds = (torch.arange(ep_size + 1, device=device) * local_size).clamp(max=num_experts)
         bounds_TW1 = bounds.to(ids_TK.dtype).repeat(num_tokens, 1)
         begin_TW1 = torch.searchsorted(ids_TK, bounds_TW1)
         first_slot_T = torch.arange(num_tokens, device=device) * slots
         return cls(
-            ids_TK.flatten(),
+            ids_TK.flatten().to(torch.int32),
             (slot_TK + first_slot_T.unsqueeze(1)).flatten(),
             begin_TW1[:, :-1].t() + first_slot_T,
             begin_TW1.diff(dim=1).t().contiguous(),
-            ((indices_TK < -1) | (indices_TK >= num_experts)).sum(),
+            ((indices_TK < -1) | (indices_TK >= num_experts)).sum().view(1),
             local_size,
         )
 
+    @classmethod
+    def _of_in_kernel(
+        cls, indices_TK: Tensor, num_experts: int, ep_size: int, local_size: int
+    ) -> "Routing":
+        device, (num_tokens, slots) = indices_TK.device, indices_TK.shape
+        block = next_power_of_2(slots)
+        narrow = (num_experts + 2) * block < 2**31
+        routing = cls(
+            torch.empty(num_tokens * slots, device=device, dtype=torch.int32),
+            torch.empty(num_tokens * slots, device=device, dtype=order_dtype(num_tokens * slots)),
+            torch.empty(ep_size, num_tokens, device=device, dtype=torch.int64),
+            torch.empty(ep_size, num_tokens, device=device, dtype=torch.int32),
+            torch.zeros(1, device=device, dtype=torch.int64),
+            local_size,
+        )
+        if num_tokens:
+            launch(
+                route_kernel,
+                (num_tokens,),
+                indices_TK.contiguous(),
+                routing.ids_N,
+                routing.slots_N,
+                routing.begin_WT,
+                routing.pairs_WT,
+                routing.out_of_range,
+                num_experts,
+                local_size,
+                ep_size,
+                SLOTS=slots,
+                BLOCK=block,
+                KEY=triton.language.int32 if narrow else triton.language.int64,
+                # As long as one warp can hold the keys, none of them crosses to another.
+                num_warps=1 if block <= 1024 else block // 128,
+            )
+        return routing
+
+    @cached_property
+    def pairs_end(self) -> Tensor:
+        """(W*T,) int64: pairs up to each token's with each rank, inclusive."""
+        return self.pairs_WT.flatten().cumsum(0)
+
+    @cached_property
+    def rows_end(self) -> Tensor:
+        """(W*T,) int64: rows up to each token's for each rank, inclusive."""
+        return (self.pairs_WT.flatten() > 0).cumsum(0)
+
     def counts_2W(self) -> Tensor:
         """Rows for each rank, and pairs for each rank."""
-        return torch.stack([(self.pairs_WT > 0).sum(1), self.pairs_WT.sum(1)])
+        ep_size, num_tokens = self.pairs_WT.shape
+        if num_tokens == 0:
+            return self.pairs_WT.new_zeros(2, ep_size, dtype=torch.int64)
+        ends_2W = torch.stack([self.rows_end, self.pairs_end]).view(2, ep_size, num_tokens)[..., -1]
+        return ends_2W.diff(dim=1, prepend=ends_2W.new_zeros(2, 1))
 
-    def pairs(self, num_pairs: int) -> tuple[Tensor, Tensor]:
-        """The pairs in the order they are sent; `num_pairs` = P spares a wait for the device.
+    def pack(
+        self, weights_TK: Tensor, rows_W: list[int], pairs_W: list[int], rows_of_all: int = 0
+    ) -> SentPairs:
+        """Words for each rank.
 
-        Returns:
-            local ids (P,) int32 for their owner, and the places (P,) in (T, K) they came from.
+        Args:
+            weights_TK: routing weights.
+            rows_W, pairs_W: `counts_2W`, on the host.
+            rows_of_all: if not 0, every rank gets that many rows: those of all tokens, then rows
+                without pairs.
+        """
+        width = words_of_pair(weights_TK.dtype)
+        rows_W = [rows_of_all] * len(rows_W) if rows_of_all else rows_W
+        splits = [rows + width * pairs for rows, pairs in zip(rows_W, pairs_W, strict=True)]
+        if _in_kernels(self.ids_N):
+            return self._pack_in_kernel(weights_TK, splits, sum(rows_W), sum(pairs_W), rows_of_all)
+        ep_size, num_tokens = self.pairs_WT.shape
+        local_ids_P, slots_P = self._pairs(sum(pairs_W))
+        weights_P = weights_TK.flatten()[slots_P]
+        if width == 2:
+            weights_P = weights_P.float()
+        bits_PV = weights_P.view(torch.int32).view(-1, width - 1)
+        pair_words = torch.cat([local_ids_P.unsqueeze(1), bits_PV], dim=1)
+        tokens_S = sent_TW = None
+        if rows_of_all:
+            missing = rows_of_all - num_tokens
+            pairs_of_rows = torch.nn.functional.pad(self.pairs_WT, (0, missing)).flatten()
+        else:
+            is_sent = self.pairs_WT.flatten() > 0
+            places_S = torch.nonzero_static(is_sent, size=sum(rows_W)).squeeze(1)
+            pairs_of_rows = self.pairs_WT.flatten()[places_S]
+            tokens_S = places_S % max(1, num_tokens)
+            sent_WT = (self.rows_end - 1).masked_fill(~is_sent, -1).view(ep_size, num_tokens)
+            sent_TW = sent_WT.t().to(torch.int32).contiguous()
+        parts = zip(
+            pairs_of_rows.to(torch.int32).split(rows_W), pair_words.split(pairs_W), strict=True
+        )
+        words = torch.cat([part.flatten() for both in parts for part in both])
+        return SentPairs(words, splits, slots_P, tokens_S, sent_TW)
+
+    def _pairs(self, num_pairs: int) -> tuple[Tensor, Tensor]:
+        """Local ids (P,) int32 of the pairs in the order they are sent, and their places (P,).
+
+        `num_pairs` = P spares a wait for the device.
         """
         ep_size, num_tokens = self.pairs_WT.shape
         counts = self.pairs_WT.flatten()
-        shift = self.begin_WT.flatten() - (counts.cumsum(0) - counts)
+        shift = self.begin_WT.flatten() - (self.pairs_end - counts)
         first_expert_W = torch.arange(ep_size, device=counts.device) * self.local_size
         shift_and_expert = torch.stack(
             [shift, first_expert_W.repeat_interleave(num_tokens)], dim=1
@@ -79,22 +202,71 @@ class Routing:
         local_ids = (self.ids_N[places] - shift_and_expert[:, 1]).to(torch.int32)
         return local_ids, self.slots_N[places]
 
-    def rows(self, num_rows: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The rows in the order they are sent, each once to each rank that needs it.
-
-        `num_rows` = S spares a wait for the device.
-
-        Returns:
-            tokens (S,) of the rows, pairs (S,) int32 of each, and sent_TW (T, W) int32: which
-            of the S rows are copies of token t, in the order of the ranks, -1 for none.
-        """
+    def _pack_in_kernel(
+        self,
+        weights_TK: Tensor,
+        splits: list[int],
+        num_rows: int,
+        num_pairs: int,
+        rows_of_all: int,
+    ) -> SentPairs:
         ep_size, num_tokens = self.pairs_WT.shape
-        counts = self.pairs_WT.flatten()
-        is_sent = counts > 0
-        places_S = torch.nonzero_static(is_sent, size=num_rows).squeeze(1)
-        sent_WT = (is_sent.cumsum(0) - 1).masked_fill(~is_sent, -1).view(ep_size, num_tokens)
-        return (
-            places_S % max(1, num_tokens),
-            counts[places_S].to(torch.int32),
-            sent_WT.t().to(torch.int32).contiguous(),
+        device = self.ids_N.device
+        # Rows past the tokens have no pairs.
+        fresh = torch.zeros if rows_of_all > num_tokens else torch.empty
+        words = fresh(sum(splits), device=device, dtype=torch.int32)
+        slots_P = torch.empty(num_pairs, device=device, dtype=torch.int64)
+        tokens_S = torch.empty(0 if rows_of_all else num_rows, device=device, dtype=torch.int64)
+        sent_TW = torch.empty(
+            num_tokens, 0 if rows_of_all else ep_size, device=device, dtype=torch.int32
         )
+        if num_tokens:
+            launch(
+                pack_kernel,
+                (num_tokens,),
+                self.ids_N,
+                self.slots_N,
+                self.begin_WT,
+                self.pairs_end,
+                self.rows_end,
+                weights_TK.contiguous(),
+                words,
+                slots_P,
+                tokens_S,
+                sent_TW,
+                self.local_size,
+                rows_of_all,
+                ep_size,
+                WEIGHT_WORDS=words_of_pair(weights_TK.dtype) - 1,
+                ALL_ROWS=rows_of_all > 0,
+                BLOCK=PACK_BLOCK,
+                num_warps=1,
+            )
+        if rows_of_all:
+            return SentPairs(words, splits, slots_P)
+        return SentPairs(words, splits, slots_P, tokens_S, sent_TW)
+
+
+def words_of_pair(weight_dtype: torch.dtype) -> int:
+    """An id, and a weight."""
+    return 3 if weight_dtype == torch.float64 else 2
+
+
+def unpack(
+    words: Tensor, rows_W: list[int], pairs_W: list[int], weight_dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the words received from each rank: row offsets (R+1,), ids (M,) int32, weights (M,)."""
+    width = words_of_pair(weight_dtype)
+    sizes = [
+        size for rows, pairs in zip(rows_W, pairs_W, strict=True) for size in (rows, width * pairs)
+    ]
+    parts = words.split(sizes)
+    pairs_of_rows, pair_words = torch.cat(parts[::2]), torch.cat(parts[1::2]).view(-1, width)
+    bits_MV = pair_words[:, 1:].clone(memory_format=torch.contiguous_format)
+    weights_M = bits_MV.view(torch.float64 if weight_dtype == torch.float64 else torch.float32)
+    offsets = torch.nn.functional.pad(pairs_of_rows.cumsum(0), (1, 0))
+    return offsets, pair_words[:, 0].contiguous(), weights_M.view(-1).to(weight_dtype)
+
+
+def _in_kernels(tensor: Tensor) -> bool:
+    return default_backend(tensor.device) in TRITON_BACKENDS

@@ -1,21 +1,21 @@
 """How many bytes an expert-parallel layer moves, and which dispatcher moves fewer.
 
 W ranks, H hidden size, K experts per token; b, a, g bytes of an element of hidden states, of a
-partial sum (float32 at least) and of a routing weight. A rank has T tokens (the most of any rank
-has X), sends S rows and P pairs, receives R rows and M pairs. In bytes, it hands to collectives
+partial sum (float32 at least) and of a routing weight; v those of a weight on its way, 4, or 8 if
+it is a float64. A rank has T tokens (the most of any rank has X), sends S rows and P pairs,
+receives R rows and M pairs. In bytes, it hands to collectives
 
                           all_to_all                all_gather
     forward   counts      40 W                      40 W
-              row pairs   4 S                       4 W X
-              pairs       (4 + g) P                 (4 + g) P
+              pairs       4 S + (4 + v) P           4 W X + (4 + v) P
               rows        S H b                     X H b  (an all-gather)
-              sums        R H a                     W X H a  (a reduce-scatter)
+              sums        R H a                     W X H a
     backward  rows        S H b                     X H b
               sums        R H a                     W X H a
               pairs       g M                       g M
 
-Of what is handed to an all-to-all or a reduce-scatter the part (W - 1) / W leaves the rank, of what
-is handed to an all-gather W - 1 copies do.
+Each is one message. Of what is handed to an all-to-all the part (W - 1) / W leaves the rank, of
+what is handed to an all-gather W - 1 copies do.
 """
 
 from dataclasses import dataclass
@@ -64,8 +64,7 @@ def bytes_handed(
     travelling = {"rows": rows * h * widths.hidden_bytes, "sums": sums * h * widths.sum_bytes}
     forward = {
         "counts": 8 * COUNTS * w,
-        "row pairs": 4 * row_pairs,
-        "pairs": (4 + widths.weight_bytes) * load.pairs_sent,
+        "pairs": 4 * row_pairs + (4 + max(4, widths.weight_bytes)) * load.pairs_sent,
         **travelling,
     }
     return forward, {**travelling, "pairs": widths.weight_bytes * load.pairs_received}
@@ -81,12 +80,12 @@ def cheaper_dispatcher(widths: Widths, slots: int) -> DispatcherName:
 
     For each token, in bytes over a link: fan-out times H (b + a) + 4, of which (W - 1) / W leaves
     the rank, against (W - 1) times as much. What memory copies counts too, by LINK_TO_MEMORY: an
-    all-to-all packs the rows it sends (reads and writes them) and reads sums of each rank, where
-    a reduce-scatter leaves one. From shapes alone, so the same on every rank.
+    all-to-all packs the rows it sends (reads and writes them), and both read sums of each rank.
+    From shapes alone, so the same on every rank.
     """
     w, h, b, a = widths.ep_size, widths.hidden_size, widths.hidden_bytes, widths.sum_bytes
     fan_out = expected_fan_out(w, slots)
     row = h * (b + a) + 4
     all_to_all = fan_out * (row * (w - 1) / w + LINK_TO_MEMORY * h * (2 * b + a))
-    all_gather = (w - 1) * row + LINK_TO_MEMORY * h * a
+    all_gather = (w - 1) * row + LINK_TO_MEMORY * w * h * a
     return "all_gather" if all_gather <= all_to_all else "all_to_all"

@@ -88,7 +88,7 @@ loss = train.Run.loss
 patched: Any = train.Run
 patched.loss = faulty_loss
 patched = dispatch
-patched.all_to_all_rows = before("in dispatch", patched.all_to_all_rows)
+patched.start_all_to_all = before("in dispatch", patched.start_all_to_all)
 patched = filesystem.FileSystemWriter
 # The files of the other ranks, and perhaps some of this one's, are there by then.
 patched.write_data = before_path("writing", filesystem.FileSystemWriter.write_data)

@@ -12,9 +12,9 @@ from ranks import RankPools
 from sharded import shard_experts
 from torch import Tensor
 
-from flash_moe_dist.collectives import ALL_GATHER, ALL_TO_ALL, REDUCE_SCATTER
+from flash_moe_dist.collectives import ALL_GATHER, ALL_TO_ALL
 from flash_moe_dist.dispatch import sum_copies
-from flash_moe_dist.routing import Routing
+from flash_moe_dist.routing import Routing, unpack
 from flash_moe_dist.sharding import experts_per_rank, num_local_experts
 from flash_moe_dist.volume import (
     Load,
@@ -37,19 +37,82 @@ def test_owners_are_those_of_chunk(num_experts: int, ep_size: int) -> None:
         assert all(expert // size == rank for expert in experts.tolist())
 
 
-def test_worked_example() -> None:
+@pytest.fixture(params=["in kernels", "in torch"])
+def routed_on(
+    request: pytest.FixtureRequest, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> torch.device:
+    if request.param == "in torch":
+        monkeypatch.setenv("FLASH_MOE_BACKEND", "reference")
+    return device
+
+
+def bits(weight: float) -> int:
+    return int(torch.tensor(weight).view(torch.int32))
+
+
+def test_worked_example(routed_on: torch.device) -> None:
     """The example in the docstring of flash_moe_dist.routing."""
-    indices_TK = torch.tensor([[3, 0], [1, 0], [2, -1]])
+    indices_TK = torch.tensor([[3, 0], [1, 0], [2, -1]], device=routed_on)
+    weights_TK = torch.tensor([[0.5, 1.5], [2.5, 3.5], [4.5, 5.5]], device=routed_on)
     routing = Routing.of(indices_TK, num_experts=4, ep_size=2)
     assert routing.counts_2W().tolist() == [[2, 2], [3, 2]]
     assert routing.out_of_range == 0
-    local_ids, slots = routing.pairs(num_pairs=5)
-    assert local_ids.tolist() == [0, 0, 1, 1, 0]
-    assert slots.tolist() == [1, 3, 2, 0, 4]
-    tokens, pairs_per_row, sent_TW = routing.rows(num_rows=4)
-    assert tokens.tolist() == [0, 1, 0, 2]
-    assert pairs_per_row.tolist() == [1, 2, 1, 1]
-    assert sent_TW.tolist() == [[0, 2], [1, -1], [-1, 3]]
+    sent = routing.pack(weights_TK, [2, 2], [3, 2])
+    first = [1, 2, 0, bits(1.5), 0, bits(3.5), 1, bits(2.5)]
+    second = [1, 1, 1, bits(0.5), 0, bits(4.5)]
+    assert sent.words.tolist() == first + second
+    assert sent.splits == [8, 6]
+    assert sent.slots_P.tolist() == [1, 3, 2, 0, 4]
+    assert sent.tokens_S is not None
+    assert sent.tokens_S.tolist() == [0, 1, 0, 2]
+    assert sent.sent_TW is not None
+    assert sent.sent_TW.tolist() == [[0, 2], [1, -1], [-1, 3]]
+    offsets, ids, weights = unpack(sent.words, [2, 2], [3, 2], torch.float32)
+    assert offsets.tolist() == [0, 1, 3, 4, 5]
+    assert ids.tolist() == [0, 0, 1, 1, 0]
+    assert weights.tolist() == [1.5, 3.5, 2.5, 0.5, 4.5]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows_of_all", [0, 9], ids=["chosen rows", "all rows"])
+@pytest.mark.parametrize(
+    ("slots", "ep_size"),
+    # None at all; more than one block of pairs, more ranks than experts, three ranks.
+    [(0, 2), (200, 2), (5, 60), (7, 3)],
+)
+def test_kernels_pack_as_torch_does(
+    slots: int,
+    ep_size: int,
+    rows_of_all: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    case = make_case(6, 4, 41, slots, dtype, device)
+    case.indices[:, ::3] = -1
+    case.indices[1] = 40
+    found = []
+    for backend in ("gather", "reference"):
+        monkeypatch.setenv("FLASH_MOE_BACKEND", backend)
+        routing = Routing.of(case.indices, 41, ep_size)
+        counts = routing.counts_2W().tolist()
+        sent = routing.pack(case.routing_weights.detach(), counts[0], counts[1], rows_of_all)
+        found.append((counts, sent))
+    (counts, one), (other_counts, other) = found
+    assert counts == other_counts
+    assert one.splits == other.splits
+    for name in ("words", "slots_P", "tokens_S", "sent_TW"):
+        tensor, expected = getattr(one, name), getattr(other, name)
+        assert (tensor is None) == (expected is None)
+        assert tensor is None or torch.equal(tensor, expected)
+    rows = [rows_of_all] * ep_size if rows_of_all else counts[0]
+    _, ids, weights = unpack(one.words, rows, counts[1], dtype)
+    assert torch.equal(weights, case.routing_weights.detach().flatten()[one.slots_P])
+    owners = torch.arange(ep_size, device=device).repeat_interleave(
+        torch.tensor(counts[1], device=device)
+    )
+    whole = ids + owners * experts_per_rank(41, ep_size)
+    assert torch.equal(whole, case.indices.flatten()[one.slots_P])
 
 
 @pytest.mark.parametrize("backend", ["gather", "hot_cold", "dense"])
@@ -63,8 +126,9 @@ def test_sum_of_returned_rows_with_any_triton_backend(
     assert torch.equal(sums_TH, torch.stack([rows_SH[0] + rows_SH[2], rows_SH[1], rows_SH[3]]))
 
 
-def test_ids_out_of_range_are_counted_and_sent_nowhere() -> None:
-    routing = Routing.of(torch.tensor([[4, 0], [-2, 3]]), num_experts=4, ep_size=3)
+def test_ids_out_of_range_are_counted_and_sent_nowhere(routed_on: torch.device) -> None:
+    indices_TK = torch.tensor([[4, 0], [-2, 3]], device=routed_on)
+    routing = Routing.of(indices_TK, num_experts=4, ep_size=3)
     assert routing.counts_2W().tolist() == [[1, 1, 0], [1, 1, 0]]
     assert routing.out_of_range == 2
 
@@ -76,9 +140,16 @@ class Recorded:
     calls: list[tuple[str, int]] = field(default_factory=list)
 
     def patched(self, patch: pytest.MonkeyPatch) -> None:
-        for name in (ALL_TO_ALL, ALL_GATHER, REDUCE_SCATTER):
+        for name in (ALL_TO_ALL, ALL_GATHER):
             patch.setattr(dist, name, self._recording(name, getattr(dist, name)))
-        for name in ("all_reduce", "all_gather", "all_gather_object", "broadcast", "barrier"):
+        for name in (
+            "reduce_scatter_tensor",
+            "all_reduce",
+            "all_gather",
+            "all_gather_object",
+            "broadcast",
+            "barrier",
+        ):
             patch.setattr(dist, name, self._unexpected(name))
 
     def _recording(self, name: str, collective: Callable[..., Any]) -> Callable[..., Any]:
@@ -138,23 +209,19 @@ def count_bytes(dispatcher: str, dtype: torch.dtype) -> tuple[int, int]:
             patch.undo()
             found.append(recorded.calls)
     rows = ALL_GATHER if dispatcher == "all_gather" else ALL_TO_ALL
-    sums = REDUCE_SCATTER if dispatcher == "all_gather" else ALL_TO_ALL
     assert sorted(found[0]) == sorted(
         [
             (ALL_TO_ALL, expected[0]["counts"]),
-            (ALL_TO_ALL, expected[0]["row pairs"]),
-            (ALL_TO_ALL, 4 * load.pairs_sent),
-            (ALL_TO_ALL, weight_bytes * load.pairs_sent),
+            (ALL_TO_ALL, expected[0]["pairs"]),
             (rows, expected[0]["rows"]),
-            (sums, expected[0]["sums"]),
+            (ALL_TO_ALL, expected[0]["sums"]),
         ]
     )
-    assert expected[0]["pairs"] == (4 + weight_bytes) * load.pairs_sent
     assert sorted(found[1]) == sorted(
         [
             (ALL_TO_ALL, expected[1]["pairs"]),
             (rows, expected[1]["rows"]),
-            (sums, expected[1]["sums"]),
+            (ALL_TO_ALL, expected[1]["sums"]),
         ]
     )
     return sum(expected[0].values()), sum(expected[1].values())
@@ -174,10 +241,10 @@ def test_formula_of_bytes_with_numbers() -> None:
     widths = Widths(ep_size=2, hidden_size=10, hidden_bytes=2, sum_bytes=4, weight_bytes=2)
     load = Load(rows_sent=11, rows_received=9, pairs_sent=20, pairs_received=18, most_tokens=7)
     forward, backward = bytes_handed("all_to_all", widths, load)
-    assert forward == {"counts": 80, "row pairs": 44, "pairs": 120, "rows": 220, "sums": 360}
+    assert forward == {"counts": 80, "pairs": 44 + 160, "rows": 220, "sums": 360}
     assert backward == {"rows": 220, "sums": 360, "pairs": 36}
     forward, backward = bytes_handed("all_gather", widths, load)
-    assert forward == {"counts": 80, "row pairs": 56, "pairs": 120, "rows": 140, "sums": 560}
+    assert forward == {"counts": 80, "pairs": 56 + 160, "rows": 140, "sums": 560}
     assert backward == {"rows": 140, "sums": 560, "pairs": 36}
 
 

@@ -35,6 +35,18 @@ def check_ids_kernel(ids, arranged_ids, found, flag, num_ids, num_experts, BLOCK
 
 
 @triton.jit
+def sorted_slots(ids, slots, in_row, num_experts, BLOCK: tl.constexpr, KEY: tl.constexpr):
+    """Ids (BLOCK,) in [-1, num_experts) in ascending order, int32, and the slots they came from.
+
+    An id and its slot are sorted as one number of type KEY, so that equal ids keep their order.
+    """
+    # Places past the row sort behind every id; added in 64 bits, which num_experts may not have.
+    past = tl.zeros_like(ids) + num_experts + 1
+    keys = tl.sort((tl.where(in_row, ids + 1, past) * BLOCK + slots).to(KEY))
+    return (keys // BLOCK - 1).to(tl.int32), (keys % BLOCK).to(tl.int64)
+
+
+@triton.jit
 def sort_slots_kernel(
     ids,
     arranged_ids,
@@ -50,7 +62,6 @@ def sort_slots_kernel(
 ):
     """Checked ids sorted within each token, and the position each came from; grid (T,).
 
-    An id and its slot are sorted as one number of type KEY, so that equal ids keep their order.
     If HAS_COUNTS, num_tokens (num_experts,) is raised by one for each expert of the token.
     """
     row = tl.program_id(0).to(tl.int64) * SLOTS
@@ -58,13 +69,9 @@ def sort_slots_kernel(
     in_row = slots < SLOTS
     loaded = tl.load(ids + row + slots, mask=in_row, other=-1).to(tl.int64)
     checked = _without_ids_out_of_range(loaded, num_experts, found, flag)
-    # Places past the row sort behind every id; added in 64 bits, which num_experts may not have.
-    past = tl.zeros_like(checked) + num_experts + 1
-    keys = (tl.where(in_row, checked + 1, past) * BLOCK + slots).to(KEY)
-    keys = tl.sort(keys)
-    sorted_ids = (keys // BLOCK - 1).to(tl.int32)
+    sorted_ids, sorted_from = sorted_slots(checked, slots, in_row, num_experts, BLOCK, KEY)
     tl.store(arranged_ids + row + slots, sorted_ids, mask=in_row)
-    positions = row + (keys % BLOCK).to(tl.int64)
+    positions = row + sorted_from
     tl.store(order + row + slots, positions.to(order.dtype.element_ty), mask=in_row)
     if HAS_COUNTS:
         # What one thread wrote, its neighbour reads.

@@ -129,7 +129,7 @@ def sddmm(rows_TH: Tensor, table_EH: Tensor, pairs: Pairs) -> Tensor:
         PAIRS_PER_PROGRAM=pairs_per_program,
         num_warps=config.num_warps,
     )
-    return _sum_pieces(out_SN, dtype)
+    return sum_pieces(out_SN, dtype)
 
 
 def spmm(
@@ -179,10 +179,10 @@ def spmm(
         HOT_PIECES=0 if hot_sums_PTH is None else hot_sums_PTH.shape[0],
         num_warps=config.num_warps,
     )
-    return out if pieces == 1 else _sum_pieces(out, out_dtype)
+    return out if pieces == 1 else sum_pieces(out, out_dtype)
 
 
-def _sum_pieces(pieces: Tensor, out_dtype: torch.dtype) -> Tensor:
+def sum_pieces(pieces: Tensor, out_dtype: torch.dtype) -> Tensor:
     """Summed over the first dimension, in order, and rounded once."""
     if len(pieces) == 1:
         return pieces[0]
