@@ -229,11 +229,12 @@ class AllGatherDispatcher(TokenDispatcher):
         self, partial_RH: Tensor, metadata: DispatchMetadata, dtype: torch.dtype
     ) -> Callable[[], Tensor]:
         # Not a reduce-scatter: NCCL's takes longer for as many bytes, and its order is its own.
-        splits = [metadata.most_tokens] * self.ep_size
+        most_tokens, hidden_size = metadata.most_tokens, partial_RH.shape[1]
+        splits = [most_tokens] * self.ep_size
         pending = start_all_to_all(partial_RH, splits, splits, self.group)
 
         def combined() -> Tensor:
-            pieces_WXH = pending.wait().view(self.ep_size, metadata.most_tokens, -1)
+            pieces_WXH = pending.wait().view(self.ep_size, most_tokens, hidden_size)
             return sum_over_ranks(pieces_WXH, dtype)[: metadata.num_tokens]
 
         return combined
