@@ -37,13 +37,17 @@ class Settings:
 
 @dataclass(frozen=True)
 class Counts:
-    """Rows and pairs sent to and received from each rank, and the most tokens of any rank."""
+    """Rows and pairs sent to and received from each rank, and the most tokens of any rank.
+
+    received_WC: what each rank sent in the exchange, on the device.
+    """
 
     rows_sent: list[int]
     rows_received: list[int]
     pairs_sent: list[int]
     pairs_received: list[int]
     most_tokens: int
+    received_WC: Tensor
 
 
 def agree_on_counts(
@@ -65,7 +69,7 @@ def agree_on_counts(
     error = _input_error(hidden_TH, indices_TK, weights_TK, settings)
     routing: Routing | None = None
     agreed: dict[str, Any] = {}
-    sent_CW = torch.zeros(COUNTS, ep_size, dtype=torch.int64, device=settings.device)
+    exchanged_2WC = _nothing(settings.device, ep_size)
     if error is None:
         routing = Routing.of(indices_TK, settings.num_experts, ep_size)
         agreed = {
@@ -76,33 +80,40 @@ def agree_on_counts(
             "dtype of routing_weights": weights_TK.dtype,
             **settings.others,
         }
-        sent_CW[:2] = routing.counts_2W()
-        sent_CW[2] = routing.out_of_range
-        sent_CW[3] = indices_TK.shape[0]
-    # A rank with bad input has agreed to nothing and so differs from all others.
-    sent_CW[4] = zlib.crc32(repr(agreed).encode())
-    sent, received = torch.stack([sent_CW, _exchanged(sent_CW, group)]).tolist()
+        # A rank with bad input has agreed to nothing, and sends 0.
+        routing.write_counts(exchanged_2WC[0], 1 + zlib.crc32(repr(agreed).encode()))
+    _exchange(exchanged_2WC, group)
+    sent, received = (list(zip(*counts, strict=True)) for counts in exchanged_2WC.tolist())
     sound = not any(received[2]) and len(set(received[4])) == 1
     if routing is None or not sound:
         _raise_together(error, indices_TK, agreed, settings, group)
         raise AssertionError("bad counts without an error on any rank")
-    return routing, Counts(sent[0], received[0], sent[1], received[1], max(received[3]))
+    return routing, Counts(
+        rows_sent=list(sent[0]),
+        rows_received=list(received[0]),
+        pairs_sent=list(sent[1]),
+        pairs_received=list(received[1]),
+        most_tokens=max(received[3]),
+        received_WC=exchanged_2WC[1],
+    )
 
 
 def fail_together(error: Exception, device: torch.device, group: dist.ProcessGroup) -> NoReturn:
     """In place of `agree_on_counts` on a rank without input: raises `error` on every rank."""
-    nothing_CW = torch.zeros(COUNTS, dist.get_world_size(group), dtype=torch.int64, device=device)
-    _exchanged(nothing_CW, group)
+    _exchange(_nothing(device, dist.get_world_size(group)), group)
     raise_same_error(error, group)
     raise AssertionError("an error of this rank was not raised")
 
 
-def _exchanged(sent_CW: Tensor, group: dist.ProcessGroup) -> Tensor:
-    received_WC = sent_CW.new_empty(sent_CW.shape[1], COUNTS)
-    sent_WC = sent_CW.t().contiguous()
+def _nothing(device: torch.device, ep_size: int) -> Tensor:
+    """Counts sent and received, both 0."""
+    return torch.zeros(2, ep_size, COUNTS, dtype=torch.int64, device=device)
+
+
+def _exchange(exchanged_2WC: Tensor, group: dist.ProcessGroup) -> None:
+    sent_WC, received_WC = exchanged_2WC
     with communication():
         dist.all_to_all_single(received_WC, sent_WC, group=group)
-    return received_WC.t()
 
 
 def _raise_together(

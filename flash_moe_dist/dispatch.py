@@ -148,7 +148,12 @@ class TokenDispatcher(ABC):
         words = start_all_to_all(sent.words, sent.splits, received_splits, self.group)
         rows = rows or self.start_rows(hidden_TH, metadata)
         row_offsets, ids_M, weights_M = unpack(
-            words.wait(), rows_received, counts.pairs_received, weights_TK.dtype
+            words.wait(),
+            counts.received_WC,
+            counts.rows_received,
+            counts.pairs_received,
+            weights_TK.dtype,
+            rows_of_all,
         )
         return ReceivedTokens(rows.wait(), row_offsets, ids_M, weights_M), metadata
 

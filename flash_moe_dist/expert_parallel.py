@@ -267,6 +267,7 @@ class _ShardedExperts(torch.autograd.Function):
                 weights_M,
                 backend,
                 accumulator_dtype(hidden_TH.dtype, down_eH.dtype),
+                checked=True,
             )
         with step("combine"):
             out_TH = dispatcher.combine(partial_RH, metadata, hidden_TH.dtype)

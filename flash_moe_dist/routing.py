@@ -27,11 +27,13 @@ from torch import Tensor
 from flash_moe.ops.arrange import order_dtype
 from flash_moe.ops.backends import TRITON_BACKENDS, default_backend
 from flash_moe.ops.cost import MAX_SORTED_SLOTS
-from flash_moe.ops.launch import launch, next_power_of_2
-from flash_moe_dist.routing_kernels import pack_kernel, route_kernel
+from flash_moe.ops.launch import cdiv, launch, next_power_of_2
+from flash_moe_dist.routing_kernels import counts_kernel, pack_kernel, route_kernel, unpack_kernel
 from flash_moe_dist.sharding import experts_per_rank
+from flash_moe_dist.volume import COUNTS
 
 PACK_BLOCK = 128
+UNPACK_BLOCK, UNPACK_PROGRAMS = 1024, 1056
 
 
 @dataclass(frozen=True)
@@ -138,13 +140,32 @@ class Routing:
         """(W*T,) int64: rows up to each token's for each rank, inclusive."""
         return (self.pairs_WT.flatten() > 0).cumsum(0)
 
-    def counts_2W(self) -> Tensor:
-        """Rows for each rank, and pairs for each rank."""
+    def write_counts(self, counts_WC: Tensor, checksum: int) -> None:
+        """For each rank: rows, pairs; and the same for all: bad ids, T, `checksum`.
+
+        Args:
+            counts_WC: (W, COUNTS) int64, to be filled.
+        """
         ep_size, num_tokens = self.pairs_WT.shape
-        if num_tokens == 0:
-            return self.pairs_WT.new_zeros(2, ep_size, dtype=torch.int64)
-        ends_2W = torch.stack([self.rows_end, self.pairs_end]).view(2, ep_size, num_tokens)[..., -1]
-        return ends_2W.diff(dim=1, prepend=ends_2W.new_zeros(2, 1))
+        if num_tokens and _in_kernels(self.ids_N):
+            launch(
+                counts_kernel,
+                (ep_size,),
+                self.pairs_end,
+                self.rows_end,
+                self.out_of_range,
+                counts_WC,
+                num_tokens,
+                checksum,
+                COUNTS=COUNTS,
+                num_warps=1,
+            )
+            return
+        counts_WC[:, 0] = (self.pairs_WT > 0).sum(1)
+        counts_WC[:, 1] = self.pairs_WT.sum(1)
+        counts_WC[:, 2] = self.out_of_range
+        counts_WC[:, 3] = num_tokens
+        counts_WC[:, 4] = checksum
 
     def pack(
         self, weights_TK: Tensor, rows_W: list[int], pairs_W: list[int], rows_of_all: int = 0
@@ -153,7 +174,7 @@ class Routing:
 
         Args:
             weights_TK: routing weights.
-            rows_W, pairs_W: `counts_2W`, on the host.
+            rows_W, pairs_W: as `write_counts` has them, on the host.
             rows_of_all: if not 0, every rank gets that many rows: those of all tokens, then rows
                 without pairs.
         """
@@ -253,19 +274,57 @@ def words_of_pair(weight_dtype: torch.dtype) -> int:
 
 
 def unpack(
-    words: Tensor, rows_W: list[int], pairs_W: list[int], weight_dtype: torch.dtype
+    words: Tensor,
+    counts_WC: Tensor,
+    rows_W: list[int],
+    pairs_W: list[int],
+    weight_dtype: torch.dtype,
+    rows_of_all: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of the words received from each rank: row offsets (R+1,), ids (M,) int32, weights (M,)."""
+    """Of the words received from each rank: row offsets (R+1,), ids (M,) int32, weights (M,).
+
+    Args:
+        counts_WC, rows_W, pairs_W: as those ranks' `Routing.write_counts`, and on the host.
+        rows_of_all: as `Routing.pack`.
+    """
     width = words_of_pair(weight_dtype)
-    sizes = [
-        size for rows, pairs in zip(rows_W, pairs_W, strict=True) for size in (rows, width * pairs)
-    ]
-    parts = words.split(sizes)
-    pairs_of_rows, pair_words = torch.cat(parts[::2]), torch.cat(parts[1::2]).view(-1, width)
-    bits_MV = pair_words[:, 1:].clone(memory_format=torch.contiguous_format)
-    weights_M = bits_MV.view(torch.float64 if weight_dtype == torch.float64 else torch.float32)
-    offsets = torch.nn.functional.pad(pairs_of_rows.cumsum(0), (1, 0))
-    return offsets, pair_words[:, 0].contiguous(), weights_M.view(-1).to(weight_dtype)
+    rows_W = [rows_of_all] * len(rows_W) if rows_of_all else rows_W
+    if not _in_kernels(words):
+        sizes = [
+            size
+            for rows, pairs in zip(rows_W, pairs_W, strict=True)
+            for size in (rows, width * pairs)
+        ]
+        parts = words.split(sizes)
+        pairs_of_rows = torch.cat(parts[::2])
+        pair_words = torch.cat(parts[1::2]).view(-1, width)
+        bits_MV = pair_words[:, 1:].clone(memory_format=torch.contiguous_format)
+        weights_M = bits_MV.view(torch.float64 if width == 3 else torch.float32)
+        ids_M, weights_M = pair_words[:, 0].contiguous(), weights_M.view(-1).to(weight_dtype)
+    else:
+        pairs_of_rows = torch.empty(sum(rows_W), device=words.device, dtype=torch.int32)
+        ids_M = torch.empty(sum(pairs_W), device=words.device, dtype=torch.int32)
+        weights_M = torch.empty(sum(pairs_W), device=words.device, dtype=weight_dtype)
+        # Enough programs for all multiprocessors, whatever the number of ranks.
+        programs = max(1, min(UNPACK_PROGRAMS // len(rows_W), cdiv(max(pairs_W), UNPACK_BLOCK)))
+        if words.numel():
+            launch(
+                unpack_kernel,
+                (len(rows_W), programs),
+                words,
+                counts_WC,
+                pairs_of_rows,
+                ids_M,
+                weights_M,
+                rows_of_all,
+                COUNTS=COUNTS,
+                WEIGHT_WORDS=width - 1,
+                ALL_ROWS=rows_of_all > 0,
+                BLOCK=UNPACK_BLOCK,
+            )
+    offsets = torch.zeros(len(pairs_of_rows) + 1, device=words.device, dtype=torch.int64)
+    torch.cumsum(pairs_of_rows, 0, out=offsets[1:])
+    return offsets, ids_M, weights_M
 
 
 def _in_kernels(tensor: Tensor) -> bool:

@@ -56,6 +56,31 @@ def route_kernel(
 
 
 @triton.jit
+def counts_kernel(
+    pairs_end,
+    rows_end,
+    out_of_range,
+    counts,
+    num_tokens,
+    checksum,
+    COUNTS: tl.constexpr,
+):
+    """counts (W, COUNTS): rows, pairs, ids out of range, tokens, checksum for each rank; grid (W,).
+
+    pairs_end, rows_end: as `pack_kernel`.
+    """
+    rank = tl.program_id(0).to(tl.int64)
+    before, last = rank * num_tokens - 1, (rank + 1) * num_tokens - 1
+    rows = tl.load(rows_end + last) - tl.load(rows_end + before, mask=rank > 0, other=0)
+    pairs = tl.load(pairs_end + last) - tl.load(pairs_end + before, mask=rank > 0, other=0)
+    tl.store(counts + rank * COUNTS, rows)
+    tl.store(counts + rank * COUNTS + 1, pairs)
+    tl.store(counts + rank * COUNTS + 2, tl.load(out_of_range))
+    tl.store(counts + rank * COUNTS + 3, num_tokens)
+    tl.store(counts + rank * COUNTS + 4, checksum)
+
+
+@triton.jit
 def pack_kernel(
     sorted_ids,
     slots,
@@ -116,3 +141,51 @@ def pack_kernel(
                 bits = tl.load(weights + slot, mask=inside, other=0.0).to(tl.int64, bitcast=True)
                 tl.store(words + word + 1, bits.to(tl.int32), mask=inside)
                 tl.store(words + word + 2, (bits >> 32).to(tl.int32), mask=inside)
+
+
+@triton.jit
+def unpack_kernel(
+    words,
+    counts,
+    pairs_of_rows,
+    ids,
+    weights,
+    rows_of_all,
+    COUNTS: tl.constexpr,
+    WEIGHT_WORDS: tl.constexpr,
+    ALL_ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """What `pack_kernel` wrote, from all ranks; grid (W, programs that share one rank's words).
+
+    counts (W, COUNTS): rows and pairs from each rank come first. pairs_of_rows (R,), ids (M,) and
+    weights (M,) are written.
+    """
+    source = tl.program_id(0)
+    rows_before, pairs_before = tl.zeros([], tl.int64), tl.zeros([], tl.int64)
+    for rank in range(source):
+        rows_before += rows_of_all if ALL_ROWS else tl.load(counts + rank * COUNTS)
+        pairs_before += tl.load(counts + rank * COUNTS + 1)
+    num_rows = rows_of_all if ALL_ROWS else tl.load(counts + source * COUNTS)
+    num_pairs = tl.load(counts + source * COUNTS + 1)
+    block = words + rows_before + pairs_before * (1 + WEIGHT_WORDS)
+    lanes = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    step = tl.num_programs(1) * BLOCK
+    for done in range(0, num_rows, step):
+        row = done + lanes
+        inside = row < num_rows
+        pairs = tl.load(block + row, mask=inside, other=0)
+        tl.store(pairs_of_rows + rows_before + row, pairs, mask=inside)
+    for done in range(0, num_pairs, step):
+        pair = done + lanes
+        inside = pair < num_pairs
+        word = block + num_rows + pair.to(tl.int64) * (1 + WEIGHT_WORDS)
+        tl.store(ids + pairs_before + pair, tl.load(word, mask=inside, other=0), mask=inside)
+        if WEIGHT_WORDS == 1:
+            bits = tl.load(word + 1, mask=inside, other=0)
+            weight = bits.to(tl.float32, bitcast=True).to(weights.dtype.element_ty)
+        else:
+            low = tl.load(word + 1, mask=inside, other=0).to(tl.int64) & 0xFFFFFFFF
+            high = tl.load(word + 2, mask=inside, other=0).to(tl.int64) << 32
+            weight = (low | high).to(tl.float64, bitcast=True)
+        tl.store(weights + pairs_before + pair, weight, mask=inside)

@@ -17,6 +17,7 @@ from flash_moe_dist.dispatch import sum_copies
 from flash_moe_dist.routing import Routing, unpack
 from flash_moe_dist.sharding import experts_per_rank, num_local_experts
 from flash_moe_dist.volume import (
+    COUNTS,
     Load,
     Widths,
     bytes_handed,
@@ -46,6 +47,13 @@ def routed_on(
     return device
 
 
+def counts_of(routing: Routing) -> Tensor:
+    counts_WC = torch.zeros(len(routing.pairs_WT), COUNTS, dtype=torch.int64)
+    counts_WC = counts_WC.to(routing.ids_N.device)
+    routing.write_counts(counts_WC, checksum=17)
+    return counts_WC
+
+
 def bits(weight: float) -> int:
     return int(torch.tensor(weight).view(torch.int32))
 
@@ -55,8 +63,8 @@ def test_worked_example(routed_on: torch.device) -> None:
     indices_TK = torch.tensor([[3, 0], [1, 0], [2, -1]], device=routed_on)
     weights_TK = torch.tensor([[0.5, 1.5], [2.5, 3.5], [4.5, 5.5]], device=routed_on)
     routing = Routing.of(indices_TK, num_experts=4, ep_size=2)
-    assert routing.counts_2W().tolist() == [[2, 2], [3, 2]]
-    assert routing.out_of_range == 0
+    counts_WC = counts_of(routing)
+    assert counts_WC.tolist() == [[2, 3, 0, 3, 17], [2, 2, 0, 3, 17]]
     sent = routing.pack(weights_TK, [2, 2], [3, 2])
     first = [1, 2, 0, bits(1.5), 0, bits(3.5), 1, bits(2.5)]
     second = [1, 1, 1, bits(0.5), 0, bits(4.5)]
@@ -67,7 +75,7 @@ def test_worked_example(routed_on: torch.device) -> None:
     assert sent.tokens_S.tolist() == [0, 1, 0, 2]
     assert sent.sent_TW is not None
     assert sent.sent_TW.tolist() == [[0, 2], [1, -1], [-1, 3]]
-    offsets, ids, weights = unpack(sent.words, [2, 2], [3, 2], torch.float32)
+    offsets, ids, weights = unpack(sent.words, counts_WC, [2, 2], [3, 2], torch.float32)
     assert offsets.tolist() == [0, 1, 3, 4, 5]
     assert ids.tolist() == [0, 0, 1, 1, 0]
     assert weights.tolist() == [1.5, 3.5, 2.5, 0.5, 4.5]
@@ -95,21 +103,25 @@ def test_kernels_pack_as_torch_does(
     for backend in ("gather", "reference"):
         monkeypatch.setenv("FLASH_MOE_BACKEND", backend)
         routing = Routing.of(case.indices, 41, ep_size)
-        counts = routing.counts_2W().tolist()
-        sent = routing.pack(case.routing_weights.detach(), counts[0], counts[1], rows_of_all)
-        found.append((counts, sent))
-    (counts, one), (other_counts, other) = found
-    assert counts == other_counts
+        counts_WC = counts_of(routing)
+        rows, pairs, *_ = counts_WC.t().tolist()
+        sent = routing.pack(case.routing_weights.detach(), rows, pairs, rows_of_all)
+        # Back from the words, as if each rank had sent this one's.
+        received = unpack(sent.words, counts_WC, rows, pairs, dtype, rows_of_all)
+        found.append((counts_WC, sent, received))
+    (counts_WC, one, received), (other_counts_WC, other, other_received) = found
+    assert torch.equal(counts_WC, other_counts_WC)
+    assert all(map(torch.equal, received, other_received))
     assert one.splits == other.splits
     for name in ("words", "slots_P", "tokens_S", "sent_TW"):
         tensor, expected = getattr(one, name), getattr(other, name)
         assert (tensor is None) == (expected is None)
         assert tensor is None or torch.equal(tensor, expected)
-    rows = [rows_of_all] * ep_size if rows_of_all else counts[0]
-    _, ids, weights = unpack(one.words, rows, counts[1], dtype)
+    offsets, ids, weights = received
+    assert offsets[-1] == len(ids)
     assert torch.equal(weights, case.routing_weights.detach().flatten()[one.slots_P])
     owners = torch.arange(ep_size, device=device).repeat_interleave(
-        torch.tensor(counts[1], device=device)
+        torch.tensor(pairs, device=device)
     )
     whole = ids + owners * experts_per_rank(41, ep_size)
     assert torch.equal(whole, case.indices.flatten()[one.slots_P])
@@ -129,8 +141,7 @@ def test_sum_of_returned_rows_with_any_triton_backend(
 def test_ids_out_of_range_are_counted_and_sent_nowhere(routed_on: torch.device) -> None:
     indices_TK = torch.tensor([[4, 0], [-2, 3]], device=routed_on)
     routing = Routing.of(indices_TK, num_experts=4, ep_size=3)
-    assert routing.counts_2W().tolist() == [[1, 1, 0], [1, 1, 0]]
-    assert routing.out_of_range == 2
+    assert counts_of(routing)[:, :3].tolist() == [[1, 1, 2], [1, 1, 2], [0, 0, 2]]
 
 
 @dataclass
