@@ -25,7 +25,7 @@ from scaling.problems import Problem
 from scaling.ranks import Ranks
 from scaling.report import Point, ProblemReport, table
 from scaling.results import CONVENTIONAL
-from scaling.traffic import ALL_GATHER, ALL_TO_ALL, REDUCE_SCATTER, Message, Traffic, messages
+from scaling.traffic import ALL_GATHER, ALL_TO_ALL, Message, Traffic, messages
 from scaling.verify import largest_row_error, results_of_one_device, verify, verify_all
 
 SMALL = ["--tokens", "12", "--total-tokens", "12", "--hidden-size", "16", "--num-experts", "50"]
@@ -368,7 +368,7 @@ def test_messages_have_the_bytes_of_the_volume_model(name: Any) -> None:
 
 
 NETWORK = Network(
-    {ALL_TO_ALL: Link(1.0, 10.0), ALL_GATHER: Link(2.0, 20.0), REDUCE_SCATTER: Link(3.0, 30.0)},
+    {ALL_TO_ALL: Link(1.0, 10.0), ALL_GATHER: Link(2.0, 20.0)},
     ranks_per_host=2,
     between_hosts=5.0,
     memory=1000.0,
@@ -386,8 +386,6 @@ NETWORK = Network(
         (ALL_GATHER, [[40] * 2] * 2, 2 + 40 / 20),
         # 80 bytes of the other host, shared out among the two here.
         (ALL_GATHER, [[40] * 4] * 4, 2 + 40 / 5),
-        (REDUCE_SCATTER, [[40] * 2] * 2, 3 + 40 / 30),
-        (REDUCE_SCATTER, [[40] * 4] * 4, 3 + 40 / 5),
     ],
 )
 def test_seconds_of_a_message(collective: str, bytes_WW: list[list[int]], expected: float) -> None:
@@ -403,19 +401,20 @@ def test_a_prediction_by_hand() -> None:
     found = predict("all_to_all", WEAK, traffic, NETWORK, one_rank_seconds=80.0)
     # The busiest has 58 pairs where the mean has 40.
     assert found.experts == pytest.approx(80 * 58 / 40)
-    # The other way 5 rows and 10 pairs cross: fewer. Counts of 40 bytes, rows' pairs, ids and
-    # weights, rows, sums; backward rows, sums, weights.
-    crossing = 40 + 4 * 6 + 4 * 28 + 4 * 28 + 64 * 6 + 64 * 6 + 64 * 6 + 64 * 6 + 4 * 28
-    assert found.communication == pytest.approx(9 * 1 + crossing / 10)
+    # The other way 5 rows and 10 pairs cross: fewer. Counts of 40 bytes, 4 a row and 8 a pair,
+    # rows, sums; backward rows, sums, weights.
+    crossing = 40 + 4 * 6 + 8 * 28 + 64 * 6 + 64 * 6 + 64 * 6 + 64 * 6 + 4 * 28
+    assert found.communication == pytest.approx(7 * 1 + crossing / 10)
     # 15 rows received, 14 sent, half of both gradients not written; elements of 4 bytes.
     moved = (15 - 10) * 5 * 4 + 2 * 14 * 3 * 4 - 30 * 4
     assert found.memory == pytest.approx(moved * 16 / 1000)
 
     gathered = predict("all_gather", WEAK, traffic, NETWORK, one_rank_seconds=80.0)
-    crossing = 40 + 4 * 10 + 4 * 28 + 4 * 28 + 4 * 28
-    rows = 2 * (2 + 640 / 20) + 2 * (3 + 640 / 30)
+    crossing = 40 + 4 * 10 + 8 * 28 + 640 + 640 + 4 * 28
+    rows = 2 * (2 + 640 / 20)
     assert gathered.communication == pytest.approx(5 * 1 + crossing / 10 + rows)
-    assert gathered.memory == pytest.approx(((20 - 10) * 5 * 4 - 30 * 4) * 16 / 1000)
+    moved = (20 - 10) * 5 * 4 + 2 * 20 * 4 - 30 * 4
+    assert gathered.memory == pytest.approx(moved * 16 / 1000)
 
 
 def test_strong_scaling_shares_the_work() -> None:

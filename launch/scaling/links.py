@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flash_moe_dist.collectives import all_gather_rows, all_to_all_rows, reduce_scatter_rows
+from flash_moe_dist.collectives import all_gather_rows, all_to_all_rows
 from scaling.predict import Link
 from scaling.ranks import Clock, Ranks
-from scaling.traffic import ALL_GATHER, ALL_TO_ALL, REDUCE_SCATTER
+from scaling.traffic import ALL_GATHER, ALL_TO_ALL
 
 # Bytes that each rank hands over.
 LINK_BYTES = {"cuda": (2**20, 2**26), "cpu": (2**14, 2**22)}
@@ -20,7 +20,7 @@ WIDTH = 2**10
 
 def measure_links(ranks: Ranks) -> dict[str, Link]:
     """Latency and rate of each collective, from a small and a large message."""
-    return {name: _link(ranks, name) for name in (ALL_TO_ALL, ALL_GATHER, REDUCE_SCATTER)}
+    return {name: _link(ranks, name) for name in (ALL_TO_ALL, ALL_GATHER)}
 
 
 def _link(ranks: Ranks, name: str) -> Link:
@@ -40,15 +40,13 @@ class _Sent:
 
 
 def _seconds_of(ranks: Ranks, name: str, handed: int) -> _Sent:
-    """Of about `handed` bytes on each rank: hidden states, or sums to be scattered."""
-    dtype = torch.float32 if name == REDUCE_SCATTER else torch.bfloat16
-    each = max(1, handed // (WIDTH * dtype.itemsize) // ranks.size)
-    rows = torch.ones(each * ranks.size, WIDTH, device=ranks.device, dtype=dtype)
+    """Of about `handed` bytes on each rank."""
+    each = max(1, handed // (WIDTH * 2) // ranks.size)
+    rows = torch.ones(each * ranks.size, WIDTH, device=ranks.device, dtype=torch.bfloat16)
     equal = [each] * ranks.size
     calls: dict[str, Callable[[], Tensor]] = {
         ALL_TO_ALL: lambda: all_to_all_rows(rows, equal, equal, ranks.group),
         ALL_GATHER: lambda: all_gather_rows(rows, ranks.group),
-        REDUCE_SCATTER: lambda: reduce_scatter_rows(rows, ranks.group),
     }
     copies = ranks.size - 1 if name == ALL_GATHER else (ranks.size - 1) / ranks.size
     clock = Clock(ranks)

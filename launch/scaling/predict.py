@@ -8,14 +8,14 @@ takes what has to be moved besides, forward and backward:
 
     more rows than T, received: read twice in the backward pass      (R - T) H (3 b + 2 a)
         and once in the forward pass, a sum written in each
-    all-to-all: rows packed, sums of every rank read                 2 S H (2 b + a)
+    rows packed by an all-to-all, sums of every rank read            2 S H (2 b + a)
     less of the gradients of the tables written                      -2 (1 - 1/W) E H g
 
 Each message takes a latency and, over its rate, the most bytes that any rank sends to others or
 receives from them. Nothing is taken to overlap.
 
-Between hosts: the rows of an all-gather or reduce-scatter cross to a host once, shared out among
-its ranks; those of an all-to-all cross as they are.
+Between hosts: the rows of an all-gather cross to a host once, shared out among its ranks; those of
+an all-to-all cross as they are.
 """
 
 from dataclasses import dataclass
@@ -56,7 +56,7 @@ class Network:
             within = busiest(elsewhere_WW.where(same_host_WW, 0.0))
             between = busiest(elsewhere_WW.where(~same_host_WW, 0.0))
         else:
-            # What one rank gathers from another, or scatters to it.
+            # What one rank gathers from another.
             part = float(bytes_WW.max())
             within, between = part * (ranks - 1), part * (ranks - near) / near
         rate_between = min(self.between_hosts, link.rate)
@@ -95,11 +95,13 @@ def predict(
     widths = problem.widths(ranks)
     b, a = widths.hidden_bytes, widths.sum_bytes
     if dispatcher == ALL_GATHER:
-        packed, received = 0.0, ranks * traffic.most_tokens
+        sent = received = ranks * traffic.most_tokens
+        packing = a
     else:
-        packed = float(traffic.rows_WW.sum(1).max())
+        sent = float(traffic.rows_WW.sum(1).max())
         received = float(traffic.rows_WW.sum(0).max())
-    per_column = (received - traffic.most_tokens) * (3 * b + 2 * a) + 2 * packed * (2 * b + a)
+        packing = 2 * b + a
+    per_column = (received - traffic.most_tokens) * (3 * b + 2 * a) + 2 * sent * packing
     per_column -= 2 * (1 - 1 / ranks) * problem.num_experts * b
     memory = per_column * problem.hidden_size / network.memory
     return Prediction(

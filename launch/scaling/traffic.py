@@ -11,7 +11,7 @@ from torch import Tensor
 from flash_moe_dist.routing import Routing
 from flash_moe_dist.volume import COUNTS, DispatcherName, Widths
 
-ALL_TO_ALL, ALL_GATHER, REDUCE_SCATTER = "all_to_all", "all_gather", "reduce_scatter"
+ALL_TO_ALL, ALL_GATHER = "all_to_all", "all_gather"
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,10 @@ class Traffic:
 
 def sent_by_one_rank(indices_TK: Tensor, num_experts: int, ranks: int) -> tuple[Tensor, Tensor]:
     """Rows and pairs (W,) to each rank; waits for the device."""
-    counts_2W = Routing.of(indices_TK, num_experts, ranks).counts_2W().double().cpu()
-    return counts_2W[0], counts_2W[1]
+    counts_WC = torch.zeros(ranks, COUNTS, device=indices_TK.device, dtype=torch.int64)
+    Routing.of(indices_TK, num_experts, ranks).write_counts(counts_WC, checksum=0)
+    rows_W, pairs_W, *_ = counts_WC.t().double().cpu()
+    return rows_W, pairs_W
 
 
 def busiest(sent_WW: Tensor) -> float:
@@ -55,22 +57,14 @@ class Message:
 def messages(dispatcher: DispatcherName, widths: Widths, traffic: Traffic) -> list[Message]:
     """Of a forward and a backward pass; bytes as `flash_moe_dist.volume` has them."""
     rows_WW, pairs_WW = traffic.rows_WW, traffic.pairs_WW
-    hidden_row = widths.hidden_size * widths.hidden_bytes
-    sum_row = widths.hidden_size * widths.sum_bytes
-    if dispatcher == "all_gather":
+    gathers = dispatcher == "all_gather"
+    if gathers:
         rows_WW = torch.full_like(rows_WW, traffic.most_tokens)
-        rows = Message(ALL_GATHER, rows_WW * hidden_row)
-        sums = Message(REDUCE_SCATTER, rows_WW * sum_row)
-    else:
-        rows = Message(ALL_TO_ALL, rows_WW * hidden_row)
-        sums = Message(ALL_TO_ALL, rows_WW.t() * sum_row)
-    forward = [
-        Message(ALL_TO_ALL, torch.full_like(rows_WW, 8 * COUNTS)),
-        Message(ALL_TO_ALL, rows_WW * 4),
-        Message(ALL_TO_ALL, pairs_WW * 4),
-        Message(ALL_TO_ALL, pairs_WW * widths.weight_bytes),
-        rows,
-        sums,
-    ]
-    backward = [rows, sums, Message(ALL_TO_ALL, pairs_WW.t() * widths.weight_bytes)]
-    return forward + backward
+    row_bytes = widths.hidden_size * widths.hidden_bytes
+    rows = Message(ALL_GATHER if gathers else ALL_TO_ALL, rows_WW * row_bytes)
+    sums = Message(ALL_TO_ALL, rows_WW.t() * widths.hidden_size * widths.sum_bytes)
+    counts = Message(ALL_TO_ALL, torch.full_like(rows_WW, 8 * COUNTS))
+    pair_bytes = 4 + max(4, widths.weight_bytes)
+    pairs = Message(ALL_TO_ALL, 4 * rows_WW + pair_bytes * pairs_WW)
+    weights = Message(ALL_TO_ALL, widths.weight_bytes * pairs_WW.t())
+    return [counts, pairs, rows, sums, rows, sums, weights]
