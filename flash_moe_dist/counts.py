@@ -25,77 +25,130 @@ from flash_moe_dist.volume import COUNTS
 class Settings:
     """What a forward pass takes from its module, the same on all ranks.
 
-    num_experts: E, over all ranks; hidden_size, device: of the tables; others: whatever else the
-    ranks must agree on, by name.
+    num_experts: E, over all ranks; hidden_size, table_dtypes, device: of the tables; dispatcher:
+    its name; needed: which of hidden states, tables and routing weights need gradients.
     """
 
     num_experts: int
     hidden_size: int
+    table_dtypes: tuple[torch.dtype, torch.dtype]
     device: torch.device
-    others: dict[str, Any]
+    dispatcher: str
+    needed: list[bool]
+
+
+@dataclass(frozen=True)
+class Input:
+    """A rank's part of a forward pass, checked.
+
+    error: what is wrong with it; sizes, needed: what all ranks must agree on, empty if it is wrong,
+    `sizes` being what the sizes of messages follow from.
+    """
+
+    hidden_TH: Tensor
+    indices_TK: Tensor
+    weights_TK: Tensor
+    settings: Settings
+    error: Exception | None
+    sizes: dict[str, Any]
+    needed: dict[str, Any]
+
+    @classmethod
+    def of(
+        cls, hidden_TH: Tensor, indices_TK: Tensor, weights_TK: Tensor, settings: Settings
+    ) -> "Input":
+        error = _input_error(hidden_TH, indices_TK, weights_TK, settings)
+        sizes: dict[str, Any] = {}
+        needed: dict[str, Any] = {}
+        if error is None:
+            sizes = {
+                "num_experts": settings.num_experts,
+                "hidden_size": settings.hidden_size,
+                "num_experts_per_tok": indices_TK.shape[1],
+                "dtype of hidden_states": hidden_TH.dtype,
+                "dtype of routing_weights": weights_TK.dtype,
+                "dtypes of the tables": settings.table_dtypes,
+                "dispatcher": settings.dispatcher,
+                "backend": default_backend(settings.device),
+            }
+            gradients = "which of hidden states, tables, routing weights need gradients"
+            needed = {gradients: settings.needed}
+        return cls(hidden_TH, indices_TK, weights_TK, settings, error, sizes, needed)
+
+    def routing(self, ep_size: int) -> Routing:
+        return Routing.of(self.indices_TK, self.settings.num_experts, ep_size)
+
+    @property
+    def checksum(self) -> int:
+        """Of what must be agreed on, in 31 bits; not 0, which stands for a rank with bad input."""
+        return 1 + zlib.crc32(repr((self.sizes, self.needed)).encode()) % (2**31 - 1)
+
+    def counts(
+        self, sent: list[list[int]], received: list[list[int]], group: dist.ProcessGroup
+    ) -> "Counts":
+        """What was exchanged, (W, COUNTS) on the host.
+
+        Raises:
+            TypeError, ValueError: on every rank alike, if any rank's input is wrong or they
+                disagree.
+        """
+        rows, pairs, *_ = zip(*sent, strict=True)
+        rows_in, pairs_in, bad_ids, tokens, checksums, most = zip(*received, strict=True)
+        if any(bad_ids) or len(set(checksums)) > 1 or not all(checksums):
+            self._raise_together(group)
+            raise AssertionError("bad counts without an error on any rank")
+        return Counts(list(rows), list(rows_in), list(pairs), list(pairs_in), tokens, max(most))
+
+    def _raise_together(self, group: dist.ProcessGroup) -> None:
+        error = self.error
+        if error is None:
+            try:
+                raise_ids_out_of_range(self.indices_TK, self.settings.num_experts)
+            except ValueError as out_of_range:
+                error = out_of_range
+        raise_same_error(error, group)
+        raise_differences({**self.sizes, **self.needed}, group)
 
 
 @dataclass(frozen=True)
 class Counts:
-    """Rows and pairs sent to and received from each rank, and the most tokens of any rank.
+    """Rows and pairs sent to and received from each rank, tokens of each rank.
 
-    received_WC: what each rank sent in the exchange, on the device.
+    most_pairs: that any rank sends to any other.
     """
 
     rows_sent: list[int]
     rows_received: list[int]
     pairs_sent: list[int]
     pairs_received: list[int]
-    most_tokens: int
-    received_WC: Tensor
+    tokens: tuple[int, ...]
+    most_pairs: int
 
 
 def agree_on_counts(
-    hidden_TH: Tensor,
-    indices_TK: Tensor,
-    weights_TK: Tensor,
-    settings: Settings,
-    ep_size: int,
-    group: dist.ProcessGroup,
-) -> tuple[Routing, Counts]:
-    """Check this rank's input, exchange counts, and be sure that all ranks found theirs sound.
+    given: Input, ep_size: int, group: dist.ProcessGroup, count_rows: bool
+) -> tuple[Routing, Counts, Tensor]:
+    """Exchange counts, and be sure that all ranks found their input sound.
 
     One exchange, which the host waits for. With it travel the number of bad ids and a checksum
     of the settings, so that a rank with bad input is known to all.
 
+    Returns:
+        Also the counts received, (W, COUNTS) on the device.
+
     Raises:
         TypeError, ValueError: on every rank alike.
     """
-    error = _input_error(hidden_TH, indices_TK, weights_TK, settings)
-    routing: Routing | None = None
-    agreed: dict[str, Any] = {}
-    exchanged_2WC = _nothing(settings.device, ep_size)
-    if error is None:
-        routing = Routing.of(indices_TK, settings.num_experts, ep_size)
-        agreed = {
-            "num_experts": settings.num_experts,
-            "hidden_size": settings.hidden_size,
-            "num_experts_per_tok": indices_TK.shape[1],
-            "dtype of hidden_states": hidden_TH.dtype,
-            "dtype of routing_weights": weights_TK.dtype,
-            **settings.others,
-        }
-        # A rank with bad input has agreed to nothing, and sends 0.
-        routing.write_counts(exchanged_2WC[0], 1 + zlib.crc32(repr(agreed).encode()))
+    exchanged_2WC = _nothing(given.settings.device, ep_size)
+    routing = None
+    if given.error is None:
+        routing = given.routing(ep_size)
+        routing.write_counts(exchanged_2WC[0], given.checksum, count_rows)
     _exchange(exchanged_2WC, group)
-    sent, received = (list(zip(*counts, strict=True)) for counts in exchanged_2WC.tolist())
-    sound = not any(received[2]) and len(set(received[4])) == 1
-    if routing is None or not sound:
-        _raise_together(error, indices_TK, agreed, settings, group)
-        raise AssertionError("bad counts without an error on any rank")
-    return routing, Counts(
-        rows_sent=list(sent[0]),
-        rows_received=list(received[0]),
-        pairs_sent=list(sent[1]),
-        pairs_received=list(received[1]),
-        most_tokens=max(received[3]),
-        received_WC=exchanged_2WC[1],
-    )
+    sent, received = exchanged_2WC.tolist()
+    counts = given.counts(sent, received, group)
+    assert routing is not None
+    return routing, counts, exchanged_2WC[1]
 
 
 def fail_together(error: Exception, device: torch.device, group: dist.ProcessGroup) -> NoReturn:
@@ -114,22 +167,6 @@ def _exchange(exchanged_2WC: Tensor, group: dist.ProcessGroup) -> None:
     sent_WC, received_WC = exchanged_2WC
     with communication():
         dist.all_to_all_single(received_WC, sent_WC, group=group)
-
-
-def _raise_together(
-    error: Exception | None,
-    indices_TK: Tensor,
-    agreed: dict[str, Any],
-    settings: Settings,
-    group: dist.ProcessGroup,
-) -> None:
-    if error is None:
-        try:
-            raise_ids_out_of_range(indices_TK, settings.num_experts)
-        except ValueError as out_of_range:
-            error = out_of_range
-    raise_same_error(error, group)
-    raise_differences(agreed, group)
 
 
 def _input_error(

@@ -31,9 +31,9 @@ from flash_moe.ops.backends import (
 from flash_moe.ops.backends.gather import sum_pieces
 from flash_moe.ops.pairs import Pairs
 from flash_moe_dist.collectives import Pending, start_all_gather, start_all_to_all
-from flash_moe_dist.counts import Settings, agree_on_counts
+from flash_moe_dist.counts import Counts, Input, agree_on_counts
 from flash_moe_dist.routing import unpack, words_of_pair
-from flash_moe_dist.volume import DispatcherName, Load
+from flash_moe_dist.volume import DispatcherName
 
 
 @dataclass(frozen=True)
@@ -65,28 +65,27 @@ class DispatchMetadata:
         slots_P, tokens_S, sent_TW = tensors or (None, None, None)
         return replace(self, slots_P=slots_P, tokens_S=tokens_S, sent_TW=sent_TW)
 
-    @property
-    def load(self) -> Load:
-        return Load(
-            sum(self.rows_sent),
-            sum(self.rows_received),
-            sum(self.pairs_sent),
-            sum(self.pairs_received),
-            self.most_tokens,
-        )
-
 
 @dataclass(frozen=True)
 class ReceivedTokens:
     """Tokens at the owner of their experts, in the form `ragged_flash_expert_func` takes.
 
-    hidden_RH (R, H); row_offsets (R+1,); expert_ids_M (M,) int32, local; weights_M (M,).
+    hidden_RH (R, H); row_offsets (R+1,); expert_ids_M (M,) int32, local; weights_M (M,). Ids and
+    weights may go on after the last row's, with anything.
+    mean_pairs: of a row, as far as kernels are shaped by it; None: M / R. Given where that would
+    depend on what is in the rows, or after them.
     """
 
     hidden_RH: Tensor
     row_offsets: Tensor
     expert_ids_M: Tensor
     weights_M: Tensor
+    mean_pairs: int | None = None
+
+
+def pairs_per_row(slots: int, ep_size: int) -> int:
+    """Pairs of a token with one of the ranks, if it uses experts of all alike."""
+    return max(1, -(-slots // ep_size))
 
 
 class TokenDispatcher(ABC):
@@ -110,33 +109,30 @@ class TokenDispatcher(ABC):
         self.group = group
         self.ep_size = dist.get_world_size(group)
 
-    def dispatch(
-        self, hidden_TH: Tensor, indices_TK: Tensor, weights_TK: Tensor, settings: Settings
-    ) -> tuple[ReceivedTokens, DispatchMetadata]:
-        """Send each token to the owners of its experts.
-
-        Args:
-            hidden_TH, indices_TK, weights_TK: as `triton_flash_expert_func` takes them.
-            settings: what all ranks must agree on.
+    def dispatch(self, given: Input) -> tuple[ReceivedTokens, DispatchMetadata, Counts]:
+        """Send each token to the owners of its experts, after an exchange of counts.
 
         Raises:
             TypeError, ValueError: on every rank alike, if any rank's input is wrong or the
                 ranks' settings differ.
         """
-        arguments = (hidden_TH, indices_TK, weights_TK)
-        routing, counts = agree_on_counts(*arguments, settings, self.ep_size, self.group)
+        weights_TK = given.weights_TK
+        routing, counts, received_WC = agree_on_counts(
+            given, self.ep_size, self.group, count_rows=not self.sends_all_rows
+        )
+        most_tokens = max(counts.tokens)
         metadata = DispatchMetadata(
             counts.rows_sent,
             counts.rows_received,
             counts.pairs_sent,
             counts.pairs_received,
-            indices_TK.shape[0],
-            counts.most_tokens,
-            indices_TK.shape,
+            given.hidden_TH.shape[0],
+            most_tokens,
+            given.indices_TK.shape,
         )
         # Where every rank gets all rows, these travel while pairs are packed.
-        rows = self.start_rows(hidden_TH, metadata) if self.sends_all_rows else None
-        rows_of_all = counts.most_tokens if self.sends_all_rows else 0
+        rows = self.start_rows(given.hidden_TH, metadata) if self.sends_all_rows else None
+        rows_of_all = most_tokens if self.sends_all_rows else 0
         sent = routing.pack(weights_TK, counts.rows_sent, counts.pairs_sent, rows_of_all)
         metadata = metadata.with_tensors(sent.slots_P, sent.tokens_S, sent.sent_TW)
         rows_received = [rows_of_all] * self.ep_size if rows_of_all else counts.rows_received
@@ -146,16 +142,19 @@ class TokenDispatcher(ABC):
             for num_rows, num_pairs in zip(rows_received, counts.pairs_received, strict=True)
         ]
         words = start_all_to_all(sent.words, sent.splits, received_splits, self.group)
-        rows = rows or self.start_rows(hidden_TH, metadata)
-        row_offsets, ids_M, weights_M = unpack(
+        rows = rows or self.start_rows(given.hidden_TH, metadata)
+        pairs = unpack(
             words.wait(),
-            counts.received_WC,
+            received_WC,
             counts.rows_received,
             counts.pairs_received,
             weights_TK.dtype,
             rows_of_all,
         )
-        return ReceivedTokens(rows.wait(), row_offsets, ids_M, weights_M), metadata
+        mean_pairs = None
+        if self.sends_all_rows:
+            mean_pairs = pairs_per_row(given.indices_TK.shape[1], self.ep_size)
+        return ReceivedTokens(rows.wait(), *pairs, mean_pairs), metadata, counts
 
     def dispatch_rows(self, rows_TH: Tensor, metadata: DispatchMetadata) -> Tensor:
         """Rows (T, H) of the tokens to the owners of their experts, as (R, H)."""

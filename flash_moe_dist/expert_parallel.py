@@ -16,9 +16,10 @@ from flash_moe.ops.backends import accumulator_dtype, choose_backend
 from flash_moe.ops.flash_expert import triton_flash_expert_func
 from flash_moe.ops.formulas import Backward, forward, slots_of
 from flash_moe_dist.agreement import raise_differences, same_error_on_all_ranks
-from flash_moe_dist.counts import Settings, fail_together
+from flash_moe_dist.counts import Input, Settings
 from flash_moe_dist.dispatch import DISPATCHERS, TokenDispatcher
 from flash_moe_dist.initialization import normal_rows_
+from flash_moe_dist.reserved import LayerDispatch
 from flash_moe_dist.steps import step
 from flash_moe_dist.volume import DispatcherName, Widths, cheaper_dispatcher
 
@@ -123,6 +124,7 @@ class ExpertParallelFunc:
         self.ep_mesh, self.ep_size = ep_mesh, ep_mesh.size()
         self.dispatcher = dispatcher
         self.counters: list[Callable[[Tensor], None]] = []
+        self._dispatch = LayerDispatch(ep_mesh.get_group())
 
     def __deepcopy__(self, memo: dict[int, object]) -> "ExpertParallelFunc":
         # A copied model (an average of weights, say) talks over the same process group.
@@ -135,7 +137,7 @@ class ExpertParallelFunc:
         The other ranks raise it from their calls.
         """
         if self.ep_size > 1:
-            fail_together(error, torch.device(self.ep_mesh.device_type), self.ep_mesh.get_group())
+            self._dispatch.fail(error, torch.device(self.ep_mesh.device_type))
         raise error
 
     # Collectives of sizes known at run time: compiled graphs end before and begin after.
@@ -174,12 +176,10 @@ class ExpertParallelFunc:
         settings = Settings(
             num_experts,
             hidden_size,
+            (down_eH.dtype, up_eH.dtype),
             down_eH.device,
-            {
-                "dtypes of the tables": (down_eH.dtype, up_eH.dtype),
-                "which of hidden states, tables, routing weights need gradients": needed,
-                "dispatcher": dispatcher.name,
-            },
+            dispatcher.name,
+            needed,
         )
         out_TH: Tensor = _ShardedExperts.apply(
             hidden_states,
@@ -187,6 +187,7 @@ class ExpertParallelFunc:
             up_eH,
             indices,
             routing_weights,
+            self._dispatch,
             dispatcher,
             settings,
             tuple(self.counters),
@@ -247,34 +248,47 @@ class _ShardedExperts(torch.autograd.Function):
         up_eH: Tensor,
         indices_TK: Tensor,
         weights_TK: Tensor,
+        layer_dispatch: LayerDispatch,
         dispatcher: TokenDispatcher,
         settings: Settings,
         counters: tuple[Callable[[Tensor], None], ...],
     ) -> Tensor:
-        with step("dispatch"):
-            received, metadata = dispatcher.dispatch(hidden_TH, indices_TK, weights_TK, settings)
-        with step("experts"):
-            rows_RH, weights_M = received.hidden_RH, received.weights_M
-            backend = choose_backend(None, rows_RH, down_eH, up_eH, None)
-            for count in counters:
-                count(received.expert_ids_M)
-            partial_RH, *kept = forward(
-                rows_RH,
-                down_eH,
-                up_eH,
-                received.expert_ids_M,
-                received.row_offsets,
-                weights_M,
-                backend,
-                accumulator_dtype(hidden_TH.dtype, down_eH.dtype),
-                checked=True,
-            )
-        with step("combine"):
-            out_TH = dispatcher.combine(partial_RH, metadata, hidden_TH.dtype)
-        ctx.save_for_backward(rows_RH, down_eH, up_eH, weights_M, *kept, *metadata.tensors())
+        given = Input.of(hidden_TH, indices_TK, weights_TK, settings)
+        metadata = None
+        while metadata is None:
+            with step("dispatch"):
+                dispatched = layer_dispatch.dispatch(given, dispatcher)
+            received = dispatched.received
+            with step("experts"):
+                rows_RH = received.hidden_RH
+                backend = choose_backend(None, rows_RH, down_eH, up_eH, None)
+                partial_RH, *kept = forward(
+                    rows_RH,
+                    down_eH,
+                    up_eH,
+                    received.expert_ids_M,
+                    received.row_offsets,
+                    received.weights_M,
+                    backend,
+                    accumulator_dtype(rows_RH.dtype, down_eH.dtype),
+                    checked=True,
+                    mean_pairs=received.mean_pairs,
+                )
+            with step("combine"):
+                out_TH = dispatched.dispatcher.combine(
+                    partial_RH, dispatched.metadata, rows_RH.dtype
+                )
+            metadata = layer_dispatch.settle(given, dispatched)
+        num_pairs = sum(metadata.pairs_received)
+        ids_M, weights_M = received.expert_ids_M[:num_pairs], received.weights_M[:num_pairs]
+        for count in counters:
+            count(ids_M)
+        scores_M, _, *others = kept
+        kept_M = (scores_M[:num_pairs], ids_M, *others)
+        ctx.save_for_backward(rows_RH, down_eH, up_eH, weights_M, *kept_M, *metadata.tensors())
         ctx.dispatched = metadata.with_tensors()
         ctx.dispatcher, ctx.backend = dispatcher, backend
-        ctx.slots, ctx.hidden_dtype = slots_of(received.expert_ids_M), hidden_TH.dtype
+        ctx.hidden_dtype, ctx.mean_pairs = hidden_TH.dtype, received.mean_pairs
         return out_TH
 
     @staticmethod
@@ -301,9 +315,10 @@ class _ShardedExperts(torch.autograd.Function):
                 up_eH,
                 weights_M,
                 kept,
-                ctx.slots,
+                slots_of(kept[1]),
                 (hidden_needed, down_needed, up_needed, weights_needed),
                 ctx.backend,
+                ctx.mean_pairs,
             )
             sum_dtype = accumulator_dtype(ctx.hidden_dtype, down_eH.dtype)
             partial_RH, weights_grad_M = backward.for_tokens(sum_dtype)
@@ -318,7 +333,7 @@ class _ShardedExperts(torch.autograd.Function):
         with step("combine_backward"):
             hidden_grad = None if partial_RH is None else hidden_combined()
             weights_grad = None if weights_grad_M is None else weights_returned()
-        return hidden_grad, down_grad, up_grad, None, weights_grad, None, None, None
+        return hidden_grad, down_grad, up_grad, None, weights_grad, None, None, None, None
 
 
 class _Final(torch.autograd.Function):

@@ -4,17 +4,18 @@ T local tokens, K experts per token, N = T K; W ranks, each the owner of a run o
 and P pairs sent by this rank.
 
 Pairs are sent rank by rank, within a rank token by token, within a token by ascending expert id.
-An index of -1 is sent nowhere. To each rank go 32-bit words: for each row the number of its pairs,
-then for each pair the owner's local expert id and the routing weight, as the bits of a float32 in
-one word or of a float64 in two.
+An index of -1 is sent nowhere. To each rank go 32-bit words: for each row the number of pairs up to
+its last, then for each pair the owner's local expert id and the routing weight, as the bits of a
+float32 in one word or of a float64 in two. Messages are as long as that takes; or as long as there
+is `Room`, and then begin with counts.
 
 Example: 2 ranks of 2 experts, this rank's tokens choose [3, 0], [1, 0], [2, -1]. Rank 0 gets the
 pairs of token 0 with its local expert [0] and of token 1 with [0, 1]; rank 1 those of token 0 with
 its local expert [1] and of token 2 with [0]. Rows, if sent once to each rank that needs them: of
 tokens 0 and 1 to rank 0, of tokens 0 and 2 to rank 1. The words, with g for a weight:
 
-    rank 0    1 2   0 g   0 g   1 g
-    rank 1    1 1   1 g   0 g
+    rank 0    1 3   0 g   0 g   1 g
+    rank 1    1 2   1 g   0 g
 """
 
 from dataclasses import dataclass
@@ -34,6 +35,25 @@ from flash_moe_dist.volume import COUNTS
 
 PACK_BLOCK = 128
 UNPACK_BLOCK, UNPACK_PROGRAMS = 1024, 1056
+
+
+# Counts of a message with room, in 64 bits each.
+HEADER_WORDS = 2 * COUNTS
+
+
+@dataclass(frozen=True)
+class Room:
+    """Of each message: rows of all tokens of the rank that has most, and up to `pairs` pairs."""
+
+    rows: int
+    pairs: int
+    weight_dtype: torch.dtype
+
+    @property
+    def message_words(self) -> int:
+        """Even, as the counts of every message lie at multiples of 8 bytes."""
+        words = HEADER_WORDS + self.rows + words_of_pair(self.weight_dtype) * self.pairs
+        return words + words % 2
 
 
 @dataclass(frozen=True)
@@ -105,7 +125,7 @@ class Routing:
             torch.empty(num_tokens * slots, device=device, dtype=torch.int32),
             torch.empty(num_tokens * slots, device=device, dtype=order_dtype(num_tokens * slots)),
             torch.empty(ep_size, num_tokens, device=device, dtype=torch.int64),
-            torch.empty(ep_size, num_tokens, device=device, dtype=torch.int32),
+            torch.empty(ep_size, num_tokens, device=device, dtype=torch.int64),
             torch.zeros(1, device=device, dtype=torch.int64),
             local_size,
         )
@@ -140,11 +160,12 @@ class Routing:
         """(W*T,) int64: rows up to each token's for each rank, inclusive."""
         return (self.pairs_WT.flatten() > 0).cumsum(0)
 
-    def write_counts(self, counts_WC: Tensor, checksum: int) -> None:
-        """For each rank: rows, pairs; and the same for all: bad ids, T, `checksum`.
+    def write_counts(self, counts_WC: Tensor, checksum: int, count_rows: bool = True) -> None:
+        """For each rank: rows, pairs; and for all the same: bad ids, T, checksum, most pairs.
 
         Args:
-            counts_WC: (W, COUNTS) int64, to be filled.
+            counts_WC: (W, COUNTS) int64, to be filled; the last is the most pairs for any rank.
+            count_rows: rows that have pairs; else 0 stands there.
         """
         ep_size, num_tokens = self.pairs_WT.shape
         if num_tokens and _in_kernels(self.ids_N):
@@ -152,20 +173,24 @@ class Routing:
                 counts_kernel,
                 (ep_size,),
                 self.pairs_end,
-                self.rows_end,
+                self.rows_end if count_rows else self.pairs_end,
                 self.out_of_range,
                 counts_WC,
+                counts_WC.stride(0),
                 num_tokens,
                 checksum,
-                COUNTS=COUNTS,
+                ep_size,
+                COUNT_ROWS=count_rows,
                 num_warps=1,
             )
             return
-        counts_WC[:, 0] = (self.pairs_WT > 0).sum(1)
-        counts_WC[:, 1] = self.pairs_WT.sum(1)
+        pairs_W = self.pairs_WT.sum(1)
+        counts_WC[:, 0] = (self.pairs_WT > 0).sum(1) if count_rows else 0
+        counts_WC[:, 1] = pairs_W
         counts_WC[:, 2] = self.out_of_range
         counts_WC[:, 3] = num_tokens
         counts_WC[:, 4] = checksum
+        counts_WC[:, 5] = pairs_W.max()
 
     def pack(
         self, weights_TK: Tensor, rows_W: list[int], pairs_W: list[int], rows_of_all: int = 0
@@ -181,9 +206,14 @@ class Routing:
         width = words_of_pair(weights_TK.dtype)
         rows_W = [rows_of_all] * len(rows_W) if rows_of_all else rows_W
         splits = [rows + width * pairs for rows, pairs in zip(rows_W, pairs_W, strict=True)]
+        num_tokens = self.pairs_WT.shape[1]
         if _in_kernels(self.ids_N):
-            return self._pack_in_kernel(weights_TK, splits, sum(rows_W), sum(pairs_W), rows_of_all)
-        ep_size, num_tokens = self.pairs_WT.shape
+            words = torch.empty(sum(splits), device=self.ids_N.device, dtype=torch.int32)
+            slots_P, tokens_S, sent_TW = self._pack_in_kernel(
+                weights_TK, words, sum(rows_W), sum(pairs_W), rows_of_all
+            )
+            return SentPairs(words, splits, slots_P, tokens_S, sent_TW)
+        ep_size = len(rows_W)
         local_ids_P, slots_P = self._pairs(sum(pairs_W))
         weights_P = weights_TK.flatten()[slots_P]
         if width == 2:
@@ -201,11 +231,22 @@ class Routing:
             tokens_S = places_S % max(1, num_tokens)
             sent_WT = (self.rows_end - 1).masked_fill(~is_sent, -1).view(ep_size, num_tokens)
             sent_TW = sent_WT.t().to(torch.int32).contiguous()
-        parts = zip(
-            pairs_of_rows.to(torch.int32).split(rows_W), pair_words.split(pairs_W), strict=True
+        parts = zip(pairs_of_rows.split(rows_W), pair_words.split(pairs_W), strict=True)
+        words = torch.cat(
+            [part for rows, pairs in parts for part in (rows.cumsum(0).int(), pairs.flatten())]
         )
-        words = torch.cat([part.flatten() for both in parts for part in both])
         return SentPairs(words, splits, slots_P, tokens_S, sent_TW)
+
+    def pack_in_room(self, weights_TK: Tensor, words_WL: Tensor, room: Room) -> Tensor:
+        """Words for each rank after the counts of its message (W, L), by a kernel.
+
+        Pairs for which there is no room are left out. Returns the place in (T, K) of each pair:
+        (T K,), of which those that are sent come first.
+        """
+        slots_P, *_ = self._pack_in_kernel(
+            weights_TK, words_WL, 0, self.ids_N.shape[0], room.rows, room
+        )
+        return slots_P
 
     def _pairs(self, num_pairs: int) -> tuple[Tensor, Tensor]:
         """Local ids (P,) int32 of the pairs in the order they are sent, and their places (P,).
@@ -226,21 +267,19 @@ class Routing:
     def _pack_in_kernel(
         self,
         weights_TK: Tensor,
-        splits: list[int],
+        words: Tensor,
         num_rows: int,
         num_pairs: int,
         rows_of_all: int,
-    ) -> SentPairs:
+        room: Room | None = None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         ep_size, num_tokens = self.pairs_WT.shape
-        device = self.ids_N.device
-        # Rows past the tokens have no pairs.
-        fresh = torch.zeros if rows_of_all > num_tokens else torch.empty
-        words = fresh(sum(splits), device=device, dtype=torch.int32)
+        device, all_rows = self.ids_N.device, rows_of_all > 0
         slots_P = torch.empty(num_pairs, device=device, dtype=torch.int64)
-        tokens_S = torch.empty(0 if rows_of_all else num_rows, device=device, dtype=torch.int64)
-        sent_TW = torch.empty(
-            num_tokens, 0 if rows_of_all else ep_size, device=device, dtype=torch.int32
-        )
+        tokens_S = sent_TW = None
+        if not all_rows:
+            tokens_S = torch.empty(num_rows, device=device, dtype=torch.int64)
+            sent_TW = torch.empty(num_tokens, ep_size, device=device, dtype=torch.int32)
         if num_tokens:
             launch(
                 pack_kernel,
@@ -249,23 +288,25 @@ class Routing:
                 self.slots_N,
                 self.begin_WT,
                 self.pairs_end,
-                self.rows_end,
+                self.pairs_end if all_rows else self.rows_end,
                 weights_TK.contiguous(),
                 words,
                 slots_P,
-                tokens_S,
-                sent_TW,
+                slots_P if tokens_S is None else tokens_S,
+                slots_P if sent_TW is None else sent_TW,
                 self.local_size,
                 rows_of_all,
                 ep_size,
+                0 if room is None else room.message_words,
+                0 if room is None else room.pairs,
+                HEADER_WORDS=HEADER_WORDS,
                 WEIGHT_WORDS=words_of_pair(weights_TK.dtype) - 1,
-                ALL_ROWS=rows_of_all > 0,
+                ALL_ROWS=all_rows,
+                IN_ROOM=room is not None,
                 BLOCK=PACK_BLOCK,
                 num_warps=1,
             )
-        if rows_of_all:
-            return SentPairs(words, splits, slots_P)
-        return SentPairs(words, splits, slots_P, tokens_S, sent_TW)
+        return slots_P, tokens_S, sent_TW
 
 
 def words_of_pair(weight_dtype: torch.dtype) -> int:
@@ -289,41 +330,72 @@ def unpack(
     """
     width = words_of_pair(weight_dtype)
     rows_W = [rows_of_all] * len(rows_W) if rows_of_all else rows_W
-    if not _in_kernels(words):
-        sizes = [
-            size
-            for rows, pairs in zip(rows_W, pairs_W, strict=True)
-            for size in (rows, width * pairs)
-        ]
-        parts = words.split(sizes)
-        pairs_of_rows = torch.cat(parts[::2])
-        pair_words = torch.cat(parts[1::2]).view(-1, width)
-        bits_MV = pair_words[:, 1:].clone(memory_format=torch.contiguous_format)
-        weights_M = bits_MV.view(torch.float64 if width == 3 else torch.float32)
-        ids_M, weights_M = pair_words[:, 0].contiguous(), weights_M.view(-1).to(weight_dtype)
-    else:
-        pairs_of_rows = torch.empty(sum(rows_W), device=words.device, dtype=torch.int32)
-        ids_M = torch.empty(sum(pairs_W), device=words.device, dtype=torch.int32)
-        weights_M = torch.empty(sum(pairs_W), device=words.device, dtype=weight_dtype)
-        # Enough programs for all multiprocessors, whatever the number of ranks.
-        programs = max(1, min(UNPACK_PROGRAMS // len(rows_W), cdiv(max(pairs_W), UNPACK_BLOCK)))
-        if words.numel():
-            launch(
-                unpack_kernel,
-                (len(rows_W), programs),
-                words,
-                counts_WC,
-                pairs_of_rows,
-                ids_M,
-                weights_M,
-                rows_of_all,
-                COUNTS=COUNTS,
-                WEIGHT_WORDS=width - 1,
-                ALL_ROWS=rows_of_all > 0,
-                BLOCK=UNPACK_BLOCK,
-            )
-    offsets = torch.zeros(len(pairs_of_rows) + 1, device=words.device, dtype=torch.int64)
-    torch.cumsum(pairs_of_rows, 0, out=offsets[1:])
+    if _in_kernels(words):
+        room_for = (sum(rows_W), sum(pairs_W), max(pairs_W))
+        return _unpack_in_kernel(words, counts_WC, *room_for, weight_dtype, rows_of_all)
+    sizes = [
+        size for rows, pairs in zip(rows_W, pairs_W, strict=True) for size in (rows, width * pairs)
+    ]
+    parts = words.split(sizes)
+    pair_words = torch.cat(parts[1::2]).view(-1, width)
+    bits_MV = pair_words[:, 1:].clone(memory_format=torch.contiguous_format)
+    weights_M = bits_MV.view(torch.float64 if width == 3 else torch.float32)
+    ids_M, weights_M = pair_words[:, 0].contiguous(), weights_M.view(-1).to(weight_dtype)
+    offsets, pairs_before = [words.new_zeros(1, dtype=torch.int64)], 0
+    for ends, pairs in zip(parts[::2], pairs_W, strict=True):
+        offsets.append(ends.long() + pairs_before)
+        pairs_before += pairs
+    return torch.cat(offsets), ids_M, weights_M
+
+
+def unpack_in_room(
+    words_WL: Tensor, counts_WC: Tensor, room: Room
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `unpack`, of messages (W, L) with room, by a kernel.
+
+    Ids and weights are as many as there is room for; those that were received come first.
+    """
+    ep_size = len(words_WL)
+    sizes = (ep_size * room.rows, ep_size * room.pairs, room.pairs)
+    return _unpack_in_kernel(words_WL, counts_WC, *sizes, room.weight_dtype, room.rows, room)
+
+
+def _unpack_in_kernel(
+    words: Tensor,
+    counts_WC: Tensor,
+    num_rows: int,
+    num_pairs: int,
+    most_pairs: int,
+    weight_dtype: torch.dtype,
+    rows_of_all: int,
+    room: Room | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    device, ep_size = words.device, len(counts_WC)
+    fresh = torch.empty if words.numel() else torch.zeros
+    offsets = fresh(num_rows + 1, device=device, dtype=torch.int64)
+    ids_M = torch.empty(num_pairs, device=device, dtype=torch.int32)
+    weights_M = torch.empty(num_pairs, device=device, dtype=weight_dtype)
+    # Enough programs for all multiprocessors, whatever the number of ranks.
+    programs = max(1, min(UNPACK_PROGRAMS // ep_size, cdiv(most_pairs, UNPACK_BLOCK)))
+    if words.numel():
+        launch(
+            unpack_kernel,
+            (ep_size, programs),
+            words,
+            counts_WC,
+            offsets,
+            ids_M,
+            weights_M,
+            counts_WC.stride(0),
+            rows_of_all,
+            0 if room is None else room.message_words,
+            0 if room is None else room.pairs,
+            HEADER_WORDS=HEADER_WORDS,
+            WEIGHT_WORDS=words_of_pair(weight_dtype) - 1,
+            ALL_ROWS=rows_of_all > 0,
+            IN_ROOM=room is not None,
+            BLOCK=UNPACK_BLOCK,
+        )
     return offsets, ids_M, weights_M
 
 

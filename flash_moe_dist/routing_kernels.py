@@ -51,7 +51,7 @@ def route_kernel(
         bound = (rank + 1) * local_size
         end = tl.sum((in_row & (ids_of_token < bound)).to(tl.int32), 0)
         tl.store(begin + rank * num_tokens + token, row + first)
-        tl.store(pairs + rank * num_tokens + token, end - first)
+        tl.store(pairs + rank * num_tokens + token, (end - first).to(tl.int64))
         first = end
 
 
@@ -61,23 +61,34 @@ def counts_kernel(
     rows_end,
     out_of_range,
     counts,
+    counts_stride,
     num_tokens,
     checksum,
-    COUNTS: tl.constexpr,
+    ep_size,
+    COUNT_ROWS: tl.constexpr,
 ):
-    """counts (W, COUNTS): rows, pairs, ids out of range, tokens, checksum for each rank; grid (W,).
+    """counts (W, any stride): see `Routing.write_counts`; grid (W,).
 
-    pairs_end, rows_end: as `pack_kernel`.
+    pairs_end, rows_end: as `pack_kernel`; rows are not counted unless COUNT_ROWS.
     """
     rank = tl.program_id(0).to(tl.int64)
+    row = counts + rank * counts_stride
     before, last = rank * num_tokens - 1, (rank + 1) * num_tokens - 1
-    rows = tl.load(rows_end + last) - tl.load(rows_end + before, mask=rank > 0, other=0)
+    if COUNT_ROWS:
+        rows = tl.load(rows_end + last) - tl.load(rows_end + before, mask=rank > 0, other=0)
+        tl.store(row, rows)
+    else:
+        tl.store(row, 0)
     pairs = tl.load(pairs_end + last) - tl.load(pairs_end + before, mask=rank > 0, other=0)
-    tl.store(counts + rank * COUNTS, rows)
-    tl.store(counts + rank * COUNTS + 1, pairs)
-    tl.store(counts + rank * COUNTS + 2, tl.load(out_of_range))
-    tl.store(counts + rank * COUNTS + 3, num_tokens)
-    tl.store(counts + rank * COUNTS + 4, checksum)
+    tl.store(row + 1, pairs)
+    tl.store(row + 2, tl.load(out_of_range))
+    tl.store(row + 3, num_tokens)
+    tl.store(row + 4, checksum)
+    most, end = tl.zeros([], tl.int64), tl.zeros([], tl.int64)
+    for other in range(ep_size):
+        begin, end = end, tl.load(pairs_end + (other + 1) * num_tokens - 1)
+        most = tl.maximum(most, end - begin)
+    tl.store(row + 5, most)
 
 
 @triton.jit
@@ -95,8 +106,12 @@ def pack_kernel(
     local_size,
     rows_of_all,
     ep_size,
+    message_words,
+    pairs_room,
+    HEADER_WORDS: tl.constexpr,
     WEIGHT_WORDS: tl.constexpr,
     ALL_ROWS: tl.constexpr,
+    IN_ROOM: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Words for each rank, as `flash_moe_dist.routing` lays them out; grid (T,).
@@ -104,6 +119,8 @@ def pack_kernel(
     pairs_end, rows_end (W*T,) count pairs and rows up to each token's with each rank, inclusive;
     every rank gets rows_of_all rows if ALL_ROWS, else those with pairs. slots_sent (P,),
     tokens_sent (S,) and copies (T, W) as in `Routing`; the latter two where rows are chosen.
+    IN_ROOM: the message to each rank has message_words, HEADER_WORDS of them in front, and room
+    for pairs_room pairs; pairs beyond that are left out.
     """
     token, num_tokens = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
     lanes = tl.arange(0, BLOCK)
@@ -114,78 +131,100 @@ def pack_kernel(
         end = tl.load(pairs_end + place)
         first = tl.load(pairs_end + place - 1, mask=place > 0, other=0)
         if ALL_ROWS:
-            rows_before, num_rows = rank * rows_of_all, rows_of_all
-            row = rows_before + token
+            row, num_rows = token, tl.zeros([], tl.int64) + rows_of_all
+            rows_before = rank * num_rows
         else:
             rows_before = tl.load(rows_end + rank_begin - 1, mask=rank_begin > 0, other=0)
             num_rows = tl.load(rows_end + rank_end - 1) - rows_before
             row = tl.load(rows_end + place) - 1
             tl.store(copies + token * ep_size + rank, tl.where(end > first, row, -1).to(tl.int32))
             tl.store(tokens_sent + row, token, mask=end > first)
-        block = rows_before + pairs_before * (1 + WEIGHT_WORDS)
+            row -= rows_before
+        last = end
+        if IN_ROOM:
+            message = words + tl.cast(rank, tl.int64) * message_words + HEADER_WORDS
+            last = tl.minimum(end, pairs_before + pairs_room)
+        else:
+            message = words + rows_before + pairs_before * (1 + WEIGHT_WORDS)
         is_sent = (end > first) | ALL_ROWS
-        tl.store(words + block + row - rows_before, (end - first).to(tl.int32), mask=is_sent)
+        tl.store(message + row, (last - pairs_before).to(tl.int32), mask=is_sent)
         source = tl.load(begin + place)
-        for done in range(0, end - first, BLOCK):
-            inside = done + lanes < end - first
+        for done in range(0, last - first, BLOCK):
+            inside = done + lanes < last - first
             ids = tl.load(sorted_ids + source + done + lanes, mask=inside, other=0)
             slot = tl.load(slots + source + done + lanes, mask=inside, other=0)
             pair = first + done + lanes
             tl.store(slots_sent + pair, slot.to(tl.int64), mask=inside)
-            word = block + num_rows + (pair - pairs_before) * (1 + WEIGHT_WORDS)
-            tl.store(words + word, ids - rank * local_size, mask=inside)
+            word = num_rows + (pair - pairs_before) * (1 + WEIGHT_WORDS)
+            tl.store(message + word, ids - rank * local_size, mask=inside)
             if WEIGHT_WORDS == 1:
                 weight = tl.load(weights + slot, mask=inside, other=0.0).to(tl.float32)
-                tl.store(words + word + 1, weight.to(tl.int32, bitcast=True), mask=inside)
+                tl.store(message + word + 1, weight.to(tl.int32, bitcast=True), mask=inside)
             else:
                 bits = tl.load(weights + slot, mask=inside, other=0.0).to(tl.int64, bitcast=True)
-                tl.store(words + word + 1, bits.to(tl.int32), mask=inside)
-                tl.store(words + word + 2, (bits >> 32).to(tl.int32), mask=inside)
+                tl.store(message + word + 1, bits.to(tl.int32), mask=inside)
+                tl.store(message + word + 2, (bits >> 32).to(tl.int32), mask=inside)
 
 
 @triton.jit
 def unpack_kernel(
     words,
     counts,
-    pairs_of_rows,
+    offsets,
     ids,
     weights,
+    counts_stride,
     rows_of_all,
-    COUNTS: tl.constexpr,
+    message_words,
+    pairs_room,
+    HEADER_WORDS: tl.constexpr,
     WEIGHT_WORDS: tl.constexpr,
     ALL_ROWS: tl.constexpr,
+    IN_ROOM: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """What `pack_kernel` wrote, from all ranks; grid (W, programs that share one rank's words).
 
-    counts (W, COUNTS): rows and pairs from each rank come first. pairs_of_rows (R,), ids (M,) and
-    weights (M,) are written.
+    counts (W, any stride): as each rank's `Routing.write_counts`. offsets (R+1,), ids (M,) and
+    weights (M,) are written; rows that a rank does not have are rows without pairs.
     """
     source = tl.program_id(0)
     rows_before, pairs_before = tl.zeros([], tl.int64), tl.zeros([], tl.int64)
     for rank in range(source):
-        rows_before += rows_of_all if ALL_ROWS else tl.load(counts + rank * COUNTS)
-        pairs_before += tl.load(counts + rank * COUNTS + 1)
-    num_rows = rows_of_all if ALL_ROWS else tl.load(counts + source * COUNTS)
-    num_pairs = tl.load(counts + source * COUNTS + 1)
-    block = words + rows_before + pairs_before * (1 + WEIGHT_WORDS)
+        sent = counts + tl.cast(rank, tl.int64) * counts_stride
+        rows_before += rows_of_all if ALL_ROWS else tl.load(sent)
+        pairs = tl.load(sent + 1)
+        pairs_before += tl.minimum(pairs, pairs_room) if IN_ROOM else pairs
+    sent = counts + source.to(tl.int64) * counts_stride
+    num_rows = tl.zeros([], tl.int64) + (rows_of_all if ALL_ROWS else tl.load(sent))
+    rows_with_pairs = tl.minimum(num_rows, tl.load(sent + 3)) if ALL_ROWS else num_rows
+    num_pairs = tl.load(sent + 1)
+    if IN_ROOM:
+        num_pairs = tl.minimum(num_pairs, pairs_room)
+        message = words + source.to(tl.int64) * message_words + HEADER_WORDS
+    else:
+        message = words + rows_before + pairs_before * (1 + WEIGHT_WORDS)
     lanes = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     step = tl.num_programs(1) * BLOCK
+    if (source == 0) & (tl.program_id(1) == 0):
+        tl.store(offsets, 0)
     for done in range(0, num_rows, step):
         row = done + lanes
-        inside = row < num_rows
-        pairs = tl.load(block + row, mask=inside, other=0)
-        tl.store(pairs_of_rows + rows_before + row, pairs, mask=inside)
+        known = row < rows_with_pairs
+        end = tl.load(message + row, mask=known, other=0).to(tl.int64) & 0xFFFFFFFF
+        end = tl.where(known, end, num_pairs)
+        tl.store(offsets + 1 + rows_before + row, pairs_before + end, mask=row < num_rows)
     for done in range(0, num_pairs, step):
         pair = done + lanes
         inside = pair < num_pairs
-        word = block + num_rows + pair.to(tl.int64) * (1 + WEIGHT_WORDS)
-        tl.store(ids + pairs_before + pair, tl.load(word, mask=inside, other=0), mask=inside)
+        word = num_rows + pair.to(tl.int64) * (1 + WEIGHT_WORDS)
+        id = tl.load(message + word, mask=inside, other=0)
+        tl.store(ids + pairs_before + pair, id, mask=inside)
         if WEIGHT_WORDS == 1:
-            bits = tl.load(word + 1, mask=inside, other=0)
+            bits = tl.load(message + word + 1, mask=inside, other=0)
             weight = bits.to(tl.float32, bitcast=True).to(weights.dtype.element_ty)
         else:
-            low = tl.load(word + 1, mask=inside, other=0).to(tl.int64) & 0xFFFFFFFF
-            high = tl.load(word + 2, mask=inside, other=0).to(tl.int64) << 32
+            low = tl.load(message + word + 1, mask=inside, other=0).to(tl.int64) & 0xFFFFFFFF
+            high = tl.load(message + word + 2, mask=inside, other=0).to(tl.int64) << 32
             weight = (low | high).to(tl.float64, bitcast=True)
         tl.store(weights + pairs_before + pair, weight, mask=inside)

@@ -6,7 +6,7 @@ it is a float64. A rank has T tokens (the most of any rank has X), sends S rows 
 receives R rows and M pairs. In bytes, it hands to collectives
 
                           all_to_all                all_gather
-    forward   counts      40 W                      40 W
+    forward   counts      48 W                      48 W
               pairs       4 S + (4 + v) P           4 W X + (4 + v) P
               rows        S H b                     X H b  (an all-gather)
               sums        R H a                     W X H a
@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 DispatcherName = Literal["all_to_all", "all_gather"]
-COUNTS = 5
+COUNTS = 6
 # Bytes that a link between ranks carries while the memory of a device copies one: NVLink between
 # two H200s, 0.18 TB/s one way, over 4.2 TB/s.
 LINK_TO_MEMORY = 0.04

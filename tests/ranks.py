@@ -15,6 +15,7 @@ import torch.multiprocessing as mp
 from poison import poison_fresh_memory
 
 TIMEOUT = timedelta(seconds=60)
+KERNELS = "gloo with kernels"
 # Of which the longest function needs a sixth on two cores.
 ANSWER_SECONDS = 300
 
@@ -39,7 +40,8 @@ class RankPools:
     ) -> list[Any]:
         """Call `function(*args)` on every rank; return the results by rank.
 
-        `backend`: "gloo", "nccl" (a GPU for each rank), or "gloo on cuda" (ranks share GPUs).
+        `backend`: "gloo", "nccl" (a GPU for each rank), "gloo on cuda" (ranks share GPUs), or
+        "gloo with kernels" (interpreted, as on a GPU otherwise; the others use what users get).
 
         Raises AssertionError with the traceback if a rank failed.
         """
@@ -73,8 +75,9 @@ class _Pool:
         store = tempfile.mktemp(prefix="flash-moe-test-store-")
         self.connections: list[Connection] = []
         self.processes = []
-        # Ranks use the backends that users get; interpreted kernels have tests of their own.
         interpret = os.environ.pop("TRITON_INTERPRET", None)
+        if backend == KERNELS:
+            os.environ["TRITON_INTERPRET"] = "1"
         for rank in range(world_size):
             here, there = context.Pipe()
             process = context.Process(
@@ -83,6 +86,7 @@ class _Pool:
             process.start()
             self.connections.append(here)
             self.processes.append(process)
+        os.environ.pop("TRITON_INTERPRET", None)
         if interpret is not None:
             os.environ["TRITON_INTERPRET"] = interpret
 
@@ -114,8 +118,8 @@ def _serve(rank: int, world_size: int, backend: str, store: str, connection: Con
     global _device
     torch.set_num_threads(1)
     poison_fresh_memory()
-    backend, on, _ = backend.partition(" on cuda")
-    if backend == "nccl" or on:
+    backend, _, on = backend.partition(" ")
+    if backend == "nccl" or on == "on cuda":
         _device = torch.device("cuda", rank % torch.cuda.device_count())
         torch.cuda.set_device(_device)
     dist.init_process_group(

@@ -21,12 +21,14 @@ from flash_moe_dist.runtime import Runtime
 NUM_EXPERTS, HIDDEN_SIZE, SLOTS = 23, 12, 5
 
 
-def bad_input(spoil: str, dispatcher: str) -> None:
-    """Rank 1 spoils its input; every rank must hear of it, and go on to work."""
+def bad_input(spoil: str, dispatcher: str, good_passes: int = 0) -> None:
+    """Rank 1 spoils its input after some good; every rank must hear of it, and go on to work."""
     tables = make_case(1, HIDDEN_SIZE, NUM_EXPERTS, 1)
     experts = shard_experts(tables, dispatcher)
     case = make_case(6, HIDDEN_SIZE, NUM_EXPERTS, SLOTS, seed=dist.get_rank())
     arguments = [case.hidden_states, case.indices, case.routing_weights]
+    for _ in range(good_passes):
+        experts(*arguments)
     if dist.get_rank() == 1:
         arguments = SPOILED[spoil](*arguments)
     try:
@@ -93,13 +95,15 @@ BAD_ROWS: dict[str, tuple[Callable[[Tensor], Any], str, str]] = {
 }
 
 
-def bad_rows_of_a_layer(spoil: str) -> None:
+def bad_rows_of_a_layer(spoil: str, good_passes: int = 0) -> None:
     """The router refuses rank 1's rows before it comes to the experts."""
     layer = FlashMoE(HIDDEN_SIZE, 4, NUM_EXPERTS + 2, SLOTS)
     parallelize_module(
         layer, Runtime.of_world(rank_device()).ep_mesh, {"experts": ExpertParallel()}
     )
     x_TH = torch.randn(6, HIDDEN_SIZE)
+    for _ in range(good_passes):
+        layer(x_TH)
     try:
         layer(BAD_ROWS[spoil][0](x_TH) if dist.get_rank() == 1 else x_TH)
     finally:

@@ -316,13 +316,13 @@ def dispatcher_of_auto(problem: Problem) -> str:
     layer.choose("auto")
     with pytest.MonkeyPatch.context() as patch:
         for key, one in dispatch.DISPATCHERS.items():
-            rows = one.dispatch_rows
+            rows = one.start_rows
 
             def noted(*args: Any, name: str = key, rows: Any = rows) -> Any:
                 used.append(name)
                 return rows(*args)
 
-            patch.setattr(one, "dispatch_rows", noted)
+            patch.setattr(one, "start_rows", noted)
         layer.forward()
     (name,) = used
     return name
@@ -401,16 +401,16 @@ def test_a_prediction_by_hand() -> None:
     found = predict("all_to_all", WEAK, traffic, NETWORK, one_rank_seconds=80.0)
     # The busiest has 58 pairs where the mean has 40.
     assert found.experts == pytest.approx(80 * 58 / 40)
-    # The other way 5 rows and 10 pairs cross: fewer. Counts of 40 bytes, 4 a row and 8 a pair,
+    # The other way 5 rows and 10 pairs cross: fewer. Counts of 48 bytes, 4 a row and 8 a pair,
     # rows, sums; backward rows, sums, weights.
-    crossing = 40 + 4 * 6 + 8 * 28 + 64 * 6 + 64 * 6 + 64 * 6 + 64 * 6 + 4 * 28
+    crossing = 48 + 4 * 6 + 8 * 28 + 64 * 6 + 64 * 6 + 64 * 6 + 64 * 6 + 4 * 28
     assert found.communication == pytest.approx(7 * 1 + crossing / 10)
     # 15 rows received, 14 sent, half of both gradients not written; elements of 4 bytes.
     moved = (15 - 10) * 5 * 4 + 2 * 14 * 3 * 4 - 30 * 4
     assert found.memory == pytest.approx(moved * 16 / 1000)
 
     gathered = predict("all_gather", WEAK, traffic, NETWORK, one_rank_seconds=80.0)
-    crossing = 40 + 4 * 10 + 8 * 28 + 640 + 640 + 4 * 28
+    crossing = 48 + 4 * 10 + 8 * 28 + 640 + 640 + 4 * 28
     rows = 2 * (2 + 640 / 20)
     assert gathered.communication == pytest.approx(5 * 1 + crossing / 10 + rows)
     moved = (20 - 10) * 5 * 4 + 2 * 20 * 4 - 30 * 4

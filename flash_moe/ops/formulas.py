@@ -44,12 +44,15 @@ def forward(
     backend: str,
     out_dtype: torch.dtype,
     checked: bool = False,
+    mean_pairs: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Output (T, H) in `out_dtype`, and after it the five tensors that `Backward` wants kept.
 
     Args:
         ids, weights: (T, K); with row_offsets (T + 1,): (N,).
-        checked: ids (N,) int32 and row_offsets int64 are known to be right.
+        checked: ids (N,) int32 and row_offsets int64 are known to be right; ids and weights may
+            go on after the last row's.
+        mean_pairs: of a token with row_offsets, for the shape of kernels; None: as there are.
     """
     num_experts = down_EH.shape[0]
     hot = None
@@ -72,7 +75,7 @@ def forward(
             in_kernels = backend in TRITON_BACKENDS
             offsets, ids_N = arrange_ragged(row_offsets, ids, num_experts, in_kernels)
     primitives = load_backend(backend)
-    pairs = _pairs(ids_N, offsets, num_tokens, slots, num_experts, hot)
+    pairs = _pairs(ids_N, offsets, num_tokens, slots, num_experts, hot, mean_pairs)
     scores_N = primitives.sddmm(hidden_TH, down_EH, pairs)
     activations_N = activate(
         scores_N, weights.reshape(-1), order_N, in_kernels=backend in TRITON_BACKENDS
@@ -92,6 +95,7 @@ class Backward:
         kept: as `forward` returned them.
         slots: `slots_of` the ids.
         needed: which gradients are asked for: hidden states, down, up, routing weights.
+        mean_pairs: as `forward` had it.
     """
 
     def __init__(
@@ -105,6 +109,7 @@ class Backward:
         slots: int,
         needed: Sequence[bool],
         backend: str,
+        mean_pairs: int | None = None,
     ) -> None:
         poll_index_errors(hidden_TH.device)
         scores_N, ids_N, order_N, offsets, workspace = kept
@@ -116,7 +121,7 @@ class Backward:
         hot = None
         if workspace.shape[0] > 0:
             hot = _hot_pairs(num_tokens, slots, num_experts, workspace)
-        self.pairs = _pairs(ids_N, offsets, num_tokens, slots, num_experts, hot)
+        self.pairs = _pairs(ids_N, offsets, num_tokens, slots, num_experts, hot, mean_pairs)
         scores_needed = self.hidden_needed or self.down_needed
         # Kernels that leave much of the device unused, beside some that wait for memory.
         by_expert = backend in ("gather", "hot_cold") and (self.down_needed or self.up_needed)
@@ -190,12 +195,13 @@ def _pairs(
     slots: int,
     num_experts: int,
     hot: HotPairs | None,
+    mean_pairs: int | None,
 ) -> Pairs:
     if slots > 0:
         return Pairs(None, ids_N, num_experts, slots, hot)
     if slots == 0:
         offsets = offsets.new_zeros(num_tokens + 1)
-    return Pairs(offsets, ids_N, num_experts)
+    return Pairs(offsets, ids_N, num_experts, given_mean_pairs=mean_pairs)
 
 
 def _hot_pairs(num_tokens: int, slots: int, num_experts: int, workspace: Tensor) -> HotPairs:

@@ -31,7 +31,8 @@ class Pairs:
 
     Ids must already lie in [-1, num_experts), those of `hot` pairs apart. Where every token has
     the same number of pairs, `slots` says how many and `offsets` may be left out. `kept`: what a
-    backend keeps from one primitive to the next.
+    backend keeps from one primitive to the next. `given_mean_pairs`: `mean_pairs` where it must
+    not depend on N.
 
     Example, two tokens of which the second has an empty slot:
 
@@ -48,6 +49,7 @@ class Pairs:
     slots: int = 0
     hot: HotPairs | None = None
     kept: list[Tensor] = field(default_factory=list, compare=False)
+    given_mean_pairs: int | None = None
 
     @classmethod
     def from_slots(cls, expert_ids_TK: Tensor, num_experts: int) -> "Pairs":
@@ -74,6 +76,13 @@ class Pairs:
     @property
     def num_pairs(self) -> int:
         return self.expert_ids.shape[0]
+
+    @property
+    def mean_pairs(self) -> int:
+        """Of a token, rounded up, by which kernels are shaped."""
+        if self.given_mean_pairs is not None:
+            return self.given_mean_pairs
+        return -(-self.num_pairs // max(1, self.num_tokens))
 
     @cached_property
     def token_ids(self) -> Tensor:

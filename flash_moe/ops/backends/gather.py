@@ -12,12 +12,14 @@ from flash_moe.ops.backends.gather_kernels import (
     spmm_t_kernel,
     sum_chunks_kernel,
     sum_pieces_kernel,
+    token_ids_kernel,
 )
 from flash_moe.ops.launch import cdiv, launch, next_power_of_2
 from flash_moe.ops.pairs import Pairs
 
 MAX_GRID_Y = 65_535
 SUM_BLOCK = 1024
+TOKEN_IDS_BLOCK = 256
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ def sddmm(rows_TH: Tensor, table_EH: Tensor, pairs: Pairs) -> Tensor:
     dtype = accumulator_dtype(rows_TH.dtype, table_EH.dtype)
     num_tokens, hidden_size = rows_TH.shape
     element_bytes = table_EH.element_size()
-    mean_pairs = cdiv(pairs.num_pairs, max(1, num_tokens))
+    mean_pairs = pairs.mean_pairs
     in_slices = hidden_size * element_bytes > LONG_BYTES or mean_pairs <= FEW_PAIRS
     config = SDDMM_IN_SLICES if in_slices else SDDMM
     width = min(config.slice_bytes // element_bytes, next_power_of_2(max(1, hidden_size)))
@@ -263,7 +265,7 @@ def sum_for_experts(sums: list[tuple[Tensor, Tensor, Tensor]], pairs: Pairs, sca
         *tables[-1],
         partials,
         pairs.expert_ids,
-        pairs.expert_ids if pairs.slots else pairs.token_ids,
+        pairs.expert_ids if pairs.slots else _token_ids(pairs),
         pairs.expert_order,
         pairs.expert_offsets,
         pairs.expert_ids if pairs.hot is None else pairs.hot.places,
@@ -297,6 +299,23 @@ def sum_for_experts(sums: list[tuple[Tensor, Tensor, Tensor]], pairs: Pairs, sca
         )
 
 
+def _token_ids(pairs: Pairs) -> Tensor:
+    """`Pairs.token_ids` of ragged rows."""
+    # Bad offsets are reported late on CUDA: until then no token may lie outside.
+    token_ids = torch.zeros_like(pairs.expert_ids)
+    if pairs.num_pairs > 0:
+        blocks = min(cdiv(pairs.mean_pairs, TOKEN_IDS_BLOCK), MAX_GRID_Y)
+        launch(
+            token_ids_kernel,
+            (pairs.num_tokens, blocks),
+            pairs.row_offsets,
+            token_ids,
+            BLOCK=TOKEN_IDS_BLOCK,
+            num_warps=1,
+        )
+    return token_ids
+
+
 def _block_of_sums(rows: list[Tensor]) -> int:
     num_tokens, hidden_size = rows[0].shape
     column_bytes = num_tokens * sum(rows_TH.element_size() for rows_TH in rows)
@@ -311,8 +330,7 @@ def _spmm_pieces(pairs: Pairs, blocks: int, config: SpmmConfig) -> int:
     if programs == 0:
         return 1
     pieces = min(config.min_programs // programs, config.max_pieces)
-    mean_pairs = pairs.num_pairs // pairs.num_tokens
-    return max(1, min(pieces, mean_pairs // config.least_pairs))
+    return max(1, min(pieces, pairs.mean_pairs // config.least_pairs))
 
 
 def _row_pointers(pairs: Pairs) -> tuple[Tensor, Tensor]:

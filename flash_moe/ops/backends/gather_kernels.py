@@ -195,6 +195,17 @@ def _token_sums(
 
 
 @triton.jit
+def token_ids_kernel(row_offsets, token_ids, BLOCK: tl.constexpr):
+    """token_ids (N,): the token of each pair; grid (tokens, blocks of a token's pairs)."""
+    token = tl.program_id(0)
+    begin = tl.load(row_offsets + token).to(tl.int64)
+    end = tl.load(row_offsets + token + 1).to(tl.int64)
+    for block in range(begin + tl.program_id(1) * BLOCK, end, tl.num_programs(1) * BLOCK):
+        pairs = block + tl.arange(0, BLOCK)
+        tl.store(token_ids + pairs, token, mask=pairs < end)
+
+
+@triton.jit
 def spmm_t_kernel(
     values_0,
     rows_0,

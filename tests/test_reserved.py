@@ -1,0 +1,237 @@
+"""Forward passes in room that was reserved for them are, to the bit, those that count first."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from cases import RESULTS, TOLERANCES, Case, assert_close, make_case
+from ranks import KERNELS, Failure, RankPools, rank_device
+from sharded import shard_experts
+from test_agreement import BAD_ROWS, KINDS, MESSAGES, SPOILED, bad_input, bad_rows_of_a_layer
+from test_expert_parallel import (
+    HIDDEN_SIZE,
+    NUM_EXPERTS,
+    SCENARIOS,
+    cases_of_all_ranks,
+    expected_results,
+    needs_gpus,
+)
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
+
+from flash_moe import FlashExperts
+from flash_moe_dist import reserved
+from flash_moe_dist.collectives import Pending
+from flash_moe_dist.dispatch import AllGatherDispatcher
+
+BACKENDS = [
+    pytest.param(KERNELS, id="interpreted"),
+    pytest.param("nccl", marks=pytest.mark.gpu),
+    pytest.param("gloo on cuda", marks=pytest.mark.gpu),
+]
+
+
+def results(experts: FlashExperts, case: Case) -> list[Tensor]:
+    """Output and gradients; of tables this rank's rows."""
+    hidden_states, routing_weights = (
+        one.detach().to(rank_device()).requires_grad_()
+        for one in (case.hidden_states, case.routing_weights)
+    )
+    out = experts(hidden_states, case.indices.to(rank_device()), routing_weights)
+    leaves = [hidden_states, *experts.parameters(), routing_weights]
+    grads: Any = torch.autograd.grad(out, leaves, case.grad.to(rank_device()))
+    return [out.detach(), *(g.to_local() if isinstance(g, DTensor) else g for g in grads)]
+
+
+def dispatches(experts: FlashExperts) -> Any:
+    func: Any = experts.expert_func
+    return func._dispatch
+
+
+def has_room(experts: FlashExperts) -> bool:
+    return dispatches(experts).reservation is not None
+
+
+class Attempts:
+    """Counts dispatches into room and after counts."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.in_room = self.counted = 0
+        into_room, counting = reserved._dispatch_into_room, AllGatherDispatcher.dispatch
+
+        def in_room(*args: Any) -> Any:
+            self.in_room += 1
+            return into_room(*args)
+
+        def counted(*args: Any) -> Any:
+            self.counted += 1
+            return counting(*args)
+
+        patch.setattr(reserved, "_dispatch_into_room", in_room)
+        patch.setattr(AllGatherDispatcher, "dispatch", counted)
+
+
+def of_scenario(scenario: str, dtype: torch.dtype) -> None:
+    """The second and third pass of a layer against the first, and the third against the truth."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    cases = cases_of_all_ranks(scenario, NUM_EXPERTS, HIDDEN_SIZE, dtype, world_size)
+    experts = shard_experts(cases[rank], "all_gather")
+    passes = [results(experts, cases[rank]) for _ in range(3)]
+    for later in passes[1:]:
+        for name, first, other in zip(RESULTS, passes[0], later, strict=True):
+            assert torch.equal(first, other), name
+    expected = expected_results(cases, rank)
+    for place in (0, 1, 4):
+        tolerance = 2 * TOLERANCES[dtype]
+        assert_close(passes[2][place].cpu(), expected[place], tolerance, RESULTS[place])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_passes_in_room_are_those_that_count_first(
+    scenario: str, dtype: torch.dtype, backend: str, rank_pools: RankPools
+) -> None:
+    if backend != KERNELS:
+        needs_gpus(backend)
+    rank_pools.run(2, of_scenario, scenario, dtype, backend=backend)
+
+
+def changing(change: str) -> tuple[list[int], bool]:
+    """Passes with and without a change of rank 0's input, each against a layer of its own."""
+    rank = dist.get_rank()
+    tables = make_case(1, HIDDEN_SIZE, NUM_EXPERTS, 1)
+    usual = make_case(40, HIDDEN_SIZE, NUM_EXPERTS, 6, seed=rank)
+    changed = make_case(40, HIDDEN_SIZE, NUM_EXPERTS, 6, seed=10 + rank)
+    if change == "other slots on all ranks":
+        changed = make_case(40, HIDDEN_SIZE, NUM_EXPERTS, 3, seed=rank)
+    elif rank == 0:
+        if change == "more pairs":
+            changed.indices.fill_(3)
+        else:
+            tokens = {"more tokens": 41, "fewer tokens": 39, "no tokens": 0}[change]
+            changed = make_case(tokens, HIDDEN_SIZE, NUM_EXPERTS, 6, seed=rank)
+    experts = shard_experts(tables, "all_gather")
+    attempts = []
+    for case in (usual, usual, changed, usual, usual):
+        with pytest.MonkeyPatch.context() as patch:
+            made = Attempts(patch)
+            found = results(experts, case)
+            attempts.append(10 * made.in_room + made.counted)
+        fresh = results(shard_experts(tables, "all_gather"), case)
+        assert all(map(torch.equal, found, fresh))
+    return attempts, has_room(experts)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "change",
+    ["more pairs", "more tokens", "fewer tokens", "no tokens", "other slots on all ranks"],
+)
+def test_what_does_not_fit_is_counted(change: str, backend: str, rank_pools: RankPools) -> None:
+    if backend != KERNELS:
+        needs_gpus(backend)
+    for attempts, room in rank_pools.run(2, changing, change, backend=backend):
+        # Into the room, and then counted, as the tens and the ones say.
+        uneven = change == "more pairs"
+        assert attempts[:3] == [1, 10, 11]
+        # After all pairs of a rank went to one place there is no room, or too much of it.
+        assert attempts[3:] == ([1, 10] if uneven and attempts[3] == 1 else attempts[3:])
+        assert attempts[3] in (1, 10, 11)
+        assert attempts[4] == 10
+        assert room
+
+
+@pytest.mark.parametrize("spoil", SPOILED)
+def test_bad_input_of_one_rank_in_room(spoil: str, rank_pools: RankPools) -> None:
+    outcomes = rank_pools.outcomes(3, bad_input, spoil, "all_gather", 2, backend=KERNELS)
+    for outcome in outcomes:
+        assert isinstance(outcome, Failure)
+        assert outcome.kind == KINDS.get(spoil, "ValueError"), outcome.trace
+        assert MESSAGES[spoil] in outcome.message
+    assert len({outcome.message for outcome in outcomes}) == 1
+
+
+@pytest.mark.parametrize("spoil", BAD_ROWS)
+def test_bad_rows_of_a_whole_layer_in_room(spoil: str, rank_pools: RankPools) -> None:
+    _, kind, message = BAD_ROWS[spoil]
+    outcomes = rank_pools.outcomes(3, bad_rows_of_a_layer, spoil, 2, backend=KERNELS)
+    for outcome in outcomes:
+        assert outcome.kind == kind, outcome.trace
+        assert message in outcome.message
+    assert len({outcome.message for outcome in outcomes}) == 1
+
+
+def recomputed(use_reentrant: bool) -> list[int]:
+    """A layer whose first pass counts, and is recomputed in room."""
+    case = make_case(9, HIDDEN_SIZE, NUM_EXPERTS, 5, seed=dist.get_rank())
+    experts = shard_experts(make_case(1, HIDDEN_SIZE, NUM_EXPERTS, 1), "all_gather")
+    expected = results(experts, case)
+    attempts = []
+    for _ in range(2):
+        experts = shard_experts(make_case(1, HIDDEN_SIZE, NUM_EXPERTS, 1), "all_gather")
+        hidden_states = case.hidden_states.detach().requires_grad_()
+        with pytest.MonkeyPatch.context() as patch:
+            made = Attempts(patch)
+            out: Any = checkpoint(
+                experts,
+                hidden_states,
+                case.indices,
+                case.routing_weights,
+                use_reentrant=use_reentrant,
+            )
+            out.backward(case.grad)
+            attempts.append(10 * made.in_room + made.counted)
+        assert torch.equal(out, expected[0])
+        assert hidden_states.grad is not None
+        assert torch.equal(hidden_states.grad, expected[1])
+        for table, grad in zip(experts.parameters(), expected[2:4], strict=True):
+            tensor: Any = table.grad
+            assert torch.equal(tensor.to_local(), grad)
+    return attempts
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_recomputed_in_room(use_reentrant: bool, rank_pools: RankPools) -> None:
+    for attempts in rank_pools.run(2, recomputed, use_reentrant, backend=KERNELS):
+        assert attempts == [11, 11]
+
+
+class Waited(Pending):
+    """Of which nothing runs beside what comes next."""
+
+    def __init__(self, received: Tensor, sent: Tensor, work: Any) -> None:
+        super().__init__(received, sent, work)
+        self.wait()
+        if received.is_cuda:
+            torch.cuda.synchronize()
+
+        class Done:
+            def wait(self) -> None: ...
+
+        self._work = Done()
+
+
+def one_after_the_other(dispatcher: str, num_tokens: int) -> None:
+    """Passes in which everything waits for each collective, and passes as they are."""
+    case = make_case(num_tokens, 64, 300, 40, torch.bfloat16, seed=dist.get_rank())
+    experts = shard_experts(make_case(1, 64, 300, 1, torch.bfloat16), dispatcher)
+    beside = [results(experts, case) for _ in range(3)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("flash_moe_dist.collectives.Pending", Waited)
+        waited = results(shard_experts(make_case(1, 64, 300, 1, torch.bfloat16), dispatcher), case)
+    for found in beside:
+        assert all(map(torch.equal, found, waited))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dispatcher", ["all_to_all", "all_gather"])
+def test_what_travels_beside_other_work_changes_nothing(
+    dispatcher: str, backend: str, rank_pools: RankPools
+) -> None:
+    if backend != KERNELS:
+        needs_gpus(backend)
+    tokens = 6 if backend == KERNELS else 3000
+    rank_pools.run(2, one_after_the_other, dispatcher, tokens, backend=backend)
