@@ -17,16 +17,19 @@ ALL_GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all
 
 
 class Pending:
-    """Rows on their way, beside whatever the device does until `wait`."""
+    """Rows on their way, beside whatever the device does until `wait`.
+
+    received: where they will be.
+    """
 
     def __init__(self, received: Tensor, sent: Tensor, work: Any) -> None:
-        self._received, self._sent, self._work = received, sent, work
+        self.received, self._sent, self._work = received, sent, work
 
     def wait(self) -> Tensor:
         """The rows received; what the device does next comes after them."""
         with communication():
             self._work.wait()
-        return self._received
+        return self.received
 
 
 def start_all_to_all(

@@ -15,7 +15,7 @@ Pairs travel by all-to-all, in words as `flash_moe_dist.routing` says. Two ways 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -30,9 +30,10 @@ from flash_moe.ops.backends import (
 )
 from flash_moe.ops.backends.gather import sum_pieces
 from flash_moe.ops.pairs import Pairs
+from flash_moe.ops.parts import RowsIn, RowsOut
 from flash_moe_dist.collectives import Pending, start_all_gather, start_all_to_all
 from flash_moe_dist.counts import Counts, Input, agree_on_counts
-from flash_moe_dist.routing import unpack, words_of_pair
+from flash_moe_dist.routing import Room, unpack, words_of_pair
 from flash_moe_dist.volume import DispatcherName
 
 
@@ -70,17 +71,58 @@ class DispatchMetadata:
 class ReceivedTokens:
     """Tokens at the owner of their experts, in the form `ragged_flash_expert_func` takes.
 
-    hidden_RH (R, H); row_offsets (R+1,); expert_ids_M (M,) int32, local; weights_M (M,). Ids and
-    weights may go on after the last row's, with anything.
+    hidden_RH (R, H), of which `rows_in` come one after the other; row_offsets (R+1,);
+    expert_ids_M (M,) int32, local; weights_M (M,). Ids and weights may go on after the last row's,
+    with anything.
     mean_pairs: of a row, as far as kernels are shaped by it; None: M / R. Given where that would
     depend on what is in the rows, or after them.
     """
 
     hidden_RH: Tensor
+    rows_in: Sequence[RowsIn]
     row_offsets: Tensor
     expert_ids_M: Tensor
     weights_M: Tensor
     mean_pairs: int | None = None
+
+
+@dataclass(frozen=True)
+class ArrivingRows:
+    """Rows (R, H) at the owners of their tokens' experts, as they come."""
+
+    rows_RH: Tensor
+    parts: Sequence[RowsIn]
+
+    @classmethod
+    def all_at_once(cls, pending: Pending) -> "ArrivingRows":
+        rows_RH = pending.received
+        return cls(rows_RH, [RowsIn(slice(0, rows_RH.shape[0]), pending.wait)])
+
+    def wait(self) -> Tensor:
+        for part in self.parts:
+            part.wait()
+        return self.rows_RH
+
+
+class Sums(ABC):
+    """Partial sums (R, H) on their way to the ranks of their tokens, where they are added up.
+
+    parts: where to write which of them, in the order in which they should be known; none: they
+        are given to `start`, all at once.
+    """
+
+    parts: Sequence[RowsOut] = ()
+
+    @abstractmethod
+    def start(self, partial_RH: Tensor) -> None:
+        """All are known."""
+
+    @abstractmethod
+    def collect(self, dtype: torch.dtype) -> Tensor:
+        """Wait, and add up to (T, H) in `dtype`.
+
+        Added in the dtype of the partial sums, in the order of the ranks, and rounded once.
+        """
 
 
 def pairs_per_row(slots: int, ep_size: int) -> int:
@@ -91,11 +133,11 @@ def pairs_per_row(slots: int, ep_size: int) -> int:
 class TokenDispatcher(ABC):
     """Dispatch and combine over the ranks of `group`, without autograd.
 
-    A forward pass is `dispatch`, the experts, `combine`. A backward pass is the mirror image:
-    `dispatch_rows` of the output's gradient, the experts, `start_combine` of the hidden states'
-    gradient and `start_return` of the routing weights', which travel while the gradients of the
-    tables are computed. The forward pass reads the counts of an exchange on the host, its only
-    host sync; the backward pass has none.
+    A forward pass is `dispatch`, the experts, `sums`. A backward pass is the mirror image:
+    `start_rows` of the output's gradient, the experts, `start_return` of the routing weights'
+    gradient and `sums` of the hidden states', which travel while the gradients of the tables are
+    computed. The forward pass reads the counts of an exchange on the host, its only host sync; the
+    backward pass has none.
 
     Args:
         group: the expert-parallel ranks. Every rank calls every method equally often, with any
@@ -154,18 +196,8 @@ class TokenDispatcher(ABC):
         mean_pairs = None
         if self.sends_all_rows:
             mean_pairs = pairs_per_row(given.indices_TK.shape[1], self.ep_size)
-        return ReceivedTokens(rows.wait(), *pairs, mean_pairs), metadata, counts
-
-    def dispatch_rows(self, rows_TH: Tensor, metadata: DispatchMetadata) -> Tensor:
-        """Rows (T, H) of the tokens to the owners of their experts, as (R, H)."""
-        return self.start_rows(rows_TH, metadata).wait()
-
-    def combine(self, partial_RH: Tensor, metadata: DispatchMetadata, dtype: torch.dtype) -> Tensor:
-        """Return partial sums (R, H) to their tokens' ranks; add them up to (T, H) in `dtype`.
-
-        Added in the dtype of the partial sums, in the order of the ranks, and rounded once.
-        """
-        return self.start_combine(partial_RH, metadata, dtype)()
+        received = ReceivedTokens(rows.rows_RH, rows.parts, *pairs, mean_pairs)
+        return received, metadata, counts
 
     def start_return(self, values_M: Tensor, metadata: DispatchMetadata) -> Callable[[], Tensor]:
         """Values of the pairs received back to the ranks that sent them.
@@ -186,14 +218,12 @@ class TokenDispatcher(ABC):
         return returned
 
     @abstractmethod
-    def start_rows(self, rows_TH: Tensor, metadata: DispatchMetadata) -> Pending:
-        """As `dispatch_rows`, without waiting."""
+    def start_rows(self, rows_TH: Tensor, metadata: DispatchMetadata) -> ArrivingRows:
+        """Rows (T, H) of the tokens to the owners of their experts."""
 
     @abstractmethod
-    def start_combine(
-        self, partial_RH: Tensor, metadata: DispatchMetadata, dtype: torch.dtype
-    ) -> Callable[[], Tensor]:
-        """As `combine`, in two: the call of what is returned waits, and adds up."""
+    def sums(self, metadata: DispatchMetadata, hidden_size: int, dtype: torch.dtype) -> Sums:
+        """For partial sums (R, H) in `dtype` of the tokens received."""
 
 
 class AllToAllDispatcher(TokenDispatcher):
@@ -202,22 +232,14 @@ class AllToAllDispatcher(TokenDispatcher):
     name = "all_to_all"
     sends_all_rows = False
 
-    def start_rows(self, rows_TH: Tensor, metadata: DispatchMetadata) -> Pending:
+    def start_rows(self, rows_TH: Tensor, metadata: DispatchMetadata) -> ArrivingRows:
         assert metadata.tokens_S is not None
         rows_SH = rows_TH.index_select(0, metadata.tokens_S)
-        return start_all_to_all(rows_SH, metadata.rows_sent, metadata.rows_received, self.group)
+        splits = (metadata.rows_sent, metadata.rows_received)
+        return ArrivingRows.all_at_once(start_all_to_all(rows_SH, *splits, self.group))
 
-    def start_combine(
-        self, partial_RH: Tensor, metadata: DispatchMetadata, dtype: torch.dtype
-    ) -> Callable[[], Tensor]:
-        splits = (metadata.rows_received, metadata.rows_sent)
-        pending = start_all_to_all(partial_RH, *splits, self.group)
-
-        def combined() -> Tensor:
-            assert metadata.sent_TW is not None
-            return sum_copies(pending.wait(), metadata.sent_TW, dtype)
-
-        return combined
+    def sums(self, metadata: DispatchMetadata, hidden_size: int, dtype: torch.dtype) -> Sums:
+        return _SumsOfSomeRanks(self, metadata)
 
 
 class AllGatherDispatcher(TokenDispatcher):
@@ -226,22 +248,51 @@ class AllGatherDispatcher(TokenDispatcher):
     name = "all_gather"
     sends_all_rows = True
 
-    def start_rows(self, rows_TH: Tensor, metadata: DispatchMetadata) -> Pending:
-        return start_all_gather(_filled_up(rows_TH, metadata.most_tokens), self.group)
+    def start_rows(self, rows_TH: Tensor, metadata: DispatchMetadata) -> ArrivingRows:
+        filled_XH = filled_up(rows_TH, metadata.most_tokens)
+        return ArrivingRows.all_at_once(start_all_gather(filled_XH, self.group))
 
-    def start_combine(
-        self, partial_RH: Tensor, metadata: DispatchMetadata, dtype: torch.dtype
-    ) -> Callable[[], Tensor]:
-        # Not a reduce-scatter: NCCL's takes longer for as many bytes, and its order is its own.
-        most_tokens, hidden_size = metadata.most_tokens, partial_RH.shape[1]
-        splits = [most_tokens] * self.ep_size
-        pending = start_all_to_all(partial_RH, splits, splits, self.group)
+    def sums(self, metadata: DispatchMetadata, hidden_size: int, dtype: torch.dtype) -> Sums:
+        return _SumsOfAllRanks(self, metadata)
 
-        def combined() -> Tensor:
-            pieces_WXH = pending.wait().view(self.ep_size, most_tokens, hidden_size)
-            return sum_over_ranks(pieces_WXH, dtype)[: metadata.num_tokens]
+    def words_to_fill(self, room: Room, device: torch.device) -> Tensor:
+        """(W, L) int32: messages to all ranks, before they are packed."""
+        return torch.empty(self.ep_size, room.message_words, device=device, dtype=torch.int32)
 
-        return combined
+    def exchange_words(self, words_WL: Tensor) -> Tensor:
+        """Messages to all ranks into messages from all ranks."""
+        splits = [words_WL.shape[1]] * self.ep_size
+        pending = start_all_to_all(words_WL.view(-1), splits, splits, self.group)
+        return pending.wait().view_as(words_WL)
+
+
+class _SumsOfSomeRanks(Sums):
+    def __init__(self, dispatcher: TokenDispatcher, metadata: DispatchMetadata) -> None:
+        self.group, self.metadata = dispatcher.group, metadata
+
+    def start(self, partial_RH: Tensor) -> None:
+        splits = (self.metadata.rows_received, self.metadata.rows_sent)
+        self.pending = start_all_to_all(partial_RH, *splits, self.group)
+
+    def collect(self, dtype: torch.dtype) -> Tensor:
+        assert self.metadata.sent_TW is not None
+        return sum_copies(self.pending.wait(), self.metadata.sent_TW, dtype)
+
+
+class _SumsOfAllRanks(Sums):
+    """Not by reduce-scatter: NCCL's takes longer for as many bytes, and its order is its own."""
+
+    def __init__(self, dispatcher: TokenDispatcher, metadata: DispatchMetadata) -> None:
+        self.group, self.metadata = dispatcher.group, metadata
+        self.splits = [metadata.most_tokens] * dispatcher.ep_size
+
+    def start(self, partial_RH: Tensor) -> None:
+        self.pending = start_all_to_all(partial_RH, self.splits, self.splits, self.group)
+
+    def collect(self, dtype: torch.dtype) -> Tensor:
+        received_RH = self.pending.wait()
+        pieces_WXH = received_RH.view(len(self.splits), self.splits[0], received_RH.shape[1])
+        return sum_over_ranks(pieces_WXH, dtype)[: self.metadata.num_tokens]
 
 
 DISPATCHERS: dict[DispatcherName, type[TokenDispatcher]] = {
@@ -267,7 +318,7 @@ def sum_over_ranks(pieces_WXH: Tensor, dtype: torch.dtype) -> Tensor:
     return total_XH.to(dtype)
 
 
-def _filled_up(rows: Tensor, num_rows: int) -> Tensor:
+def filled_up(rows: Tensor, num_rows: int) -> Tensor:
     """With rows of zeros at the end, up to `num_rows`."""
     missing = num_rows - rows.shape[0]
     return torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])]) if missing else rows

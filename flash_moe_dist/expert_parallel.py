@@ -258,10 +258,12 @@ class _ShardedExperts(torch.autograd.Function):
         while metadata is None:
             with step("dispatch"):
                 dispatched = layer_dispatch.dispatch(given, dispatcher)
-            received = dispatched.received
+                received = dispatched.received
             with step("experts"):
                 rows_RH = received.hidden_RH
                 backend = choose_backend(None, rows_RH, down_eH, up_eH, None)
+                sum_dtype = accumulator_dtype(rows_RH.dtype, down_eH.dtype)
+                sums = dispatched.sums(sum_dtype)
                 partial_RH, *kept = forward(
                     rows_RH,
                     down_eH,
@@ -270,14 +272,15 @@ class _ShardedExperts(torch.autograd.Function):
                     received.row_offsets,
                     received.weights_M,
                     backend,
-                    accumulator_dtype(rows_RH.dtype, down_eH.dtype),
+                    sum_dtype,
                     checked=True,
                     mean_pairs=received.mean_pairs,
+                    rows_in=received.rows_in,
+                    rows_out=sums.parts,
                 )
             with step("combine"):
-                out_TH = dispatched.dispatcher.combine(
-                    partial_RH, dispatched.metadata, rows_RH.dtype
-                )
+                sums.start(partial_RH)
+                out_TH = sums.collect(rows_RH.dtype)
             metadata = layer_dispatch.settle(given, dispatched)
         num_pairs = sum(metadata.pairs_received)
         ids_M, weights_M = received.expert_ids_M[:num_pairs], received.weights_M[:num_pairs]
@@ -287,7 +290,7 @@ class _ShardedExperts(torch.autograd.Function):
         kept_M = (scores_M[:num_pairs], ids_M, *others)
         ctx.save_for_backward(rows_RH, down_eH, up_eH, weights_M, *kept_M, *metadata.tensors())
         ctx.dispatched = metadata.with_tensors()
-        ctx.dispatcher, ctx.backend = dispatcher, backend
+        ctx.dispatcher, ctx.backend = dispatched.dispatcher, backend
         ctx.hidden_dtype, ctx.mean_pairs = hidden_TH.dtype, received.mean_pairs
         return out_TH
 
@@ -305,11 +308,13 @@ class _ShardedExperts(torch.autograd.Function):
         kept, metadata = tuple(rest[:5]), ctx.dispatched.with_tensors(*rest[5:])
         dispatcher: TokenDispatcher = ctx.dispatcher
         hidden_needed, down_needed, up_needed, _, weights_needed, *_ = ctx.needs_input_grad
+        sum_dtype = accumulator_dtype(ctx.hidden_dtype, down_eH.dtype)
+        sums = None
         with step("dispatch_backward"):
-            grad_RH = dispatcher.dispatch_rows(grad_TH, metadata)
+            arriving = dispatcher.start_rows(grad_TH, metadata)
         with step("experts_backward"):
             backward = Backward(
-                grad_RH,
+                arriving.rows_RH,
                 rows_RH,
                 down_eH,
                 up_eH,
@@ -319,20 +324,26 @@ class _ShardedExperts(torch.autograd.Function):
                 (hidden_needed, down_needed, up_needed, weights_needed),
                 ctx.backend,
                 ctx.mean_pairs,
+                arriving.parts,
             )
-            sum_dtype = accumulator_dtype(ctx.hidden_dtype, down_eH.dtype)
-            partial_RH, weights_grad_M = backward.for_tokens(sum_dtype)
         with step("combine_backward"):
-            if partial_RH is not None:
-                hidden_combined = dispatcher.start_combine(partial_RH, metadata, ctx.hidden_dtype)
-            if weights_grad_M is not None:
-                weights_returned = dispatcher.start_return(weights_grad_M, metadata)
+            # Before the sums, so that both travel while something else is computed.
+            if backward.weights_grad is not None:
+                weights_returned = dispatcher.start_return(backward.weights_grad, metadata)
+        with step("experts_backward"):
+            if hidden_needed:
+                sums = dispatcher.sums(metadata, rows_RH.shape[1], sum_dtype)
+                partial_RH = backward.for_tokens(sum_dtype, sums.parts)
+        with step("combine_backward"):
+            if sums is not None:
+                assert partial_RH is not None
+                sums.start(partial_RH)
         with step("experts_backward"):
             # The loss is averaged over the ranks.
             down_grad, up_grad = backward.for_tables(1 / dispatcher.ep_size)
         with step("combine_backward"):
-            hidden_grad = None if partial_RH is None else hidden_combined()
-            weights_grad = None if weights_grad_M is None else weights_returned()
+            hidden_grad = None if sums is None else sums.collect(ctx.hidden_dtype)
+            weights_grad = None if backward.weights_grad is None else weights_returned()
         return hidden_grad, down_grad, up_grad, None, weights_grad, None, None, None, None
 
 

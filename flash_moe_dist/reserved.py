@@ -22,15 +22,17 @@ from torch import Tensor
 
 from flash_moe.ops.backends import TRITON_BACKENDS, accumulator_dtype, default_backend
 from flash_moe_dist.agreement import raise_same_error
-from flash_moe_dist.collectives import start_all_to_all
 from flash_moe_dist.counts import Counts, Input, fail_together
 from flash_moe_dist.dispatch import (
     AllGatherDispatcher,
     DispatchMetadata,
     ReceivedTokens,
+    Sums,
     TokenDispatcher,
     pairs_per_row,
 )
+from flash_moe_dist.peer_dispatch import PeerDispatcher, bytes_of_regions
+from flash_moe_dist.peer_memory import PeerMemory, peer_memory
 from flash_moe_dist.routing import Room, unpack_in_room
 from flash_moe_dist.volume import COUNTS
 
@@ -40,7 +42,10 @@ MOST_ROOM = 2
 
 @dataclass(frozen=True)
 class Reservation:
-    """Room, and all that it depends on: a pass of other settings needs another."""
+    """Room, and all that it depends on: a pass of other settings needs another.
+
+    memory: where ranks read it directly; None: it is sent.
+    """
 
     room: Room
     sizes: dict[str, Any]
@@ -48,12 +53,14 @@ class Reservation:
     hidden_size: int
     hidden_dtype: torch.dtype
     sum_dtype: torch.dtype
+    memory: PeerMemory | None
 
     @classmethod
     def after(
-        cls, given: Input, counts: Counts, ep_size: int, sum_dtype: torch.dtype
+        cls, given: Input, counts: Counts, group: dist.ProcessGroup, sum_dtype: torch.dtype
     ) -> "Reservation | None":
-        """For passes like this one; None if there should be none."""
+        """For passes like this one; None if there should be none. Collective."""
+        ep_size = dist.get_world_size(group)
         hidden_size, slots = given.hidden_TH.shape[1], given.indices_TK.shape[1]
         most_tokens = max(counts.tokens)
         possible = most_tokens * slots
@@ -61,17 +68,30 @@ class Reservation:
         in_kernels = default_backend(given.settings.device) in TRITON_BACKENDS
         if not in_kernels or possible == 0 or ep_size * room > MOST_ROOM * possible:
             return None
+        reserved = Room(most_tokens, room, given.weights_TK.dtype)
+        hidden_bytes = hidden_size * given.hidden_TH.dtype.itemsize
+        sum_bytes = hidden_size * sum_dtype.itemsize
+        memory = None
+        if hidden_size > 0:
+            sizes = bytes_of_regions(reserved, ep_size, hidden_bytes, sum_bytes)
+            memory = peer_memory(group, given.settings.device, sizes)
         return cls(
-            Room(most_tokens, room, given.weights_TK.dtype),
+            reserved,
             given.sizes,
             slots,
             hidden_size,
             given.hidden_TH.dtype,
             sum_dtype,
+            memory,
         )
 
     def fits(self, given: Input) -> bool:
         return given.sizes == self.sizes and given.hidden_TH.shape[0] == self.room.rows
+
+    def dispatcher(self, group: dist.ProcessGroup) -> AllGatherDispatcher:
+        if self.memory is None:
+            return AllGatherDispatcher(group)
+        return PeerDispatcher(group, self.memory)
 
     def covers(self, counts: Counts) -> bool:
         return counts.most_pairs <= self.room.pairs and set(counts.tokens) == {self.room.rows}
@@ -92,6 +112,9 @@ class Dispatched:
     counts_2WC: Tensor = field(default_factory=lambda: torch.empty(0))
     read: torch.cuda.Event | None = None
 
+    def sums(self, dtype: torch.dtype) -> Sums:
+        return self.dispatcher.sums(self.metadata, self.received.hidden_RH.shape[1], dtype)
+
 
 class LayerDispatch:
     """Dispatches one layer's passes over the ranks of `group`."""
@@ -110,9 +133,9 @@ class LayerDispatch:
             received, metadata, counts = dispatcher.dispatch(given)
             if dispatcher.sends_all_rows:
                 sum_dtype = accumulator_dtype(given.hidden_TH.dtype, given.settings.table_dtypes[0])
-                self.reservation = Reservation.after(given, counts, dispatcher.ep_size, sum_dtype)
+                self.reservation = Reservation.after(given, counts, self.group, sum_dtype)
             return Dispatched(received, metadata, dispatcher)
-        return _dispatch_into_room(self.reservation, given, AllGatherDispatcher(self.group))
+        return _dispatch_into_room(self.reservation, given, self.reservation.dispatcher(self.group))
 
     def settle(self, given: Input, dispatched: Dispatched) -> DispatchMetadata | None:
         """Wait for the counts; None if the pass has to be done again.
@@ -145,17 +168,18 @@ class LayerDispatch:
         if self.reservation is None:
             fail_together(error, device, self.group)
         reservation, self.reservation = self.reservation, None
-        dispatcher = AllGatherDispatcher(self.group)
+        dispatcher = reservation.dispatcher(self.group)
         rows_TH = _empty_rows(reservation, device)
         metadata = _metadata_in_room(reservation, dispatcher.ep_size, torch.Size((0, 0)))
         rows = dispatcher.start_rows(rows_TH, metadata)
-        words_WL = torch.zeros(
-            dispatcher.ep_size, reservation.room.message_words, device=device, dtype=torch.int32
-        )
-        words = _start_words(words_WL, dispatcher)
+        words_WL = dispatcher.words_to_fill(reservation.room, device)
+        dispatcher.exchange_words(words_WL.zero_())
         rows_RH = rows.wait().to(reservation.sum_dtype)
-        words.wait()
-        dispatcher.combine(rows_RH, metadata, reservation.hidden_dtype)
+        sums = dispatcher.sums(metadata, reservation.hidden_size, reservation.sum_dtype)
+        for part in sums.parts:
+            part.written()
+        sums.start(rows_RH)
+        sums.collect(reservation.hidden_dtype)
         raise_same_error(error, self.group)
         raise AssertionError("an error of this rank was not raised")
 
@@ -171,7 +195,7 @@ def _dispatch_into_room(
     rows = dispatcher.start_rows(
         given.hidden_TH if fits else _empty_rows(reservation, device), metadata
     )
-    words_WL = torch.empty(ep_size, room.message_words, device=device, dtype=torch.int32)
+    words_WL = dispatcher.words_to_fill(room, device)
     sent_WC = words_WL.view(torch.int64)[:, :COUNTS]
     if fits:
         routing = given.routing(ep_size)
@@ -184,7 +208,7 @@ def _dispatch_into_room(
             sent_WC[:, 3] = -1
             sent_WC[:, 4] = given.checksum
         slots_P = torch.empty(0, device=device, dtype=torch.int64)
-    received_WL = _start_words(words_WL, dispatcher).wait().view_as(words_WL)
+    received_WL = dispatcher.exchange_words(words_WL)
     received_WC = received_WL.view(torch.int64)[:, :COUNTS]
     row_offsets, ids_M, weights_M = unpack_in_room(received_WL, received_WC, room)
     counts_2WC = torch.stack([sent_WC, received_WC]).to("cpu", non_blocking=True)
@@ -193,14 +217,9 @@ def _dispatch_into_room(
         read = torch.cuda.Event()
         read.record(torch.cuda.current_stream(device))
     mean_pairs = pairs_per_row(reservation.slots, ep_size)
-    received = ReceivedTokens(rows.wait(), row_offsets, ids_M, weights_M, mean_pairs)
+    received = ReceivedTokens(rows.rows_RH, rows.parts, row_offsets, ids_M, weights_M, mean_pairs)
     metadata = metadata.with_tensors(slots_P, None, None)
     return Dispatched(received, metadata, dispatcher, reservation, counts_2WC, read)
-
-
-def _start_words(words_WL: Tensor, dispatcher: TokenDispatcher) -> Any:
-    splits = [words_WL.shape[1]] * dispatcher.ep_size
-    return start_all_to_all(words_WL.view(-1), splits, splits, dispatcher.group)
 
 
 def _metadata_in_room(

@@ -183,12 +183,13 @@ def _expert_backward(
     """Gradients of hidden states, down table, up table, routing weights; empty if not needed."""
     kept = (scores_N, ids_N, order_N, offsets, workspace)
     backward = Backward(grad_TH, hidden_TH, down_EH, up_EH, weights, kept, slots, needed, backend)
-    grads = (*backward.for_tokens(hidden_TH.dtype), *backward.for_tables(weight_grad_scale))
+    hidden_grad = backward.for_tokens(hidden_TH.dtype)
+    grads = (hidden_grad, *backward.for_tables(weight_grad_scale), backward.weights_grad)
     # One tensor each: the outputs of a custom op may not alias.
-    hidden_grad, weights_grad, down_grad, up_grad = (
+    hidden, down, up, of_weights = (
         hidden_TH.new_empty(0) if grad is None else grad for grad in grads
     )
-    return hidden_grad, down_grad, up_grad, weights_grad
+    return hidden, down, up, of_weights
 
 
 @_expert_backward.register_fake

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from flash_moe.ops.activation import activate, activate_backward
 from flash_moe.ops.arrange import arrange_ragged, arrange_slots, poll_index_errors
-from flash_moe.ops.backends import TRITON_BACKENDS, load_backend
+from flash_moe.ops.backends import TRITON_BACKENDS, gather, load_backend
 from flash_moe.ops.cost import LEAST_PAIRS_ASIDE, hot_threshold
 from flash_moe.ops.hot_pairs import (
     HotPairs,
@@ -29,6 +29,7 @@ from flash_moe.ops.hot_pairs import (
     zero_counts,
 )
 from flash_moe.ops.pairs import Pairs
+from flash_moe.ops.parts import RowsIn, RowsOut
 
 # Scores (N,), and what the pattern is made of: ids, their order, row offsets, workspace.
 Kept = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -45,6 +46,8 @@ def forward(
     out_dtype: torch.dtype,
     checked: bool = False,
     mean_pairs: int | None = None,
+    rows_in: Sequence[RowsIn] = (),
+    rows_out: Sequence[RowsOut] = (),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Output (T, H) in `out_dtype`, and after it the five tensors that `Backward` wants kept.
 
@@ -53,6 +56,8 @@ def forward(
         checked: ids (N,) int32 and row_offsets int64 are known to be right; ids and weights may
             go on after the last row's.
         mean_pairs: of a token with row_offsets, for the shape of kernels; None: as there are.
+        rows_in: parts of hidden_TH that are there one after the other; none: all are there.
+        rows_out: parts of the output, which is then empty; with row_offsets and "gather" only.
     """
     num_experts = down_EH.shape[0]
     hot = None
@@ -74,13 +79,12 @@ def forward(
         if not checked:
             in_kernels = backend in TRITON_BACKENDS
             offsets, ids_N = arrange_ragged(row_offsets, ids, num_experts, in_kernels)
-    primitives = load_backend(backend)
     pairs = _pairs(ids_N, offsets, num_tokens, slots, num_experts, hot, mean_pairs)
-    scores_N = primitives.sddmm(hidden_TH, down_EH, pairs)
+    scores_N = _sddmm(backend, hidden_TH, down_EH, pairs, rows_in)
     activations_N = activate(
         scores_N, weights.reshape(-1), order_N, in_kernels=backend in TRITON_BACKENDS
     )
-    out_TH = primitives.spmm(activations_N, up_EH, pairs, out_dtype)
+    out_TH = _spmm(backend, activations_N, up_EH, pairs, out_dtype, rows_out)
     return out_TH, scores_N, ids_N, order_N, offsets, workspace
 
 
@@ -96,6 +100,7 @@ class Backward:
         slots: `slots_of` the ids.
         needed: which gradients are asked for: hidden states, down, up, routing weights.
         mean_pairs: as `forward` had it.
+        rows_in: as of `forward`, parts of grad_TH.
     """
 
     def __init__(
@@ -110,6 +115,7 @@ class Backward:
         needed: Sequence[bool],
         backend: str,
         mean_pairs: int | None = None,
+        rows_in: Sequence[RowsIn] = (),
     ) -> None:
         poll_index_errors(hidden_TH.device)
         scores_N, ids_N, order_N, offsets, workspace = kept
@@ -117,7 +123,7 @@ class Backward:
         self.rows_2TH = (hidden_TH, grad_TH)
         self.tables = (down_EH, up_EH)
         self.hidden_needed, self.down_needed, self.up_needed, weights_needed = needed
-        self.primitives = load_backend(backend)
+        self.backend, self.primitives = backend, load_backend(backend)
         hot = None
         if workspace.shape[0] > 0:
             hot = _hot_pairs(num_tokens, slots, num_experts, workspace)
@@ -129,7 +135,9 @@ class Backward:
         self.sorting = self.pairs.sort_aside() if sorts_aside else None
         activation_grads_N = None
         if scores_needed or weights_needed:
-            activation_grads_N = self.primitives.sddmm(grad_TH, up_EH, self.pairs)
+            activation_grads_N = _sddmm(backend, grad_TH, up_EH, self.pairs, rows_in)
+        else:
+            _wait(rows_in)
         self.score_grads_N, self.activations_N, weights_grad_N = activate_backward(
             activation_grads_N,
             scores_N,
@@ -140,14 +148,18 @@ class Backward:
         )
         self.weights_grad = None if weights_grad_N is None else weights_grad_N.view(weights.shape)
 
-    def for_tokens(self, hidden_dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
-        """Gradients of hidden states, in that dtype, and of routing weights; None if not needed."""
-        hidden_grad = None
-        if self.hidden_needed and self.score_grads_N is not None:
-            hidden_grad = self.primitives.spmm(
-                self.score_grads_N, self.tables[0], self.pairs, hidden_dtype
-            )
-        return hidden_grad, self.weights_grad
+    def for_tokens(
+        self, hidden_dtype: torch.dtype, rows_out: Sequence[RowsOut] = ()
+    ) -> Tensor | None:
+        """Gradients of hidden states, in that dtype; None if not needed.
+
+        rows_out: as of `forward`.
+        """
+        if not self.hidden_needed or self.score_grads_N is None:
+            return None
+        return _spmm(
+            self.backend, self.score_grads_N, self.tables[0], self.pairs, hidden_dtype, rows_out
+        )
 
     def for_tables(self, scale: float) -> tuple[Tensor | None, Tensor | None]:
         """Gradients of the down and the up table, times `scale`; None if not needed."""
@@ -173,6 +185,35 @@ class Backward:
         if up_values_N is not None:
             up_grad = self.primitives.spmm_t(up_values_N, grad_TH, self.pairs, up_EH.dtype, scale)
         return down_grad, up_grad
+
+
+def _wait(rows_in: Sequence[RowsIn]) -> None:
+    for part in rows_in:
+        part.wait()
+
+
+def _sddmm(
+    backend: str, rows_TH: Tensor, table_EH: Tensor, pairs: Pairs, rows_in: Sequence[RowsIn]
+) -> Tensor:
+    if len(rows_in) > 1 and backend == "gather":
+        return gather.sddmm(rows_TH, table_EH, pairs, rows_in)
+    _wait(rows_in)
+    return load_backend(backend).sddmm(rows_TH, table_EH, pairs)
+
+
+def _spmm(
+    backend: str,
+    values_N: Tensor,
+    table_EH: Tensor,
+    pairs: Pairs,
+    out_dtype: torch.dtype,
+    rows_out: Sequence[RowsOut],
+) -> Tensor:
+    if not rows_out:
+        return load_backend(backend).spmm(values_N, table_EH, pairs, out_dtype)
+    assert backend == "gather"
+    gather.spmm_into(values_N, table_EH, pairs, rows_out)
+    return table_EH.new_empty(0, dtype=out_dtype)
 
 
 def slots_of(ids: Tensor) -> int:

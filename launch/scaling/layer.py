@@ -30,6 +30,8 @@ class Layer:
         _, *full_EH, _ = inputs.leaves
         num_experts, hidden_size = full_EH[0].shape
         self.ranks, self.num_experts = ranks, num_experts
+        # They remember how much room a pass takes.
+        self.funcs: dict[Any, ExpertParallelFunc] = {}
         self.experts = FlashExperts(num_experts, hidden_size, "meta", full_EH[0].dtype)
         parallelize_module(self.experts, ranks.mesh, ExpertParallel())
         self.experts.to_empty(device=ranks.device)
@@ -45,7 +47,9 @@ class Layer:
 
     def choose(self, dispatcher: Any) -> None:
         """A name, or anything on one rank."""
-        self.experts.expert_func = ExpertParallelFunc(self.ranks.mesh, dispatcher)
+        if dispatcher not in self.funcs:
+            self.funcs[dispatcher] = ExpertParallelFunc(self.ranks.mesh, dispatcher)
+        self.experts.expert_func = self.funcs[dispatcher]
 
     def forward(self) -> None:
         tokens = self.tokens

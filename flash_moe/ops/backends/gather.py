@@ -1,5 +1,6 @@
 """CUDA tensors through Triton kernels that gather table rows: launchers and their tuning."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,7 @@ from flash_moe.ops.backends.gather_kernels import (
 )
 from flash_moe.ops.launch import cdiv, launch, next_power_of_2
 from flash_moe.ops.pairs import Pairs
+from flash_moe.ops.parts import RowsIn, RowsOut
 
 MAX_GRID_Y = 65_535
 SUM_BLOCK = 1024
@@ -85,8 +87,11 @@ SPMM_LONG = SpmmConfig(block_pairs=32, block_bytes=256)
 SPMM_T = SpmmTConfig()
 
 
-def sddmm(rows_TH: Tensor, table_EH: Tensor, pairs: Pairs) -> Tensor:
-    """As every backend's; the values of hot pairs are left to others to write."""
+def sddmm(rows_TH: Tensor, table_EH: Tensor, pairs: Pairs, parts: Sequence[RowsIn] = ()) -> Tensor:
+    """As every backend's; the values of hot pairs are left to others to write.
+
+    parts: of ragged rows, in the order in which they are read.
+    """
     dtype = accumulator_dtype(rows_TH.dtype, table_EH.dtype)
     num_tokens, hidden_size = rows_TH.shape
     element_bytes = table_EH.element_size()
@@ -96,11 +101,11 @@ def sddmm(rows_TH: Tensor, table_EH: Tensor, pairs: Pairs) -> Tensor:
     width = min(config.slice_bytes // element_bytes, next_power_of_2(max(1, hidden_size)))
     slices = max(1, cdiv(hidden_size, width))
     out_SN = torch.empty((slices, pairs.num_pairs), device=rows_TH.device, dtype=dtype)
-    if hidden_size == 0:
+    if hidden_size == 0 or pairs.num_pairs == 0:
+        for part in parts:
+            part.wait()
         return out_SN.zero_()[0]
-    if pairs.num_pairs == 0:
-        return out_SN[0]
-    rows_TH, table_EH = contiguous_rows(rows_TH), contiguous_rows(table_EH)
+    table_EH = contiguous_rows(table_EH)
     # Programs go through all tokens before they go on in the table.
     read_at_once = config.programs / num_tokens * pairs.num_experts * width * element_bytes
     pairs_per_program = config.most_pairs
@@ -111,26 +116,31 @@ def sddmm(rows_TH: Tensor, table_EH: Tensor, pairs: Pairs) -> Tensor:
         pairs_per_program //= 2
     # Enough programs for a row of average length; a longer row is walked in strides.
     blocks = min(cdiv(mean_pairs, pairs_per_program), MAX_GRID_Y)
-    launch(
-        sddmm_kernel,
-        (num_tokens, blocks, slices),
-        rows_TH,
-        table_EH,
-        *_row_pointers(pairs),
-        pairs.expert_ids,
-        out_SN,
-        rows_TH.stride(0),
-        table_EH.stride(0),
-        pairs.num_pairs,
-        SLOTS=pairs.slots,
-        HAS_HOT=pairs.hot is not None,
-        HIDDEN_SIZE=hidden_size,
-        SLICE=width,
-        BLOCK_HIDDEN=min(config.block_bytes // element_bytes, width),
-        BLOCK_PAIRS=config.block_pairs,
-        PAIRS_PER_PROGRAM=pairs_per_program,
-        num_warps=config.num_warps,
-    )
+    for part in parts or [RowsIn(slice(0, num_tokens), _nothing)]:
+        part.wait()
+        of_part_TH = contiguous_rows(rows_TH[part.rows])
+        if len(of_part_TH) == 0:
+            continue
+        launch(
+            sddmm_kernel,
+            (len(of_part_TH), blocks, slices),
+            of_part_TH,
+            table_EH,
+            *_row_pointers(pairs, part.rows.start),
+            pairs.expert_ids,
+            out_SN,
+            of_part_TH.stride(0),
+            table_EH.stride(0),
+            pairs.num_pairs,
+            SLOTS=pairs.slots,
+            HAS_HOT=pairs.hot is not None,
+            HIDDEN_SIZE=hidden_size,
+            SLICE=width,
+            BLOCK_HIDDEN=min(config.block_bytes // element_bytes, width),
+            BLOCK_PAIRS=config.block_pairs,
+            PAIRS_PER_PROGRAM=pairs_per_program,
+            num_warps=config.num_warps,
+        )
     return sum_pieces(out_SN, dtype)
 
 
@@ -142,7 +152,22 @@ def spmm(
     hot_sums_PTH: Tensor | None = None,
 ) -> Tensor:
     """As every backend's; the sums over hot pairs come from elsewhere, as (P, T, H)."""
-    num_tokens, hidden_size = pairs.num_tokens, table_EH.shape[1]
+    shape = (pairs.num_tokens, table_EH.shape[1])
+    out_TH = torch.empty(shape, device=table_EH.device, dtype=out_dtype)
+    whole = [RowsOut(slice(0, pairs.num_tokens), out_TH, _nothing)]
+    spmm_into(values_N, table_EH, pairs, whole, hot_sums_PTH)
+    return out_TH
+
+
+def spmm_into(
+    values_N: Tensor,
+    table_EH: Tensor,
+    pairs: Pairs,
+    parts: Sequence[RowsOut],
+    hot_sums_PTH: Tensor | None = None,
+) -> None:
+    """`spmm`, of ragged rows if there are several parts, in their order."""
+    hidden_size = table_EH.shape[1]
     accumulator = accumulator_dtype(values_N.dtype, table_EH.dtype)
     row_bytes = hidden_size * table_EH.element_size()
     config = SPMM_LONG if row_bytes >= LONG_BYTES else SPMM
@@ -150,45 +175,47 @@ def spmm(
     block_hidden = min(block_hidden, next_power_of_2(max(1, hidden_size)))
     blocks = cdiv(hidden_size, block_hidden)
     pieces = _spmm_pieces(pairs, blocks, config) if hot_sums_PTH is None else 1
-    shape = (pieces, num_tokens, hidden_size) if pieces > 1 else (num_tokens, hidden_size)
-    dtype = accumulator if pieces > 1 else out_dtype
-    out = torch.empty(shape, device=table_EH.device, dtype=dtype)
-    if out.numel() == 0:
-        return out
     values_N = values_N.to(accumulator).contiguous()
     table_EH = contiguous_rows(table_EH)
-    launch(
-        spmm_kernel,
-        (
-            num_tokens,
-            blocks,
-            pieces,
-        ),
-        values_N,
-        table_EH,
-        *_row_pointers(pairs),
-        pairs.expert_ids,
-        values_N if hot_sums_PTH is None else hot_sums_PTH,
-        pairs.expert_ids if pairs.hot is None else pairs.hot.num_hot,
-        out,
-        table_EH.stride(0),
-        SLOTS=pairs.slots,
-        HAS_HOT=pairs.hot is not None,
-        HIDDEN_SIZE=hidden_size,
-        BLOCK_HIDDEN=block_hidden,
-        BLOCK_PAIRS=config.block_pairs,
-        PIECES=pieces,
-        HOT_PIECES=0 if hot_sums_PTH is None else hot_sums_PTH.shape[0],
-        num_warps=config.num_warps,
-    )
-    return out if pieces == 1 else sum_pieces(out, out_dtype)
+    for part in parts:
+        out = part.out
+        if pieces > 1:
+            out = torch.empty((pieces, *out.shape), device=out.device, dtype=accumulator)
+        if out.numel() > 0:
+            launch(
+                spmm_kernel,
+                (part.out.shape[0], blocks, pieces),
+                values_N,
+                table_EH,
+                *_row_pointers(pairs, part.rows.start),
+                pairs.expert_ids,
+                values_N if hot_sums_PTH is None else hot_sums_PTH,
+                pairs.expert_ids if pairs.hot is None else pairs.hot.num_hot,
+                out,
+                table_EH.stride(0),
+                SLOTS=pairs.slots,
+                HAS_HOT=pairs.hot is not None,
+                HIDDEN_SIZE=hidden_size,
+                BLOCK_HIDDEN=block_hidden,
+                BLOCK_PAIRS=config.block_pairs,
+                PIECES=pieces,
+                HOT_PIECES=0 if hot_sums_PTH is None else hot_sums_PTH.shape[0],
+                num_warps=config.num_warps,
+            )
+            if pieces > 1:
+                sum_pieces(out, part.out.dtype, part.out)
+        part.written()
 
 
-def sum_pieces(pieces: Tensor, out_dtype: torch.dtype) -> Tensor:
-    """Summed over the first dimension, in order, and rounded once."""
-    if len(pieces) == 1:
+def _nothing() -> None: ...
+
+
+def sum_pieces(pieces: Tensor, out_dtype: torch.dtype, total: Tensor | None = None) -> Tensor:
+    """Summed over the first dimension, in order, and rounded once; into `total` if given."""
+    if len(pieces) == 1 and total is None:
         return pieces[0]
-    total = torch.empty(pieces.shape[1:], device=pieces.device, dtype=out_dtype)
+    if total is None:
+        total = torch.empty(pieces.shape[1:], device=pieces.device, dtype=out_dtype)
     launch(
         sum_pieces_kernel,
         (cdiv(total.numel(), SUM_BLOCK),),
@@ -333,10 +360,10 @@ def _spmm_pieces(pairs: Pairs, blocks: int, config: SpmmConfig) -> int:
     return max(1, min(pieces, pairs.mean_pairs // config.least_pairs))
 
 
-def _row_pointers(pairs: Pairs) -> tuple[Tensor, Tensor]:
+def _row_pointers(pairs: Pairs, first_row: int = 0) -> tuple[Tensor, Tensor]:
     """row_offsets and pair_counts, or anything where the kernels do not read them."""
     return (
-        pairs.expert_ids if pairs.slots else pairs.row_offsets,
+        pairs.expert_ids if pairs.slots else pairs.row_offsets[first_row:],
         pairs.expert_ids if pairs.hot is None else pairs.hot.pair_counts,
     )
 

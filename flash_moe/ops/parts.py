@@ -1,0 +1,23 @@
+"""Rows of which some are there before others, and sums of which some are wanted before others."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class RowsIn:
+    """Rows that may be read once `wait` was called."""
+
+    rows: slice
+    wait: Callable[[], object]
+
+
+@dataclass(frozen=True)
+class RowsOut:
+    """Where sums of these rows go, (rows, H), and what to call when they were written."""
+
+    rows: slice
+    out: Tensor
+    written: Callable[[], object]

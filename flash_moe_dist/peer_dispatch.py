@@ -1,0 +1,162 @@
+"""The dispatcher that gathers all rows, for ranks that read each other's memory.
+
+W ranks, X tokens of each, H hidden size, L words of a message. Each rank puts into its own memory
+what others shall read, all meet at a barrier, and each copies what it needs:
+
+    rows      (2, X, H)   of its tokens, by turns: a rank may write the next while others still read
+    words     (W, L)      messages to all ranks
+    sums      (W, X, H)   partial sums for all ranks' tokens
+
+Rows are copied beside the routing of tokens, sums while others are computed. Which memory may be
+written again follows from the order of barriers on each rank: whoever comes to the barrier of a
+pass's rows has read the sums of the pass before, and whoever comes to that of its sums has read its
+words.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from flash_moe.ops.parts import RowsIn, RowsOut
+from flash_moe_dist.dispatch import (
+    AllGatherDispatcher,
+    ArrivingRows,
+    DispatchMetadata,
+    Sums,
+    filled_up,
+    sum_over_ranks,
+)
+from flash_moe_dist.peer_memory import PeerMemory
+from flash_moe_dist.routing import Room
+from flash_moe_dist.steps import communication
+
+ROWS, WORDS, SUMS = 0, 1, 2
+
+
+def bytes_of_regions(
+    room: Room, ep_size: int, row_bytes: int, sum_bytes: int
+) -> tuple[int, int, int]:
+    """Of rows, words and sums; `row_bytes` and `sum_bytes` of one row of each."""
+    return (
+        2 * room.rows * row_bytes,
+        4 * ep_size * room.message_words,
+        ep_size * room.rows * sum_bytes,
+    )
+
+
+class PeerDispatcher(AllGatherDispatcher):
+    """Every row goes to every rank, by copies that need no multiprocessor."""
+
+    def __init__(self, group: dist.ProcessGroup, memory: PeerMemory) -> None:
+        super().__init__(group)
+        self.memory, self.rank = memory, dist.get_rank(group)
+        # The next one first, so that not all read from the same rank.
+        self.others = [(self.rank + step) % self.ep_size for step in range(1, self.ep_size)]
+
+    def start_rows(self, rows_TH: Tensor, metadata: DispatchMetadata) -> ArrivingRows:
+        memory = self.memory
+        given_XH = filled_up(rows_TH, metadata.most_tokens)
+        num_rows, hidden_size = given_XH.shape
+        skipped = memory.next_turn() * num_rows * hidden_size
+        received_WXH = given_XH.new_empty(self.ep_size, num_rows, hidden_size)
+
+        def read(rank: int) -> Tensor:
+            return memory.view(rank, ROWS, given_XH.shape, given_XH.dtype, skipped)
+
+        with memory.aside():
+            read(self.rank).copy_(given_XH)
+            received_WXH[self.rank].copy_(given_XH)
+            own = memory.reached()
+            memory.barrier(ROWS)
+            for rank in self.others:
+                received_WXH[rank].copy_(read(rank))
+            all_others = memory.reached()
+        parts = [RowsIn(self._rows_of(self.rank, num_rows), _waiting(own, given_XH))]
+        for rows in self._rows_of_others(num_rows):
+            parts.append(RowsIn(rows, _waiting(all_others, given_XH)))
+        return ArrivingRows(received_WXH.view(-1, hidden_size), parts)
+
+    def words_to_fill(self, room: Room, device: torch.device) -> Tensor:
+        return self.memory.view(self.rank, WORDS, (self.ep_size, room.message_words), torch.int32)
+
+    def exchange_words(self, words_WL: Tensor) -> Tensor:
+        received_WL = torch.empty_like(words_WL)
+        received_WL[self.rank].copy_(words_WL[self.rank])
+        num_words = words_WL.shape[1]
+        with communication():
+            self.memory.barrier(WORDS)
+            for rank in self.others:
+                mine = self.memory.view(
+                    rank, WORDS, (num_words,), words_WL.dtype, self.rank * num_words
+                )
+                received_WL[rank].copy_(mine)
+        return received_WL
+
+    def sums(self, metadata: DispatchMetadata, hidden_size: int, dtype: torch.dtype) -> Sums:
+        return _SumsOfPeers(self, metadata, hidden_size, dtype)
+
+    def _rows_of(self, rank: int, num_rows: int) -> slice:
+        return slice(rank * num_rows, (rank + 1) * num_rows)
+
+    def _rows_of_others(self, num_rows: int) -> list[slice]:
+        own = self._rows_of(self.rank, num_rows)
+        around = (slice(0, own.start), slice(own.stop, self.ep_size * num_rows))
+        return [rows for rows in around if rows.stop > rows.start]
+
+
+class _SumsOfPeers(Sums):
+    """Those for other ranks come first, and are fetched while this rank's own are computed."""
+
+    def __init__(
+        self,
+        dispatcher: PeerDispatcher,
+        metadata: DispatchMetadata,
+        hidden_size: int,
+        dtype: torch.dtype,
+    ) -> None:
+        self.dispatcher, self.num_tokens = dispatcher, metadata.num_tokens
+        memory, num_rows, rank = dispatcher.memory, metadata.most_tokens, dispatcher.rank
+        shape = (dispatcher.ep_size * num_rows, hidden_size)
+        sent_RH = memory.view(rank, SUMS, shape, dtype)
+        self.pieces_WXH = sent_RH.new_empty(dispatcher.ep_size, num_rows, hidden_size)
+        others = dispatcher._rows_of_others(num_rows)
+        self.parts = [
+            *(RowsOut(rows, sent_RH[rows], self._nothing) for rows in others[:-1]),
+            RowsOut(others[-1], sent_RH[others[-1]], self._fetch),
+            RowsOut(dispatcher._rows_of(rank, num_rows), self.pieces_WXH[rank], self._nothing),
+        ]
+
+    def _nothing(self) -> None: ...
+
+    def _fetch(self) -> None:
+        dispatcher, pieces_WXH = self.dispatcher, self.pieces_WXH
+        memory = dispatcher.memory
+        shape = pieces_WXH.shape[1:]
+        with memory.aside():
+            memory.barrier(SUMS)
+            for rank in dispatcher.others:
+                skipped = dispatcher.rank * shape.numel()
+                pieces_WXH[rank].copy_(memory.view(rank, SUMS, shape, pieces_WXH.dtype, skipped))
+            self.fetched = memory.reached()
+
+    def start(self, partial_RH: Tensor) -> None:
+        """Started when the last of the others' was written."""
+
+    def collect(self, dtype: torch.dtype) -> Tensor:
+        with communication():
+            self.fetched.wait()
+        return sum_over_ranks(self.pieces_WXH, dtype)[: self.num_tokens]
+
+
+def _waiting(event: Any, kept: Tensor) -> Callable[[], None]:
+    """Waits for copies from `kept`, which must not be used again before."""
+
+    def wait() -> None:
+        with communication():
+            event.wait()
+        kept.shape  # noqa: B018
+
+    return wait
