@@ -260,7 +260,7 @@ class AllGatherDispatcher(TokenDispatcher):
         return torch.empty(self.ep_size, room.message_words, device=device, dtype=torch.int32)
 
     def exchange_words(self, words_WL: Tensor) -> Tensor:
-        """Messages to all ranks into messages from all ranks."""
+        """Messages to all ranks into those from all ranks, as `unpack_in_room` takes them."""
         splits = [words_WL.shape[1]] * self.ep_size
         pending = start_all_to_all(words_WL.view(-1), splits, splits, self.group)
         return pending.wait().view_as(words_WL)

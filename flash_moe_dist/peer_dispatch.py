@@ -7,7 +7,8 @@ what others shall read, all meet at a barrier, and each copies what it needs:
     words     (W, L)      messages to all ranks
     sums      (W, X, H)   partial sums for all ranks' tokens
 
-Rows are copied beside the routing of tokens, sums while others are computed. Which memory may be
+Messages are read where they are, the others are copied: rows beside the routing of tokens, sums
+while others are computed. Which memory may be
 written again follows from the order of barriers on each rank: whoever comes to the barrier of a
 pass's rows has read the sums of the pass before, and whoever comes to that of its sums has read its
 words.
@@ -67,9 +68,9 @@ class PeerDispatcher(AllGatherDispatcher):
             return memory.view(rank, ROWS, given_XH.shape, given_XH.dtype, skipped)
 
         with memory.aside():
-            read(self.rank).copy_(given_XH)
             received_WXH[self.rank].copy_(given_XH)
             own = memory.reached()
+            read(self.rank).copy_(given_XH)
             memory.barrier(ROWS)
             for rank in self.others:
                 received_WXH[rank].copy_(read(rank))
@@ -83,17 +84,9 @@ class PeerDispatcher(AllGatherDispatcher):
         return self.memory.view(self.rank, WORDS, (self.ep_size, room.message_words), torch.int32)
 
     def exchange_words(self, words_WL: Tensor) -> Tensor:
-        received_WL = torch.empty_like(words_WL)
-        received_WL[self.rank].copy_(words_WL[self.rank])
-        num_words = words_WL.shape[1]
         with communication():
             self.memory.barrier(WORDS)
-            for rank in self.others:
-                mine = self.memory.view(
-                    rank, WORDS, (num_words,), words_WL.dtype, self.rank * num_words
-                )
-                received_WL[rank].copy_(mine)
-        return received_WL
+        return self.memory.addresses(WORDS, self.rank * words_WL.shape[1] * words_WL.itemsize)
 
     def sums(self, metadata: DispatchMetadata, hidden_size: int, dtype: torch.dtype) -> Sums:
         return _SumsOfPeers(self, metadata, hidden_size, dtype)

@@ -39,7 +39,7 @@ class PeerMemory:
         # An alpha feature of PyTorch, untyped: what is used of it is in this class.
         import torch.distributed._symmetric_memory as symmetric_memory
 
-        self.sizes, self.rank = tuple(sizes), dist.get_rank(group)
+        self.sizes, self.ep_size = tuple(sizes), dist.get_world_size(group)
         rounded = [-(-size // ALIGNMENT) * ALIGNMENT for size in sizes]
         self.begins = [sum(rounded[:number]) for number in range(len(sizes))]
         self.num_bytes = sum(rounded)
@@ -50,6 +50,7 @@ class PeerMemory:
         # Of higher priority, so that a short copy does not wait for long kernels.
         self._aside = torch.cuda.Stream(device, priority=-1)
         self._turn = 0
+        self._views: dict[object, Tensor] = {}
 
     def next_turn(self) -> int:
         """0 and 1 by turns, alike on all ranks if all ask equally often."""
@@ -60,9 +61,23 @@ class PeerMemory:
         self, rank: int, region: int, shape: Sequence[int], dtype: torch.dtype, skipped: int = 0
     ) -> Tensor:
         """A tensor in a region of that rank's memory, after `skipped` elements."""
-        first = self.begins[region] // dtype.itemsize + skipped
-        view: Tensor = self._handle.get_buffer(rank, list(shape), dtype, first)
-        return view
+        # Kept, as making one takes longer than launching a kernel.
+        key = (rank, region, tuple(shape), dtype, skipped)
+        if key not in self._views:
+            first = self.begins[region] // dtype.itemsize + skipped
+            self._views[key] = self._handle.get_buffer(rank, list(shape), dtype, first)
+        return self._views[key]
+
+    def addresses(self, region: int, skipped: int) -> Tensor:
+        """(W,) int64 on the device: of the byte after `skipped` others, in each rank's memory."""
+        key = (region, skipped)
+        if key not in self._views:
+            views = [
+                self.view(rank, region, (1,), torch.uint8, skipped) for rank in range(self.ep_size)
+            ]
+            pointers = [view.data_ptr() for view in views]
+            self._views[key] = torch.tensor(pointers, device=self._device)
+        return self._views[key]
 
     def barrier(self, channel: int) -> None:
         """The current stream goes on when all ranks' streams have come to theirs.

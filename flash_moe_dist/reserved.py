@@ -196,22 +196,23 @@ def _dispatch_into_room(
         given.hidden_TH if fits else _empty_rows(reservation, device), metadata
     )
     words_WL = dispatcher.words_to_fill(room, device)
-    sent_WC = words_WL.view(torch.int64)[:, :COUNTS]
+    counts_2WC = torch.empty(2, ep_size, COUNTS, device=device, dtype=torch.int64)
+    header_WC = words_WL.view(torch.int64)[:, :COUNTS]
     if fits:
         routing = given.routing(ep_size)
-        routing.write_counts(sent_WC, given.checksum, count_rows=False)
+        routing.write_counts(counts_2WC[0], given.checksum, count_rows=False, copies_WC=header_WC)
         slots_P = routing.pack_in_room(given.weights_TK, words_WL, room)
     else:
-        sent_WC.zero_()
+        counts_2WC[0].zero_()
         if given.error is None:
             # No number of tokens: so everybody does the pass again.
-            sent_WC[:, 3] = -1
-            sent_WC[:, 4] = given.checksum
+            counts_2WC[0, :, 3] = -1
+            counts_2WC[0, :, 4] = given.checksum
+        header_WC.copy_(counts_2WC[0])
         slots_P = torch.empty(0, device=device, dtype=torch.int64)
-    received_WL = dispatcher.exchange_words(words_WL)
-    received_WC = received_WL.view(torch.int64)[:, :COUNTS]
-    row_offsets, ids_M, weights_M = unpack_in_room(received_WL, received_WC, room)
-    counts_2WC = torch.stack([sent_WC, received_WC]).to("cpu", non_blocking=True)
+    messages = dispatcher.exchange_words(words_WL)
+    row_offsets, ids_M, weights_M = unpack_in_room(messages, counts_2WC[1], room)
+    exchanged_2WC = counts_2WC.to("cpu", non_blocking=True)
     read = None
     if device.type == "cuda":
         read = torch.cuda.Event()
@@ -219,7 +220,7 @@ def _dispatch_into_room(
     mean_pairs = pairs_per_row(reservation.slots, ep_size)
     received = ReceivedTokens(rows.rows_RH, rows.parts, row_offsets, ids_M, weights_M, mean_pairs)
     metadata = metadata.with_tensors(slots_P, None, None)
-    return Dispatched(received, metadata, dispatcher, reservation, counts_2WC, read)
+    return Dispatched(received, metadata, dispatcher, reservation, exchanged_2WC, read)
 
 
 def _metadata_in_room(

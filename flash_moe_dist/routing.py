@@ -51,9 +51,9 @@ class Room:
 
     @property
     def message_words(self) -> int:
-        """Even, as the counts of every message lie at multiples of 8 bytes."""
+        """A multiple of 16 bytes."""
         words = HEADER_WORDS + self.rows + words_of_pair(self.weight_dtype) * self.pairs
-        return words + words % 2
+        return cdiv(words, 4) * 4
 
 
 @dataclass(frozen=True)
@@ -160,13 +160,22 @@ class Routing:
         """(W*T,) int64: rows up to each token's for each rank, inclusive."""
         return (self.pairs_WT.flatten() > 0).cumsum(0)
 
-    def write_counts(self, counts_WC: Tensor, checksum: int, count_rows: bool = True) -> None:
+    def write_counts(
+        self,
+        counts_WC: Tensor,
+        checksum: int,
+        count_rows: bool = True,
+        copies_WC: Tensor | None = None,
+    ) -> None:
         """For each rank: rows, pairs; and for all the same: bad ids, T, checksum, most pairs.
 
         Args:
             counts_WC: (W, COUNTS) int64, to be filled; the last is the most pairs for any rank.
             count_rows: rows that have pairs; else 0 stands there.
+            copies_WC: to be filled with the same.
         """
+        copies_WC = counts_WC if copies_WC is None else copies_WC
+
         ep_size, num_tokens = self.pairs_WT.shape
         if num_tokens and _in_kernels(self.ids_N):
             launch(
@@ -176,10 +185,12 @@ class Routing:
                 self.rows_end if count_rows else self.pairs_end,
                 self.out_of_range,
                 counts_WC,
-                counts_WC.stride(0),
+                copies_WC,
+                copies_WC.stride(0),
                 num_tokens,
                 checksum,
                 ep_size,
+                COUNTS=COUNTS,
                 COUNT_ROWS=count_rows,
                 num_warps=1,
             )
@@ -191,6 +202,7 @@ class Routing:
         counts_WC[:, 3] = num_tokens
         counts_WC[:, 4] = checksum
         counts_WC[:, 5] = pairs_W.max()
+        copies_WC.copy_(counts_WC)
 
     def pack(
         self, weights_TK: Tensor, rows_W: list[int], pairs_W: list[int], rows_of_all: int = 0
@@ -349,15 +361,20 @@ def unpack(
 
 
 def unpack_in_room(
-    words_WL: Tensor, counts_WC: Tensor, room: Room
+    messages: Tensor, counts_WC: Tensor, room: Room
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `unpack`, of messages (W, L) with room, by a kernel.
+    """As `unpack`, of messages with room, by a kernel.
 
-    Ids and weights are as many as there is room for; those that were received come first.
+    Args:
+        messages: (W, L) int32; or (W,) int64, the addresses of each.
+        counts_WC: to be filled with what they begin with.
+
+    Returns:
+        Ids and weights as many as there is room for; those that were received come first.
     """
-    ep_size = len(words_WL)
+    ep_size = len(messages)
     sizes = (ep_size * room.rows, ep_size * room.pairs, room.pairs)
-    return _unpack_in_kernel(words_WL, counts_WC, *sizes, room.weight_dtype, room.rows, room)
+    return _unpack_in_kernel(messages, counts_WC, *sizes, room.weight_dtype, room.rows, room)
 
 
 def _unpack_in_kernel(
@@ -386,14 +403,15 @@ def _unpack_in_kernel(
             offsets,
             ids_M,
             weights_M,
-            counts_WC.stride(0),
             rows_of_all,
             0 if room is None else room.message_words,
             0 if room is None else room.pairs,
+            COUNTS=COUNTS,
             HEADER_WORDS=HEADER_WORDS,
             WEIGHT_WORDS=words_of_pair(weight_dtype) - 1,
             ALL_ROWS=rows_of_all > 0,
             IN_ROOM=room is not None,
+            AT_ADDRESSES=words.dtype == torch.int64,
             BLOCK=UNPACK_BLOCK,
         )
     return offsets, ids_M, weights_M

@@ -61,34 +61,37 @@ def counts_kernel(
     rows_end,
     out_of_range,
     counts,
-    counts_stride,
+    copies,
+    copies_stride,
     num_tokens,
     checksum,
     ep_size,
+    COUNTS: tl.constexpr,
     COUNT_ROWS: tl.constexpr,
 ):
-    """counts (W, any stride): see `Routing.write_counts`; grid (W,).
+    """counts (W, COUNTS) and copies (W, any stride): see `Routing.write_counts`; grid (W,).
 
     pairs_end, rows_end: as `pack_kernel`; rows are not counted unless COUNT_ROWS.
     """
     rank = tl.program_id(0).to(tl.int64)
-    row = counts + rank * counts_stride
     before, last = rank * num_tokens - 1, (rank + 1) * num_tokens - 1
+    rows = tl.zeros([], tl.int64)
     if COUNT_ROWS:
         rows = tl.load(rows_end + last) - tl.load(rows_end + before, mask=rank > 0, other=0)
-        tl.store(row, rows)
-    else:
-        tl.store(row, 0)
     pairs = tl.load(pairs_end + last) - tl.load(pairs_end + before, mask=rank > 0, other=0)
-    tl.store(row + 1, pairs)
-    tl.store(row + 2, tl.load(out_of_range))
-    tl.store(row + 3, num_tokens)
-    tl.store(row + 4, checksum)
     most, end = tl.zeros([], tl.int64), tl.zeros([], tl.int64)
     for other in range(ep_size):
         begin, end = end, tl.load(pairs_end + (other + 1) * num_tokens - 1)
         most = tl.maximum(most, end - begin)
-    tl.store(row + 5, most)
+    bad = tl.load(out_of_range)
+    for copy in tl.static_range(2):
+        row = copies + rank * copies_stride if copy else counts + rank * COUNTS
+        tl.store(row, rows)
+        tl.store(row + 1, pairs)
+        tl.store(row + 2, bad)
+        tl.store(row + 3, num_tokens)
+        tl.store(row + 4, checksum)
+        tl.store(row + 5, most)
 
 
 @triton.jit
@@ -167,43 +170,61 @@ def pack_kernel(
 
 
 @triton.jit
+def _message(words, rank, message_words, HEADER_WORDS: tl.constexpr, AT_ADDRESSES: tl.constexpr):
+    """Of a message with room: its counts, and what follows them."""
+    if AT_ADDRESSES:
+        message = tl.load(words + rank).to(tl.pointer_type(tl.int32))
+    else:
+        message = words + rank * message_words
+    return message.to(tl.pointer_type(tl.int64)), message + HEADER_WORDS
+
+
+@triton.jit
 def unpack_kernel(
     words,
     counts,
     offsets,
     ids,
     weights,
-    counts_stride,
     rows_of_all,
     message_words,
     pairs_room,
+    COUNTS: tl.constexpr,
     HEADER_WORDS: tl.constexpr,
     WEIGHT_WORDS: tl.constexpr,
     ALL_ROWS: tl.constexpr,
     IN_ROOM: tl.constexpr,
+    AT_ADDRESSES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """What `pack_kernel` wrote, from all ranks; grid (W, programs that share one rank's words).
 
-    counts (W, any stride): as each rank's `Routing.write_counts`. offsets (R+1,), ids (M,) and
-    weights (M,) are written; rows that a rank does not have are rows without pairs.
+    counts (W, COUNTS): as each rank's `Routing.write_counts`; written if IN_ROOM, from what the
+    messages begin with. words: if AT_ADDRESSES (W,) int64, where the messages are. offsets (R+1,),
+    ids (M,) and weights (M,) are written; rows that a rank does not have are rows without pairs.
     """
-    source = tl.program_id(0)
+    source = tl.program_id(0).to(tl.int64)
     rows_before, pairs_before = tl.zeros([], tl.int64), tl.zeros([], tl.int64)
     for rank in range(source):
-        sent = counts + tl.cast(rank, tl.int64) * counts_stride
+        sent = counts + rank * COUNTS
+        if IN_ROOM:
+            sent, _ = _message(words, rank, message_words, HEADER_WORDS, AT_ADDRESSES)
         rows_before += rows_of_all if ALL_ROWS else tl.load(sent)
         pairs = tl.load(sent + 1)
         pairs_before += tl.minimum(pairs, pairs_room) if IN_ROOM else pairs
-    sent = counts + source.to(tl.int64) * counts_stride
+    sent = counts + source * COUNTS
+    if IN_ROOM:
+        sent, message = _message(words, source, message_words, HEADER_WORDS, AT_ADDRESSES)
+    else:
+        message = words + rows_before + pairs_before * (1 + WEIGHT_WORDS)
     num_rows = tl.zeros([], tl.int64) + (rows_of_all if ALL_ROWS else tl.load(sent))
     rows_with_pairs = tl.minimum(num_rows, tl.load(sent + 3)) if ALL_ROWS else num_rows
     num_pairs = tl.load(sent + 1)
     if IN_ROOM:
         num_pairs = tl.minimum(num_pairs, pairs_room)
-        message = words + source.to(tl.int64) * message_words + HEADER_WORDS
-    else:
-        message = words + rows_before + pairs_before * (1 + WEIGHT_WORDS)
+        if tl.program_id(1) == 0:
+            for number in tl.static_range(COUNTS):
+                tl.store(counts + source * COUNTS + number, tl.load(sent + number))
     lanes = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     step = tl.num_programs(1) * BLOCK
     if (source == 0) & (tl.program_id(1) == 0):

@@ -11,6 +11,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from flash_moe.bench.measure import FLUSHED_BYTES, FLUSHES_AHEAD
 from flash_moe_dist.agreement import gather_objects
 
+# Times as many kernels as the op on one device, for which FLUSHES_AHEAD was chosen.
+LAUNCHES_OF_A_LAYER = 3
+
 
 class Ranks:
     """The first `size` ranks of the world: their group, mesh, and this one's place."""
@@ -50,7 +53,7 @@ class Clock:
             begun = time.perf_counter()
             return lambda: time.perf_counter() - begun
         torch.cuda.synchronize()
-        for _ in range(FLUSHES_AHEAD if busy else 0):
+        for _ in range(LAUNCHES_OF_A_LAYER * FLUSHES_AHEAD if busy else 0):
             self.flushed.zero_()
         self.ranks.meet()
         first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))

@@ -63,12 +63,18 @@ class SpmmConfig:
 class SpmmTConfig:
     """Of a row, most_hidden to least_hidden elements are summed at a time, warp_hidden in a warp.
 
+    block_pairs rows at a time, or few_block_pairs where experts have few pairs on average: not as
+    few as least_few, where most have no second block, nor as many as most_few.
+
     So few that what is read of the rows (T, H) of the tables together stays in a cache of
     cached_bytes, beside the sums that are written. chunk: an expert of more pairs is summed in
     pieces of that many.
     """
 
     block_pairs: int = 1
+    few_block_pairs: int = 4
+    least_few: int = 8
+    most_few: int = 32
     most_hidden: int = 2048
     least_hidden: int = 512
     warp_hidden: int = 512
@@ -78,10 +84,11 @@ class SpmmTConfig:
 
 # Rows of this many bytes are long for an spmm, longer ones for an sddmm.
 LONG_BYTES = 2048
-# Tokens of this many pairs go fast through the table.
-FEW_PAIRS = 128
+# Tokens of this many pairs go fast through the table, and of this many very fast.
+FEW_PAIRS, VERY_FEW_PAIRS = 128, 32
 SDDMM = SddmmConfig(slice_bytes=LONG_BYTES, block_pairs=8)
 SDDMM_IN_SLICES = SddmmConfig(slice_bytes=1024, block_pairs=4)
+SDDMM_IN_NARROW_SLICES = SddmmConfig(slice_bytes=512, block_pairs=8, block_bytes=512)
 SPMM = SpmmConfig(block_pairs=8, block_bytes=512)
 SPMM_LONG = SpmmConfig(block_pairs=32, block_bytes=256)
 SPMM_T = SpmmTConfig()
@@ -98,6 +105,8 @@ def sddmm(rows_TH: Tensor, table_EH: Tensor, pairs: Pairs, parts: Sequence[RowsI
     mean_pairs = pairs.mean_pairs
     in_slices = hidden_size * element_bytes > LONG_BYTES or mean_pairs <= FEW_PAIRS
     config = SDDMM_IN_SLICES if in_slices else SDDMM
+    if mean_pairs <= VERY_FEW_PAIRS:
+        config = SDDMM_IN_NARROW_SLICES
     width = min(config.slice_bytes // element_bytes, next_power_of_2(max(1, hidden_size)))
     slices = max(1, cdiv(hidden_size, width))
     out_SN = torch.empty((slices, pairs.num_pairs), device=rows_TH.device, dtype=dtype)
@@ -170,7 +179,8 @@ def spmm_into(
     hidden_size = table_EH.shape[1]
     accumulator = accumulator_dtype(values_N.dtype, table_EH.dtype)
     row_bytes = hidden_size * table_EH.element_size()
-    config = SPMM_LONG if row_bytes >= LONG_BYTES else SPMM
+    is_long = row_bytes >= LONG_BYTES and pairs.mean_pairs > VERY_FEW_PAIRS
+    config = SPMM_LONG if is_long else SPMM
     block_hidden = config.block_bytes // table_EH.element_size()
     block_hidden = min(block_hidden, next_power_of_2(max(1, hidden_size)))
     blocks = cdiv(hidden_size, block_hidden)
@@ -275,6 +285,8 @@ def sum_for_experts(sums: list[tuple[Tensor, Tensor, Tensor]], pairs: Pairs, sca
         (num_chunks, 2, len(sums), hidden_size), device=out.device, dtype=accumulator
     )
     block_hidden = _block_of_sums([rows_TH for _, rows_TH, _, _ in tables])
+    few = SPMM_T.least_few <= pairs.num_pairs / pairs.num_experts <= SPMM_T.most_few
+    block_pairs = SPMM_T.few_block_pairs if few else SPMM_T.block_pairs
     blocks = cdiv(hidden_size, block_hidden)
     shared = {
         "HIDDEN_SIZE": hidden_size,
@@ -301,7 +313,7 @@ def sum_for_experts(sums: list[tuple[Tensor, Tensor, Tensor]], pairs: Pairs, sca
         num_chunks,
         SLOTS=pairs.slots,
         HAS_HOT=pairs.hot is not None,
-        BLOCK_PAIRS=SPMM_T.block_pairs,
+        BLOCK_PAIRS=block_pairs,
         num_warps=max(1, block_hidden // SPMM_T.warp_hidden),
         **shared,
     )
