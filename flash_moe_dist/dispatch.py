@@ -118,8 +118,8 @@ class Sums(ABC):
         """All are known."""
 
     @abstractmethod
-    def collect(self, dtype: torch.dtype) -> Tensor:
-        """Wait, and add up to (T, H) in `dtype`.
+    def collect(self) -> Tensor:
+        """Wait, and add up to (T, H).
 
         Added in the dtype of the partial sums, in the order of the ranks, and rounded once.
         """
@@ -222,8 +222,14 @@ class TokenDispatcher(ABC):
         """Rows (T, H) of the tokens to the owners of their experts."""
 
     @abstractmethod
-    def sums(self, metadata: DispatchMetadata, hidden_size: int, dtype: torch.dtype) -> Sums:
-        """For partial sums (R, H) in `dtype` of the tokens received."""
+    def sums(
+        self,
+        metadata: DispatchMetadata,
+        hidden_size: int,
+        sum_dtype: torch.dtype,
+        out_dtype: torch.dtype,
+    ) -> Sums:
+        """For partial sums (R, H) of the tokens received, and what they add up to."""
 
 
 class AllToAllDispatcher(TokenDispatcher):
@@ -238,8 +244,14 @@ class AllToAllDispatcher(TokenDispatcher):
         splits = (metadata.rows_sent, metadata.rows_received)
         return ArrivingRows.all_at_once(start_all_to_all(rows_SH, *splits, self.group))
 
-    def sums(self, metadata: DispatchMetadata, hidden_size: int, dtype: torch.dtype) -> Sums:
-        return _SumsOfSomeRanks(self, metadata)
+    def sums(
+        self,
+        metadata: DispatchMetadata,
+        hidden_size: int,
+        sum_dtype: torch.dtype,
+        out_dtype: torch.dtype,
+    ) -> Sums:
+        return _SumsOfSomeRanks(self, metadata, out_dtype)
 
 
 class AllGatherDispatcher(TokenDispatcher):
@@ -252,8 +264,14 @@ class AllGatherDispatcher(TokenDispatcher):
         filled_XH = filled_up(rows_TH, metadata.most_tokens)
         return ArrivingRows.all_at_once(start_all_gather(filled_XH, self.group))
 
-    def sums(self, metadata: DispatchMetadata, hidden_size: int, dtype: torch.dtype) -> Sums:
-        return _SumsOfAllRanks(self, metadata)
+    def sums(
+        self,
+        metadata: DispatchMetadata,
+        hidden_size: int,
+        sum_dtype: torch.dtype,
+        out_dtype: torch.dtype,
+    ) -> Sums:
+        return _SumsOfAllRanks(self, metadata, out_dtype)
 
     def words_to_fill(self, room: Room, device: torch.device) -> Tensor:
         """(W, L) int32: messages to all ranks, before they are packed."""
@@ -267,32 +285,38 @@ class AllGatherDispatcher(TokenDispatcher):
 
 
 class _SumsOfSomeRanks(Sums):
-    def __init__(self, dispatcher: TokenDispatcher, metadata: DispatchMetadata) -> None:
-        self.group, self.metadata = dispatcher.group, metadata
+    def __init__(
+        self, dispatcher: TokenDispatcher, metadata: DispatchMetadata, out_dtype: torch.dtype
+    ) -> None:
+        self.group, self.metadata, self.out_dtype = dispatcher.group, metadata, out_dtype
 
     def start(self, partial_RH: Tensor) -> None:
         splits = (self.metadata.rows_received, self.metadata.rows_sent)
         self.pending = start_all_to_all(partial_RH, *splits, self.group)
 
-    def collect(self, dtype: torch.dtype) -> Tensor:
+    def collect(self) -> Tensor:
         assert self.metadata.sent_TW is not None
-        return sum_copies(self.pending.wait(), self.metadata.sent_TW, dtype)
+        return sum_copies(self.pending.wait(), self.metadata.sent_TW, self.out_dtype)
 
 
 class _SumsOfAllRanks(Sums):
     """Not by reduce-scatter: NCCL's takes longer for as many bytes, and its order is its own."""
 
-    def __init__(self, dispatcher: TokenDispatcher, metadata: DispatchMetadata) -> None:
-        self.group, self.metadata = dispatcher.group, metadata
+    def __init__(
+        self, dispatcher: TokenDispatcher, metadata: DispatchMetadata, out_dtype: torch.dtype
+    ) -> None:
+        self.group, self.metadata, self.out_dtype = dispatcher.group, metadata, out_dtype
         self.splits = [metadata.most_tokens] * dispatcher.ep_size
 
     def start(self, partial_RH: Tensor) -> None:
         self.pending = start_all_to_all(partial_RH, self.splits, self.splits, self.group)
 
-    def collect(self, dtype: torch.dtype) -> Tensor:
+    def collect(self) -> Tensor:
         received_RH = self.pending.wait()
         pieces_WXH = received_RH.view(len(self.splits), self.splits[0], received_RH.shape[1])
-        return sum_over_ranks(pieces_WXH, dtype)[: self.metadata.num_tokens]
+        total_XH = received_RH.new_empty(pieces_WXH.shape[1:], dtype=self.out_dtype)
+        sum_over_ranks(pieces_WXH, total_XH)
+        return total_XH[: self.metadata.num_tokens]
 
 
 DISPATCHERS: dict[DispatcherName, type[TokenDispatcher]] = {
@@ -308,14 +332,15 @@ def sum_copies(rows_SH: Tensor, sent_TW: Tensor, dtype: torch.dtype) -> Tensor:
     return primitives.spmm(ones_N, rows_SH, pattern, dtype)
 
 
-def sum_over_ranks(pieces_WXH: Tensor, dtype: torch.dtype) -> Tensor:
+def sum_over_ranks(pieces_WXH: Tensor, total_XH: Tensor) -> None:
     """The sum over the first dimension, in its order, rounded once."""
     if default_backend(pieces_WXH.device) in TRITON_BACKENDS:
-        return sum_pieces(pieces_WXH, dtype)
-    total_XH = pieces_WXH[0].clone()
+        sum_pieces(pieces_WXH, total_XH.dtype, total_XH)
+        return
+    sum_XH = pieces_WXH[0].clone()
     for piece_XH in pieces_WXH[1:]:
-        total_XH += piece_XH
-    return total_XH.to(dtype)
+        sum_XH += piece_XH
+    total_XH.copy_(sum_XH)
 
 
 def filled_up(rows: Tensor, num_rows: int) -> Tensor:

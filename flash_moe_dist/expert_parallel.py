@@ -280,7 +280,7 @@ class _ShardedExperts(torch.autograd.Function):
                 )
             with step("combine"):
                 sums.start(partial_RH)
-                out_TH = sums.collect(rows_RH.dtype)
+                out_TH = sums.collect()
             metadata = layer_dispatch.settle(given, dispatched)
         num_pairs = sum(metadata.pairs_received)
         ids_M, weights_M = received.expert_ids_M[:num_pairs], received.weights_M[:num_pairs]
@@ -332,7 +332,7 @@ class _ShardedExperts(torch.autograd.Function):
                 weights_returned = dispatcher.start_return(backward.weights_grad, metadata)
         with step("experts_backward"):
             if hidden_needed:
-                sums = dispatcher.sums(metadata, rows_RH.shape[1], sum_dtype)
+                sums = dispatcher.sums(metadata, rows_RH.shape[1], sum_dtype, ctx.hidden_dtype)
                 partial_RH = backward.for_tokens(sum_dtype, sums.parts)
         with step("combine_backward"):
             if sums is not None:
@@ -342,7 +342,7 @@ class _ShardedExperts(torch.autograd.Function):
             # The loss is averaged over the ranks.
             down_grad, up_grad = backward.for_tables(1 / dispatcher.ep_size)
         with step("combine_backward"):
-            hidden_grad = None if sums is None else sums.collect(ctx.hidden_dtype)
+            hidden_grad = None if sums is None else sums.collect()
             weights_grad = None if backward.weights_grad is None else weights_returned()
         return hidden_grad, down_grad, up_grad, None, weights_grad, None, None, None, None
 

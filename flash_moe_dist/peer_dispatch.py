@@ -15,7 +15,6 @@ words.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -68,17 +67,20 @@ class PeerDispatcher(AllGatherDispatcher):
             return memory.view(rank, ROWS, given_XH.shape, given_XH.dtype, skipped)
 
         with memory.aside():
-            received_WXH[self.rank].copy_(given_XH)
-            own = memory.reached()
             read(self.rank).copy_(given_XH)
+            received_WXH[self.rank].copy_(given_XH)
             memory.barrier(ROWS)
             for rank in self.others:
                 received_WXH[rank].copy_(read(rank))
             all_others = memory.reached()
-        parts = [RowsIn(self._rows_of(self.rank, num_rows), _waiting(own, given_XH))]
-        for rows in self._rows_of_others(num_rows):
-            parts.append(RowsIn(rows, _waiting(all_others, given_XH)))
-        return ArrivingRows(received_WXH.view(-1, hidden_size), parts)
+
+        def wait() -> None:
+            with communication():
+                all_others.wait()
+
+        own = RowsIn(self._rows_of(self.rank, num_rows), _nothing, given_XH)
+        others = [RowsIn(rows, wait) for rows in self._rows_of_others(num_rows)]
+        return ArrivingRows(received_WXH.view(-1, hidden_size), [own, *others])
 
     def words_to_fill(self, room: Room, device: torch.device) -> Tensor:
         return self.memory.view(self.rank, WORDS, (self.ep_size, room.message_words), torch.int32)
@@ -88,8 +90,27 @@ class PeerDispatcher(AllGatherDispatcher):
             self.memory.barrier(WORDS)
         return self.memory.addresses(WORDS, self.rank * words_WL.shape[1] * words_WL.itemsize)
 
-    def sums(self, metadata: DispatchMetadata, hidden_size: int, dtype: torch.dtype) -> Sums:
-        return _SumsOfPeers(self, metadata, hidden_size, dtype)
+    def start_return(self, values_M: Tensor, metadata: DispatchMetadata) -> Callable[[], Tensor]:
+        returned = super().start_return(values_M, metadata)
+        with self.memory.aside():
+            values_TK = returned()
+            there = self.memory.reached()
+
+        def wait() -> Tensor:
+            with communication():
+                there.wait()
+            return self.memory.used_here(values_TK)
+
+        return wait
+
+    def sums(
+        self,
+        metadata: DispatchMetadata,
+        hidden_size: int,
+        sum_dtype: torch.dtype,
+        out_dtype: torch.dtype,
+    ) -> Sums:
+        return _SumsOfPeers(self, metadata, hidden_size, sum_dtype, out_dtype)
 
     def _rows_of(self, rank: int, num_rows: int) -> slice:
         return slice(rank * num_rows, (rank + 1) * num_rows)
@@ -108,48 +129,41 @@ class _SumsOfPeers(Sums):
         dispatcher: PeerDispatcher,
         metadata: DispatchMetadata,
         hidden_size: int,
-        dtype: torch.dtype,
+        sum_dtype: torch.dtype,
+        out_dtype: torch.dtype,
     ) -> None:
         self.dispatcher, self.num_tokens = dispatcher, metadata.num_tokens
         memory, num_rows, rank = dispatcher.memory, metadata.most_tokens, dispatcher.rank
         shape = (dispatcher.ep_size * num_rows, hidden_size)
-        sent_RH = memory.view(rank, SUMS, shape, dtype)
+        sent_RH = memory.view(rank, SUMS, shape, sum_dtype)
         self.pieces_WXH = sent_RH.new_empty(dispatcher.ep_size, num_rows, hidden_size)
+        self.total_XH = sent_RH.new_empty(num_rows, hidden_size, dtype=out_dtype)
         others = dispatcher._rows_of_others(num_rows)
         self.parts = [
-            *(RowsOut(rows, sent_RH[rows], self._nothing) for rows in others[:-1]),
+            *(RowsOut(rows, sent_RH[rows], _nothing) for rows in others[:-1]),
             RowsOut(others[-1], sent_RH[others[-1]], self._fetch),
-            RowsOut(dispatcher._rows_of(rank, num_rows), self.pieces_WXH[rank], self._nothing),
+            RowsOut(dispatcher._rows_of(rank, num_rows), self.pieces_WXH[rank], _nothing),
         ]
-
-    def _nothing(self) -> None: ...
 
     def _fetch(self) -> None:
         dispatcher, pieces_WXH = self.dispatcher, self.pieces_WXH
-        memory = dispatcher.memory
-        shape = pieces_WXH.shape[1:]
+        memory, shape = dispatcher.memory, pieces_WXH.shape[1:]
+        skipped = dispatcher.rank * shape.numel()
         with memory.aside():
             memory.barrier(SUMS)
             for rank in dispatcher.others:
-                skipped = dispatcher.rank * shape.numel()
                 pieces_WXH[rank].copy_(memory.view(rank, SUMS, shape, pieces_WXH.dtype, skipped))
-            self.fetched = memory.reached()
 
     def start(self, partial_RH: Tensor) -> None:
-        """Started when the last of the others' was written."""
+        memory = self.dispatcher.memory
+        with memory.aside():
+            sum_over_ranks(self.pieces_WXH, self.total_XH)
+            self.added = memory.reached()
 
-    def collect(self, dtype: torch.dtype) -> Tensor:
+    def collect(self) -> Tensor:
         with communication():
-            self.fetched.wait()
-        return sum_over_ranks(self.pieces_WXH, dtype)[: self.num_tokens]
+            self.added.wait()
+        return self.total_XH[: self.num_tokens]
 
 
-def _waiting(event: Any, kept: Tensor) -> Callable[[], None]:
-    """Waits for copies from `kept`, which must not be used again before."""
-
-    def wait() -> None:
-        with communication():
-            event.wait()
-        kept.shape  # noqa: B018
-
-    return wait
+def _nothing() -> None: ...

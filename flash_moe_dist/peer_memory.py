@@ -99,6 +99,11 @@ class PeerMemory:
         event.record(torch.cuda.current_stream(self._device))
         return event
 
+    def used_here(self, tensor: Tensor) -> Tensor:
+        """One that was made aside, and is used on the current stream from now on."""
+        tensor.record_stream(torch.cuda.current_stream(self._device))
+        return tensor
+
 
 _of_groups: dict[str, tuple[dist.ProcessGroup, PeerMemory | None]] = {}
 

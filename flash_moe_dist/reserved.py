@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from flash_moe.ops.aside import Aside
 from flash_moe.ops.backends import TRITON_BACKENDS, accumulator_dtype, default_backend
 from flash_moe_dist.agreement import raise_same_error
 from flash_moe_dist.counts import Counts, Input, fail_together
@@ -64,7 +65,7 @@ class Reservation:
         hidden_size, slots = given.hidden_TH.shape[1], given.indices_TK.shape[1]
         most_tokens = max(counts.tokens)
         possible = most_tokens * slots
-        room = min(possible, counts.most_pairs + counts.most_pairs // 8 + 64)
+        room = min(possible, counts.most_pairs + counts.most_pairs // 8 + 16)
         in_kernels = default_backend(given.settings.device) in TRITON_BACKENDS
         if not in_kernels or possible == 0 or ep_size * room > MOST_ROOM * possible:
             return None
@@ -102,7 +103,8 @@ class Dispatched:
     """A dispatch that is under way, and how to end it.
 
     reservation: that it was made in; None if counts came first, and are known.
-    counts_2WC, read: sent and received, on their way to the host, and when they are there.
+    counts_2WC, exchanged_2WC: sent and received, and the same on their way to the host.
+    read: when they are there.
     """
 
     received: ReceivedTokens
@@ -110,10 +112,13 @@ class Dispatched:
     dispatcher: TokenDispatcher
     reservation: Reservation | None = None
     counts_2WC: Tensor = field(default_factory=lambda: torch.empty(0))
+    exchanged_2WC: Tensor = field(default_factory=lambda: torch.empty(0))
     read: torch.cuda.Event | None = None
 
     def sums(self, dtype: torch.dtype) -> Sums:
-        return self.dispatcher.sums(self.metadata, self.received.hidden_RH.shape[1], dtype)
+        """For partial sums in that dtype."""
+        rows_RH = self.received.hidden_RH
+        return self.dispatcher.sums(self.metadata, rows_RH.shape[1], dtype, rows_RH.dtype)
 
 
 class LayerDispatch:
@@ -150,7 +155,7 @@ class LayerDispatch:
         self.reservation = None
         if dispatched.read is not None:
             dispatched.read.synchronize()
-        sent, received = dispatched.counts_2WC.tolist()
+        sent, received = dispatched.exchanged_2WC.tolist()
         counts = given.counts(sent, received, self.group)
         if not reservation.covers(counts):
             return None
@@ -175,11 +180,12 @@ class LayerDispatch:
         words_WL = dispatcher.words_to_fill(reservation.room, device)
         dispatcher.exchange_words(words_WL.zero_())
         rows_RH = rows.wait().to(reservation.sum_dtype)
-        sums = dispatcher.sums(metadata, reservation.hidden_size, reservation.sum_dtype)
+        dtypes = (reservation.sum_dtype, reservation.hidden_dtype)
+        sums = dispatcher.sums(metadata, reservation.hidden_size, *dtypes)
         for part in sums.parts:
             part.written()
         sums.start(rows_RH)
-        sums.collect(reservation.hidden_dtype)
+        sums.collect()
         raise_same_error(error, self.group)
         raise AssertionError("an error of this rank was not raised")
 
@@ -212,15 +218,17 @@ def _dispatch_into_room(
         slots_P = torch.empty(0, device=device, dtype=torch.int64)
     messages = dispatcher.exchange_words(words_WL)
     row_offsets, ids_M, weights_M = unpack_in_room(messages, counts_2WC[1], room)
-    exchanged_2WC = counts_2WC.to("cpu", non_blocking=True)
     read = None
-    if device.type == "cuda":
-        read = torch.cuda.Event()
-        read.record(torch.cuda.current_stream(device))
+    with Aside(device):
+        exchanged_2WC = counts_2WC.to("cpu", non_blocking=True)
+        if device.type == "cuda":
+            read = torch.cuda.Event()
+            read.record(torch.cuda.current_stream(device))
     mean_pairs = pairs_per_row(reservation.slots, ep_size)
     received = ReceivedTokens(rows.rows_RH, rows.parts, row_offsets, ids_M, weights_M, mean_pairs)
     metadata = metadata.with_tensors(slots_P, None, None)
-    return Dispatched(received, metadata, dispatcher, reservation, exchanged_2WC, read)
+    counts = (counts_2WC, exchanged_2WC)
+    return Dispatched(received, metadata, dispatcher, reservation, *counts, read)
 
 
 def _metadata_in_room(

@@ -5,17 +5,17 @@ and P pairs sent by this rank.
 
 Pairs are sent rank by rank, within a rank token by token, within a token by ascending expert id.
 An index of -1 is sent nowhere. To each rank go 32-bit words: for each row the number of pairs up to
-its last, then for each pair the owner's local expert id and the routing weight, as the bits of a
-float32 in one word or of a float64 in two. Messages are as long as that takes; or as long as there
-is `Room`, and then begin with counts.
+its last, then for each pair the owner's local expert id, then for each the routing weight, as the
+bits of a float32 in one word or of a float64 in two. Messages are as long as that takes; or as long
+as there is `Room`, and then begin with counts.
 
 Example: 2 ranks of 2 experts, this rank's tokens choose [3, 0], [1, 0], [2, -1]. Rank 0 gets the
 pairs of token 0 with its local expert [0] and of token 1 with [0, 1]; rank 1 those of token 0 with
 its local expert [1] and of token 2 with [0]. Rows, if sent once to each rank that needs them: of
 tokens 0 and 1 to rank 0, of tokens 0 and 2 to rank 1. The words, with g for a weight:
 
-    rank 0    1 3   0 g   0 g   1 g
-    rank 1    1 2   1 g   0 g
+    rank 0    1 3   0 0 1   g g g
+    rank 1    1 2   1 0     g g
 """
 
 from dataclasses import dataclass
@@ -231,7 +231,6 @@ class Routing:
         if width == 2:
             weights_P = weights_P.float()
         bits_PV = weights_P.view(torch.int32).view(-1, width - 1)
-        pair_words = torch.cat([local_ids_P.unsqueeze(1), bits_PV], dim=1)
         tokens_S = sent_TW = None
         if rows_of_all:
             missing = rows_of_all - num_tokens
@@ -243,9 +242,13 @@ class Routing:
             tokens_S = places_S % max(1, num_tokens)
             sent_WT = (self.rows_end - 1).masked_fill(~is_sent, -1).view(ep_size, num_tokens)
             sent_TW = sent_WT.t().to(torch.int32).contiguous()
-        parts = zip(pairs_of_rows.split(rows_W), pair_words.split(pairs_W), strict=True)
+        by_rank = (part.split(pairs_W) for part in (local_ids_P, bits_PV))
         words = torch.cat(
-            [part for rows, pairs in parts for part in (rows.cumsum(0).int(), pairs.flatten())]
+            [
+                part
+                for rows, ids, bits in zip(pairs_of_rows.split(rows_W), *by_rank, strict=True)
+                for part in (rows.cumsum(0).int(), ids, bits.flatten())
+            ]
         )
         return SentPairs(words, splits, slots_P, tokens_S, sent_TW)
 
@@ -346,15 +349,15 @@ def unpack(
         room_for = (sum(rows_W), sum(pairs_W), max(pairs_W))
         return _unpack_in_kernel(words, counts_WC, *room_for, weight_dtype, rows_of_all)
     sizes = [
-        size for rows, pairs in zip(rows_W, pairs_W, strict=True) for size in (rows, width * pairs)
+        size
+        for rows, pairs in zip(rows_W, pairs_W, strict=True)
+        for size in (rows, pairs, (width - 1) * pairs)
     ]
     parts = words.split(sizes)
-    pair_words = torch.cat(parts[1::2]).view(-1, width)
-    bits_MV = pair_words[:, 1:].clone(memory_format=torch.contiguous_format)
-    weights_M = bits_MV.view(torch.float64 if width == 3 else torch.float32)
-    ids_M, weights_M = pair_words[:, 0].contiguous(), weights_M.view(-1).to(weight_dtype)
+    ids_M, bits_M = torch.cat(parts[1::3]), torch.cat(parts[2::3])
+    weights_M = bits_M.view(torch.float64 if width == 3 else torch.float32).to(weight_dtype)
     offsets, pairs_before = [words.new_zeros(1, dtype=torch.int64)], 0
-    for ends, pairs in zip(parts[::2], pairs_W, strict=True):
+    for ends, pairs in zip(parts[::3], pairs_W, strict=True):
         offsets.append(ends.long() + pairs_before)
         pairs_before += pairs
     return torch.cat(offsets), ids_M, weights_M

@@ -147,8 +147,10 @@ def pack_kernel(
         if IN_ROOM:
             message = words + tl.cast(rank, tl.int64) * message_words + HEADER_WORDS
             last = tl.minimum(end, pairs_before + pairs_room)
+            all_pairs = tl.zeros([], tl.int64) + pairs_room
         else:
             message = words + rows_before + pairs_before * (1 + WEIGHT_WORDS)
+            all_pairs = tl.load(pairs_end + rank_end - 1) - pairs_before
         is_sent = (end > first) | ALL_ROWS
         tl.store(message + row, (last - pairs_before).to(tl.int32), mask=is_sent)
         source = tl.load(begin + place)
@@ -158,15 +160,16 @@ def pack_kernel(
             slot = tl.load(slots + source + done + lanes, mask=inside, other=0)
             pair = first + done + lanes
             tl.store(slots_sent + pair, slot.to(tl.int64), mask=inside)
-            word = num_rows + (pair - pairs_before) * (1 + WEIGHT_WORDS)
+            word = num_rows + pair - pairs_before
             tl.store(message + word, ids - rank * local_size, mask=inside)
+            word = num_rows + all_pairs + (pair - pairs_before) * WEIGHT_WORDS
             if WEIGHT_WORDS == 1:
                 weight = tl.load(weights + slot, mask=inside, other=0.0).to(tl.float32)
-                tl.store(message + word + 1, weight.to(tl.int32, bitcast=True), mask=inside)
+                tl.store(message + word, weight.to(tl.int32, bitcast=True), mask=inside)
             else:
                 bits = tl.load(weights + slot, mask=inside, other=0.0).to(tl.int64, bitcast=True)
-                tl.store(message + word + 1, bits.to(tl.int32), mask=inside)
-                tl.store(message + word + 2, (bits >> 32).to(tl.int32), mask=inside)
+                tl.store(message + word, bits.to(tl.int32), mask=inside)
+                tl.store(message + word + 1, (bits >> 32).to(tl.int32), mask=inside)
 
 
 @triton.jit
@@ -219,9 +222,11 @@ def unpack_kernel(
         message = words + rows_before + pairs_before * (1 + WEIGHT_WORDS)
     num_rows = tl.zeros([], tl.int64) + (rows_of_all if ALL_ROWS else tl.load(sent))
     rows_with_pairs = tl.minimum(num_rows, tl.load(sent + 3)) if ALL_ROWS else num_rows
-    num_pairs = tl.load(sent + 1)
+    all_pairs = tl.load(sent + 1)
+    num_pairs = all_pairs
     if IN_ROOM:
         num_pairs = tl.minimum(num_pairs, pairs_room)
+        all_pairs = tl.zeros([], tl.int64) + pairs_room
         if tl.program_id(1) == 0:
             for number in tl.static_range(COUNTS):
                 tl.store(counts + source * COUNTS + number, tl.load(sent + number))
@@ -238,14 +243,14 @@ def unpack_kernel(
     for done in range(0, num_pairs, step):
         pair = done + lanes
         inside = pair < num_pairs
-        word = num_rows + pair.to(tl.int64) * (1 + WEIGHT_WORDS)
-        id = tl.load(message + word, mask=inside, other=0)
+        id = tl.load(message + num_rows + pair, mask=inside, other=0)
         tl.store(ids + pairs_before + pair, id, mask=inside)
+        word = num_rows + all_pairs + pair.to(tl.int64) * WEIGHT_WORDS
         if WEIGHT_WORDS == 1:
-            bits = tl.load(message + word + 1, mask=inside, other=0)
+            bits = tl.load(message + word, mask=inside, other=0)
             weight = bits.to(tl.float32, bitcast=True).to(weights.dtype.element_ty)
         else:
-            low = tl.load(message + word + 1, mask=inside, other=0).to(tl.int64) & 0xFFFFFFFF
-            high = tl.load(message + word + 2, mask=inside, other=0).to(tl.int64) << 32
+            low = tl.load(message + word, mask=inside, other=0).to(tl.int64) & 0xFFFFFFFF
+            high = tl.load(message + word + 1, mask=inside, other=0).to(tl.int64) << 32
             weight = (low | high).to(tl.float64, bitcast=True)
         tl.store(weights + pairs_before + pair, weight, mask=inside)

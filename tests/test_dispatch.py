@@ -66,8 +66,8 @@ def test_worked_example(routed_on: torch.device) -> None:
     counts_WC = counts_of(routing)
     assert counts_WC.tolist() == [[2, 3, 0, 3, 17, 3], [2, 2, 0, 3, 17, 3]]
     sent = routing.pack(weights_TK, [2, 2], [3, 2])
-    first = [1, 3, 0, bits(1.5), 0, bits(3.5), 1, bits(2.5)]
-    second = [1, 2, 1, bits(0.5), 0, bits(4.5)]
+    first = [1, 3, 0, 0, 1, bits(1.5), bits(3.5), bits(2.5)]
+    second = [1, 2, 1, 0, bits(0.5), bits(4.5)]
     assert sent.words.tolist() == first + second
     assert sent.splits == [8, 6]
     assert sent.slots_P.tolist() == [1, 3, 2, 0, 4]

@@ -115,9 +115,16 @@ class Pairs:
     def _by_expert(self) -> tuple[Tensor, Tensor]:
         if self.num_pairs > SORT_LIMIT:
             return self._by_expert_in_chunks()
-        sorted_ids, order = torch.sort(self.expert_ids, stable=True)
-        experts = torch.arange(self.num_experts + 1, device=order.device, dtype=torch.int32)
-        return order, torch.searchsorted(sorted_ids, experts)
+        keys, first = self.expert_ids, 0
+        if self.num_experts < 2**16 - 1:
+            # Half as many bits to sort by.
+            first = -(2**15) + 1
+            keys = torch.add(keys, first, out=torch.empty_like(keys, dtype=torch.int16))
+        sorted_keys, order = torch.sort(keys, stable=True)
+        bounds = torch.arange(
+            first, first + self.num_experts + 1, device=order.device, dtype=keys.dtype
+        )
+        return order, torch.searchsorted(sorted_keys, bounds)
 
     def _by_expert_in_chunks(self) -> tuple[Tensor, Tensor]:
         """Sort chunk by chunk, then give each chunk's run of an expert its place."""

@@ -8,10 +8,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class RowsIn:
-    """Rows that may be read once `wait` was called."""
+    """Rows that may be read once `wait` was called; from `source`, if that is given, instead."""
 
     rows: slice
     wait: Callable[[], object]
+    source: Tensor | None = None
 
 
 @dataclass(frozen=True)

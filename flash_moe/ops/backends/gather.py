@@ -127,7 +127,8 @@ def sddmm(rows_TH: Tensor, table_EH: Tensor, pairs: Pairs, parts: Sequence[RowsI
     blocks = min(cdiv(mean_pairs, pairs_per_program), MAX_GRID_Y)
     for part in parts or [RowsIn(slice(0, num_tokens), _nothing)]:
         part.wait()
-        of_part_TH = contiguous_rows(rows_TH[part.rows])
+        of_part_TH = rows_TH[part.rows] if part.source is None else part.source
+        of_part_TH = contiguous_rows(of_part_TH)
         if len(of_part_TH) == 0:
             continue
         launch(
