@@ -86,12 +86,19 @@ class ReceivedTokens:
     mean_pairs: int | None = None
 
 
+def _nothing() -> None: ...
+
+
 @dataclass(frozen=True)
 class ArrivingRows:
-    """Rows (R, H) at the owners of their tokens' experts, as they come."""
+    """Rows (R, H) at the owners of their tokens' experts, as they come.
+
+    fetch: to be called once, before any is waited for, when nothing more urgent is to be sent.
+    """
 
     rows_RH: Tensor
     parts: Sequence[RowsIn]
+    fetch: Callable[[], None] = _nothing
 
     @classmethod
     def all_at_once(cls, pending: Pending) -> "ArrivingRows":
@@ -99,9 +106,31 @@ class ArrivingRows:
         return cls(rows_RH, [RowsIn(slice(0, rows_RH.shape[0]), pending.wait)])
 
     def wait(self) -> Tensor:
+        self.fetch()
         for part in self.parts:
             part.wait()
         return self.rows_RH
+
+
+class ReturningValues:
+    """Values of pairs on their way to the ranks that sent those: (T, K), 0 in empty slots."""
+
+    def __init__(self, pending: Pending, metadata: DispatchMetadata) -> None:
+        self.pending, self.metadata = pending, metadata
+
+    def arrange(self) -> None:
+        """Put them into their places beside other work, where that can be."""
+
+    def collect(self) -> Tensor:
+        self.pending.wait()
+        return self.in_places()
+
+    def in_places(self) -> Tensor:
+        assert self.metadata.slots_P is not None
+        values_P = self.pending.received
+        values_TK = values_P.new_zeros(self.metadata.shape_TK)
+        values_TK.view(-1).index_copy_(0, self.metadata.slots_P, values_P)
+        return values_TK
 
 
 class Sums(ABC):
@@ -193,29 +222,20 @@ class TokenDispatcher(ABC):
             weights_TK.dtype,
             rows_of_all,
         )
+        rows.fetch()
         mean_pairs = None
         if self.sends_all_rows:
             mean_pairs = pairs_per_row(given.indices_TK.shape[1], self.ep_size)
         received = ReceivedTokens(rows.rows_RH, rows.parts, *pairs, mean_pairs)
         return received, metadata, counts
 
-    def start_return(self, values_M: Tensor, metadata: DispatchMetadata) -> Callable[[], Tensor]:
-        """Values of the pairs received back to the ranks that sent them.
+    def start_return(self, values_M: Tensor, metadata: DispatchMetadata) -> ReturningValues:
+        """Values of the pairs received, back to the ranks that sent them."""
+        return ReturningValues(self._send_back(values_M, metadata), metadata)
 
-        The call of what is returned waits for this rank's: (T, K), 0 in empty slots.
-        """
-        pending = start_all_to_all(
-            values_M, metadata.pairs_received, metadata.pairs_sent, self.group
-        )
-
-        def returned() -> Tensor:
-            assert metadata.slots_P is not None
-            values_P = pending.wait()
-            values_TK = values_P.new_zeros(metadata.shape_TK)
-            values_TK.view(-1).index_copy_(0, metadata.slots_P, values_P)
-            return values_TK
-
-        return returned
+    def _send_back(self, values_M: Tensor, metadata: DispatchMetadata) -> Pending:
+        splits = (metadata.pairs_received, metadata.pairs_sent)
+        return start_all_to_all(values_M, *splits, self.group)
 
     @abstractmethod
     def start_rows(self, rows_TH: Tensor, metadata: DispatchMetadata) -> ArrivingRows:

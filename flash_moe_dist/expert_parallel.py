@@ -312,6 +312,7 @@ class _ShardedExperts(torch.autograd.Function):
         sums = None
         with step("dispatch_backward"):
             arriving = dispatcher.start_rows(grad_TH, metadata)
+            arriving.fetch()
         with step("experts_backward"):
             backward = Backward(
                 arriving.rows_RH,
@@ -338,12 +339,16 @@ class _ShardedExperts(torch.autograd.Function):
             if sums is not None:
                 assert partial_RH is not None
                 sums.start(partial_RH)
+            if backward.weights_grad is not None:
+                weights_returned.arrange()
         with step("experts_backward"):
             # The loss is averaged over the ranks.
             down_grad, up_grad = backward.for_tables(1 / dispatcher.ep_size)
         with step("combine_backward"):
             hidden_grad = None if sums is None else sums.collect()
-            weights_grad = None if backward.weights_grad is None else weights_returned()
+            weights_grad = None
+            if backward.weights_grad is not None:
+                weights_grad = weights_returned.collect()
         return hidden_grad, down_grad, up_grad, None, weights_grad, None, None, None, None
 
 

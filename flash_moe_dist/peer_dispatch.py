@@ -14,17 +14,19 @@ pass's rows has read the sums of the pass before, and whoever comes to that of i
 words.
 """
 
-from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from flash_moe.ops.parts import RowsIn, RowsOut
+from flash_moe_dist.collectives import Pending
 from flash_moe_dist.dispatch import (
     AllGatherDispatcher,
     ArrivingRows,
     DispatchMetadata,
+    ReturningValues,
     Sums,
     filled_up,
     sum_over_ranks,
@@ -68,19 +70,23 @@ class PeerDispatcher(AllGatherDispatcher):
 
         with memory.aside():
             read(self.rank).copy_(given_XH)
-            received_WXH[self.rank].copy_(given_XH)
             memory.barrier(ROWS)
-            for rank in self.others:
-                received_WXH[rank].copy_(read(rank))
-            all_others = memory.reached()
+
+        def fetch() -> None:
+            with memory.aside():
+                received_WXH[self.rank].copy_(given_XH)
+                for rank in self.others:
+                    received_WXH[rank].copy_(read(rank))
+                fetched.append(memory.reached())
 
         def wait() -> None:
             with communication():
-                all_others.wait()
+                fetched[0].wait()
 
+        fetched: list[Any] = []
         own = RowsIn(self._rows_of(self.rank, num_rows), _nothing, given_XH)
         others = [RowsIn(rows, wait) for rows in self._rows_of_others(num_rows)]
-        return ArrivingRows(received_WXH.view(-1, hidden_size), [own, *others])
+        return ArrivingRows(received_WXH.view(-1, hidden_size), [own, *others], fetch)
 
     def words_to_fill(self, room: Room, device: torch.device) -> Tensor:
         return self.memory.view(self.rank, WORDS, (self.ep_size, room.message_words), torch.int32)
@@ -90,18 +96,8 @@ class PeerDispatcher(AllGatherDispatcher):
             self.memory.barrier(WORDS)
         return self.memory.addresses(WORDS, self.rank * words_WL.shape[1] * words_WL.itemsize)
 
-    def start_return(self, values_M: Tensor, metadata: DispatchMetadata) -> Callable[[], Tensor]:
-        returned = super().start_return(values_M, metadata)
-        with self.memory.aside():
-            values_TK = returned()
-            there = self.memory.reached()
-
-        def wait() -> Tensor:
-            with communication():
-                there.wait()
-            return self.memory.used_here(values_TK)
-
-        return wait
+    def start_return(self, values_M: Tensor, metadata: DispatchMetadata) -> ReturningValues:
+        return _ReturningAside(self._send_back(values_M, metadata), metadata, self.memory)
 
     def sums(
         self,
@@ -164,6 +160,23 @@ class _SumsOfPeers(Sums):
         with communication():
             self.added.wait()
         return self.total_XH[: self.num_tokens]
+
+
+class _ReturningAside(ReturningValues):
+    def __init__(self, pending: Pending, metadata: DispatchMetadata, memory: PeerMemory) -> None:
+        super().__init__(pending, metadata)
+        self.memory = memory
+
+    def arrange(self) -> None:
+        with self.memory.aside():
+            self.pending.join()
+            self.values_TK = self.in_places()
+            self.arranged = self.memory.reached()
+
+    def collect(self) -> Tensor:
+        with communication():
+            self.arranged.wait()
+        return self.memory.used_here(self.values_TK)
 
 
 def _nothing() -> None: ...

@@ -218,6 +218,7 @@ def _dispatch_into_room(
         slots_P = torch.empty(0, device=device, dtype=torch.int64)
     messages = dispatcher.exchange_words(words_WL)
     row_offsets, ids_M, weights_M = unpack_in_room(messages, counts_2WC[1], room)
+    rows.fetch()
     read = None
     with Aside(device):
         exchanged_2WC = counts_2WC.to("cpu", non_blocking=True)

@@ -132,7 +132,9 @@ class Backward:
         # Kernels that leave much of the device unused, beside some that wait for memory.
         by_expert = backend in ("gather", "hot_cold") and (self.down_needed or self.up_needed)
         sorts_aside = by_expert and self.pairs.num_pairs >= LEAST_PAIRS_ASIDE
-        self.sorting = self.pairs.sort_aside() if sorts_aside else None
+        self.sorting = None
+        if sorts_aside:
+            self.sorting = self.pairs.sort_aside(gather.token_ids if slots < 0 else None)
         activation_grads_N = None
         if scores_needed or weights_needed:
             activation_grads_N = _sddmm(backend, grad_TH, up_EH, self.pairs, rows_in)
@@ -164,7 +166,7 @@ class Backward:
     def for_tables(self, scale: float) -> tuple[Tensor | None, Tensor | None]:
         """Gradients of the down and the up table, times `scale`; None if not needed."""
         if self.sorting is not None:
-            self.sorting.join(self.pairs.expert_order, self.pairs.expert_offsets)
+            self.pairs.join_sorted(self.sorting)
         down_EH, up_EH = self.tables
         hidden_TH, grad_TH = self.rows_2TH
         down_values_N = self.score_grads_N if self.down_needed else None

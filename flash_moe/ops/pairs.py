@@ -12,6 +12,7 @@ T tokens, E experts, N pairs. The pattern is ragged: a token may have any number
 Pairs of experts that many tokens use may be set apart: see `flash_moe.ops.hot_pairs`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -101,15 +102,20 @@ class Pairs:
     def expert_offsets(self) -> Tensor:
         return self._by_expert[1]
 
-    def sort_aside(self) -> Aside:
-        """Start sorting by expert beside what the current stream does until the result's `join`.
+    def sort_aside(self, prepare: "Callable[[Pairs], object] | None" = None) -> Aside:
+        """Start sorting by expert beside what the current stream does until `join_sorted`.
 
-        Nobody may ask for the order before.
+        Nobody may ask for the order before, nor for what `prepare` puts into `kept`.
         """
         aside = Aside(self.expert_ids.device)
         with aside:
             self._by_expert  # noqa: B018
+            if prepare is not None:
+                prepare(self)
         return aside
+
+    def join_sorted(self, aside: Aside) -> None:
+        aside.join(self.expert_order, self.expert_offsets, *self.kept)
 
     @cached_property
     def _by_expert(self) -> tuple[Tensor, Tensor]:

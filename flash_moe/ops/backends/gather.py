@@ -305,7 +305,7 @@ def sum_for_experts(sums: list[tuple[Tensor, Tensor, Tensor]], pairs: Pairs, sca
         *tables[-1],
         partials,
         pairs.expert_ids,
-        pairs.expert_ids if pairs.slots else _token_ids(pairs),
+        pairs.expert_ids if pairs.slots else token_ids(pairs),
         pairs.expert_order,
         pairs.expert_offsets,
         pairs.expert_ids if pairs.hot is None else pairs.hot.places,
@@ -339,21 +339,27 @@ def sum_for_experts(sums: list[tuple[Tensor, Tensor, Tensor]], pairs: Pairs, sca
         )
 
 
-def _token_ids(pairs: Pairs) -> Tensor:
-    """`Pairs.token_ids` of ragged rows."""
+def token_ids(pairs: Pairs) -> Tensor:
+    """`Pairs.token_ids` of ragged rows, kept."""
+    if not pairs.kept:
+        pairs.kept.append(_find_token_ids(pairs))
+    return pairs.kept[0]
+
+
+def _find_token_ids(pairs: Pairs) -> Tensor:
     # Bad offsets are reported late on CUDA: until then no token may lie outside.
-    token_ids = torch.zeros_like(pairs.expert_ids)
+    found = torch.zeros_like(pairs.expert_ids)
     if pairs.num_pairs > 0:
         blocks = min(cdiv(pairs.mean_pairs, TOKEN_IDS_BLOCK), MAX_GRID_Y)
         launch(
             token_ids_kernel,
             (pairs.num_tokens, blocks),
             pairs.row_offsets,
-            token_ids,
+            found,
             BLOCK=TOKEN_IDS_BLOCK,
             num_warps=1,
         )
-    return token_ids
+    return found
 
 
 def _block_of_sums(rows: list[Tensor]) -> int:
