@@ -63,8 +63,8 @@ class SpmmConfig:
 class SpmmTConfig:
     """Of a row, most_hidden to least_hidden elements are summed at a time, warp_hidden in a warp.
 
-    block_pairs rows at a time, or few_block_pairs where experts have few pairs on average: not as
-    few as least_few, where most have no second block, nor as many as most_few.
+    block_pairs rows at a time. Where the rows do not stay in the cache and experts have few pairs,
+    least_few to most_few on average, few_pairs rows at a time and few_hidden elements of them.
 
     So few that what is read of the rows (T, H) of the tables together stays in a cache of
     cached_bytes, beside the sums that are written. chunk: an expert of more pairs is summed in
@@ -72,7 +72,8 @@ class SpmmTConfig:
     """
 
     block_pairs: int = 1
-    few_block_pairs: int = 4
+    few_pairs: int = 2
+    few_hidden: int = 256
     least_few: int = 8
     most_few: int = 32
     most_hidden: int = 2048
@@ -285,9 +286,9 @@ def sum_for_experts(sums: list[tuple[Tensor, Tensor, Tensor]], pairs: Pairs, sca
     partials = torch.empty(
         (num_chunks, 2, len(sums), hidden_size), device=out.device, dtype=accumulator
     )
-    block_hidden = _block_of_sums([rows_TH for _, rows_TH, _, _ in tables])
-    few = SPMM_T.least_few <= pairs.num_pairs / pairs.num_experts <= SPMM_T.most_few
-    block_pairs = SPMM_T.few_block_pairs if few else SPMM_T.block_pairs
+    mean_pairs = pairs.num_pairs / pairs.num_experts
+    few = SPMM_T.least_few <= mean_pairs <= SPMM_T.most_few
+    block_hidden, block_pairs = _block_of_sums([rows_TH for _, rows_TH, _, _ in tables], few)
     blocks = cdiv(hidden_size, block_hidden)
     shared = {
         "HIDDEN_SIZE": hidden_size,
@@ -362,13 +363,16 @@ def _find_token_ids(pairs: Pairs) -> Tensor:
     return found
 
 
-def _block_of_sums(rows: list[Tensor]) -> int:
+def _block_of_sums(rows: list[Tensor], few: bool) -> tuple[int, int]:
+    """How many elements of how many rows are summed at a time."""
     num_tokens, hidden_size = rows[0].shape
     column_bytes = num_tokens * sum(rows_TH.element_size() for rows_TH in rows)
-    block_hidden = SPMM_T.most_hidden
+    block_hidden, block_pairs = SPMM_T.most_hidden, SPMM_T.block_pairs
     while block_hidden > SPMM_T.least_hidden and column_bytes * block_hidden > SPMM_T.cached_bytes:
         block_hidden //= 2
-    return min(block_hidden, next_power_of_2(hidden_size))
+    if few and column_bytes * block_hidden > SPMM_T.cached_bytes:
+        block_hidden, block_pairs = SPMM_T.few_hidden, SPMM_T.few_pairs
+    return min(block_hidden, next_power_of_2(hidden_size)), block_pairs
 
 
 def _spmm_pieces(pairs: Pairs, blocks: int, config: SpmmConfig) -> int:
