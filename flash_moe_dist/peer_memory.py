@@ -141,6 +141,13 @@ def peer_memory(
 _outgrown: list[PeerMemory] = []
 
 
+def peer_memory_bytes() -> int:
+    """Bytes of this rank that others read, in all groups; PyTorch's allocator does not count them."""
+    return sum(one.num_bytes for _, one in _of_groups.values() if one is not None) + sum(
+        one.num_bytes for one in _outgrown
+    )
+
+
 def _can_read_each_other(group: dist.ProcessGroup, device: torch.device) -> bool:
     wanted = os.environ.get("FLASH_MOE_PEER_MEMORY", "1") != "0"
     mine = None

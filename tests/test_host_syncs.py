@@ -21,9 +21,17 @@ from flash_moe_dist.collectives import ALL_GATHER, ALL_TO_ALL
 def host_syncs_of(run: Callable[[], Any]) -> list[str]:
     """Lines that wait for the device in `run`, as PyTorch sees it, but those inside collectives.
 
-    gloo waits for the device to copy tensors to the host and back; nccl does not.
+    gloo waits for the device to copy tensors to the host and back; nccl does not. Waits for an
+    event count, too.
     """
     torch.cuda.synchronize()
+    awaited: list[str] = []
+    wait_for_event = torch.cuda.Event.synchronize
+
+    def waiting(event: torch.cuda.Event) -> None:
+        caller = sys._getframe(1)
+        awaited.append(f"{Path(caller.f_code.co_filename).name}:{caller.f_lineno}")
+        wait_for_event(event)
 
     def uncounted(collective: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -39,6 +47,7 @@ def host_syncs_of(run: Callable[[], Any]) -> list[str]:
         warnings.catch_warnings(record=True) as caught,
     ):
         warnings.simplefilter("always")
+        patch.setattr(torch.cuda.Event, "synchronize", waiting)
         if dist.get_backend() == "gloo":
             for name in (ALL_TO_ALL, ALL_GATHER):
                 patch.setattr(dist, name, uncounted(getattr(dist, name)))
@@ -47,7 +56,7 @@ def host_syncs_of(run: Callable[[], Any]) -> list[str]:
             run()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    return [
+    return awaited + [
         f"{Path(one.filename).name}:{one.lineno}"
         for one in caught
         if "called a synchronizing" in str(one.message)

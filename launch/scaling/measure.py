@@ -9,6 +9,7 @@ import torch
 
 from flash_moe.bench.measure import peak_bytes, start_of_peak
 from flash_moe_dist import time_steps
+from flash_moe_dist.peer_memory import peer_memory_bytes
 from scaling.layer import Layer
 from scaling.ranks import Clock
 from scaling.results import CONVENTIONAL, STEPS, Result
@@ -102,4 +103,5 @@ def _weigh(layer: Layer, result: Result) -> None:
         layer.forward()
         layer.backward()
         optimizer.step()
-    result.peak_bytes = max(layer.ranks.gather(peak_bytes(layer.ranks.device)))
+    held = peak_bytes(layer.ranks.device) + peer_memory_bytes()
+    result.peak_bytes = max(layer.ranks.gather(held))
