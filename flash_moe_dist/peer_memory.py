@@ -142,7 +142,7 @@ _outgrown: list[PeerMemory] = []
 
 
 def peer_memory_bytes() -> int:
-    """Bytes of this rank that others read, in all groups; PyTorch's allocator does not count them."""
+    """Bytes of this rank that others read, in all groups; not in PyTorch's own statistics."""
     return sum(one.num_bytes for _, one in _of_groups.values() if one is not None) + sum(
         one.num_bytes for one in _outgrown
     )

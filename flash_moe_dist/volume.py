@@ -15,8 +15,8 @@ receives R rows and M pairs. In bytes, it hands to collectives
               pairs       g M                       g M
 
 Each is one message; but where room was reserved (`flash_moe_dist.reserved`), counts begin the
-message of the pairs, in which there is room for more. Of what is handed to an all-to-all the part (W - 1) / W leaves the rank, of
-what is handed to an all-gather W - 1 copies do.
+message of the pairs, in which there is room for more. Of what is handed to an all-to-all the part
+(W - 1) / W leaves the rank, of what is handed to an all-gather W - 1 copies do.
 """
 
 from dataclasses import dataclass
