@@ -47,8 +47,8 @@ with distributed(timedelta(seconds=float(timeout)), int(ep_size)) as runtime:
             patched: Any = expert_parallel
             patched.forward = fail
         hidden_states = torch.randn(6, 8, device=runtime.device, requires_grad=True)
-        indices = torch.randint(10, (6, 3), device=runtime.device)
-        out = experts(hidden_states, indices, torch.ones(6, 3, device=runtime.device))
+        indices = torch.randint(10, (6, 8), device=runtime.device)
+        out = experts(hidden_states, indices, torch.ones(6, 8, device=runtime.device))
         if failing and where == "after combine":
             the_original_error()
         if failing and where == "in the backward pass":
