@@ -94,7 +94,11 @@ class PeerDispatcher(AllGatherDispatcher):
     def exchange_words(self, words_WL: Tensor) -> Tensor:
         with communication():
             self.memory.barrier(WORDS)
-        return self.memory.addresses(WORDS, self.rank * words_WL.shape[1] * words_WL.itemsize)
+        return self.exchanged_at(words_WL.shape[1])
+
+    def exchanged_at(self, message_words: int) -> Tensor:
+        """(W,) addresses of all ranks' messages to this one."""
+        return self.memory.addresses(WORDS, 4 * self.rank * message_words)
 
     def start_return(self, values_M: Tensor, metadata: DispatchMetadata) -> ReturningValues:
         return _ReturningAside(self._send_back(values_M, metadata), metadata, self.memory)

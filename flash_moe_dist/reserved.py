@@ -76,6 +76,9 @@ class Reservation:
         if hidden_size > 0:
             sizes = bytes_of_regions(reserved, ep_size, hidden_bytes, sum_bytes)
             memory = peer_memory(group, given.settings.device, sizes)
+        if memory is not None:
+            # Makes what later passes would wait for the device to make.
+            PeerDispatcher(group, memory).exchanged_at(reserved.message_words)
         return cls(
             reserved,
             given.sizes,
@@ -154,7 +157,14 @@ class LayerDispatch:
         # Whatever comes of it, all ranks keep or lose the room alike.
         self.reservation = None
         if dispatched.read is not None:
-            dispatched.read.synchronize()
+            try:
+                dispatched.read.synchronize()
+            except RuntimeError as error:
+                # A barrier that no rank comes to in time ends like any kernel that fails.
+                raise RuntimeError(
+                    "the device failed while this rank waited for the counts of others: a kernel "
+                    "failed before, or a rank did not come within the group's timeout"
+                ) from error
         sent, received = dispatched.exchanged_2WC.tolist()
         counts = given.counts(sent, received, self.group)
         if not reservation.covers(counts):
