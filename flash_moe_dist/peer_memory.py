@@ -6,8 +6,8 @@ the GPUs and leave multiprocessors to kernels, and a barrier takes some microsec
 
 import os
 import socket
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from flash_moe.ops.aside import Aside, current_stream, side_stream
 from flash_moe_dist.agreement import gather_objects
 
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 ALIGNMENT = 256
 # A region that has become too small is replaced by one that is larger by this factor at least.
 GROWTH = 1.5
+MOST_VIEWS = 1024
 
 
 class PeerMemory:
@@ -47,8 +49,7 @@ class PeerMemory:
         self._handle: Any = symmetric_memory.rendezvous(self._memory, group)
         self._device = device
         self._timeout_ms = int(_timeout_seconds(group) * 1000)
-        # Of higher priority, so that a short copy does not wait for long kernels.
-        self._aside = torch.cuda.Stream(device, priority=-1)
+        self._stream = side_stream(device)
         self._turn = 0
         self._views: dict[object, Tensor] = {}
 
@@ -65,7 +66,7 @@ class PeerMemory:
         key = (rank, region, tuple(shape), dtype, skipped)
         if key not in self._views:
             first = self.begins[region] // dtype.itemsize + skipped
-            self._views[key] = self._handle.get_buffer(rank, list(shape), dtype, first)
+            self._keep(key, self._handle.get_buffer(rank, list(shape), dtype, first))
         return self._views[key]
 
     def addresses(self, region: int, skipped: int) -> Tensor:
@@ -76,8 +77,14 @@ class PeerMemory:
                 self.view(rank, region, (1,), torch.uint8, skipped) for rank in range(self.ep_size)
             ]
             pointers = [view.data_ptr() for view in views]
-            self._views[key] = torch.tensor(pointers, device=self._device)
+            self._keep(key, torch.tensor(pointers, device=self._device))
         return self._views[key]
+
+    def _keep(self, key: object, view: Tensor) -> None:
+        # Passes of ever other sizes would make ever more.
+        if len(self._views) >= MOST_VIEWS:
+            self._views.clear()
+        self._views[key] = view
 
     def barrier(self, channel: int) -> None:
         """The current stream goes on when all ranks' streams have come to theirs.
@@ -86,22 +93,19 @@ class PeerMemory:
         """
         self._handle.barrier(channel, self._timeout_ms)
 
-    @contextmanager
-    def aside(self) -> Iterator[None]:
+    def aside(self) -> Aside:
         """On a stream of its own, after what the current one has to do so far."""
-        self._aside.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self._aside):
-            yield
+        return Aside(self._device, self._stream)
 
-    def reached(self) -> Any:
+    def reached(self) -> torch.Event:
         """What the current stream has to do so far; its `wait` makes another stream wait."""
-        event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(self._device))
+        event = torch.Event(self._device)
+        event.record(current_stream(self._device))
         return event
 
     def used_here(self, tensor: Tensor) -> Tensor:
         """One that was made aside, and is used on the current stream from now on."""
-        tensor.record_stream(torch.cuda.current_stream(self._device))
+        tensor.record_stream(current_stream(self._device))
         return tensor
 
 

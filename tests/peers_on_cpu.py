@@ -2,8 +2,7 @@
 
 import itertools
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from flash_moe.ops.aside import Aside
 from flash_moe_dist import reserved
 from flash_moe_dist.agreement import gather_objects
 from flash_moe_dist.peer_memory import PeerMemory
@@ -52,9 +52,8 @@ class SharedFiles(PeerMemory):
     def barrier(self, channel: int) -> None:
         dist.barrier(self._group)
 
-    @contextmanager
-    def aside(self) -> Iterator[None]:
-        yield
+    def aside(self) -> Aside:
+        return Aside(self._device)
 
     def reached(self) -> Any:
         return Reached()

@@ -12,18 +12,24 @@ class Aside:
 
     What the current stream does after that runs beside it, until `join`. Can be captured in a
     CUDA graph. Does nothing for a device without streams.
+
+    Args:
+        stream: of `device`; None: one that all share who name none.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, stream: torch.Stream | None = None) -> None:
         self.device = device
-        self._entered: torch.cuda.StreamContext | None = None
+        self._stream = stream
+        if stream is None and device.type == "cuda":
+            self._stream = _second_stream(device)
 
     def __enter__(self) -> None:
-        if self.device.type == "cuda":
-            stream = _second_stream(self.device)
-            stream.wait_stream(torch.cuda.current_stream(self.device))
-            self._entered = torch.cuda.stream(stream)
-            self._entered.__enter__()
+        # torch.cuda.stream takes some times as long as launching a kernel.
+        if self._stream is not None:
+            self._device_before = torch.accelerator.current_device_index()
+            self._before = current_stream(self.device)
+            self._stream.wait_stream(self._before)
+            torch.accelerator.set_stream(self._stream)
 
     def __exit__(
         self,
@@ -31,19 +37,29 @@ class Aside:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if self._entered is not None:
-            self._entered.__exit__(kind, error, traceback)
+        if self._stream is not None:
+            torch.accelerator.set_stream(self._before)
+            if self._device_before != self._before.device_index:
+                torch.accelerator.set_device_index(self._device_before)
 
     def join(self, *made: Tensor) -> None:
         """Let the current stream wait; it is going to use the tensors `made` inside."""
-        if self.device.type == "cuda":
-            current = torch.cuda.current_stream(self.device)
-            current.wait_stream(_second_stream(self.device))
+        if self._stream is not None:
+            current = current_stream(self.device)
+            current.wait_stream(self._stream)
             for tensor in made:
                 tensor.record_stream(current)
 
 
-@cache
-def _second_stream(device: torch.device) -> torch.cuda.Stream:
+def side_stream(device: torch.device) -> torch.Stream:
+    """For `Aside`, and nobody else's."""
     # Of higher priority, or its blocks would wait until those of the current stream run out.
-    return torch.cuda.Stream(device, priority=-1)
+    return torch.Stream(device, priority=-1)
+
+
+_second_stream = cache(side_stream)
+
+
+def current_stream(device: torch.device) -> torch.Stream:
+    """Of a CUDA device."""
+    return torch.accelerator.current_stream(device.index)
