@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch.autograd import profiler
 
+# In the order in which they come; of a backward pass with _backward.
+STEPS = ("dispatch", "experts", "combine", "communication")
 # Of the block of `time_steps` that is open. Not of a thread: autograd has threads of its own.
 _timer: "_Timer | None" = None
 

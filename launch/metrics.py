@@ -6,6 +6,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from flash_moe_dist.steps import STEPS
+
 Line = dict[str, Any]
 
 
@@ -50,15 +52,19 @@ def plot_losses(path: Path, lines: list[Line], single_token_entropy: float) -> N
 
 
 def speed(lines: list[Line]) -> str:
-    """Medians over the steps, of which the first ones also compile."""
+    """Medians over the steps, of which the first ones also compile; forward and backward as one."""
     rate = statistics.median(line["tokens_per_s"] for line in lines) if lines else 0.0
     shares: dict[str, list[float]] = {}
     for line in lines:
+        of_step: dict[str, float] = {}
         for name, share in line.get("share_of_step", {}).items():
+            both = name.removesuffix("_backward")
+            of_step[both] = of_step.get(both, 0.0) + share
+        for name, share in of_step.items():
             shares.setdefault(name, []).append(share)
-    parts = [f"{name} {statistics.median(of_steps):.1%}" for name, of_steps in shares.items()]
+    parts = [f"{name} {statistics.median(shares[name]):.1%}" for name in STEPS if name in shares]
     text = f"median of {rate:,.0f} tokens/s"
-    return f"{text}; of the step: {', '.join(parts)}" if parts else text
+    return f"{text}; of a step: {', '.join(parts)}" if parts else text
 
 
 def _read(path: Path) -> list[Line]:

@@ -93,7 +93,7 @@ def parse_args(description: str, argv: list[str] | None = None) -> argparse.Name
         action="store_true",
         help="share of each step that expert layers over several ranks take for dispatch, experts, "
         "combine and for communication that nothing hides, in metrics.jsonl and at the end; each "
-        "step waits for the device once more",
+        "step waits for the device once more; layers on one rank have no such steps",
     )
     args = parser.parse_args(argv)
     for name in POSITIVE:

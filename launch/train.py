@@ -38,6 +38,7 @@ from flash_moe_dist import (
 from flash_moe_dist.agreement import gather_objects, same_error_on_all_ranks
 from flash_moe_dist.checkpoint import Checkpointer
 from flash_moe_dist.collectives import all_gather_rows
+from flash_moe_dist.peer_memory import peer_memory_bytes
 from flash_moe_dist.runtime import DEFAULT_TIMEOUT, Runtime, distributed
 from metrics import Line, MetricsFile, plot_losses, speed
 from model import ModelConfig, Transformer
@@ -182,8 +183,13 @@ def build_optimizer(model: Transformer, lr: float) -> torch.optim.AdamW:
     experts = list(expert_parameters(model))
     known = {id(parameter) for parameter in experts}
     dense = [parameter for parameter in model.parameters() if id(parameter) not in known]
+    # Fused: the tables are read and written once a step, and nothing as large is made on the way.
     return torch.optim.AdamW(
-        [{"params": dense}, {"params": experts}], lr=lr, betas=(0.9, 0.95), weight_decay=0.0
+        [{"params": dense}, {"params": experts}],
+        lr=lr,
+        betas=(0.9, 0.95),
+        weight_decay=0.0,
+        fused=True,
     )
 
 
@@ -469,10 +475,18 @@ def finish(run: Run, metrics: MetricsFile | None) -> None:
         f"validation loss {_as_text(last.get('validation_loss'))}, "
         f"single-token entropy of the validation data {entropy:.4f} nats\n"
         f"sample, after the prompt {prompt!r}:\n{continuation}\n"
-        f"{speed(metrics.lines)}\n"
+        f"{speed(metrics.lines)}{peak_memory(run.runtime.device)}\n"
         f"metrics, loss curve and checkpoints are in {run.args.out}",
         flush=True,
     )
+
+
+def peak_memory(device: torch.device) -> str:
+    """What this GPU held at most, as the end of a sentence; of a CPU nothing."""
+    if device.type != "cuda":
+        return ""
+    held = torch.cuda.max_memory_allocated(device) + peer_memory_bytes()
+    return f"; at most {held / 1e9:.1f} GB of GPU memory on rank 0"
 
 
 def _as_text(loss: float | None) -> str:

@@ -136,7 +136,9 @@ def test_shares_of_a_step(text: str, tmp_path: Path) -> None:
     small = [*SMALL, "--data", text, "--out", str(tmp_path), "--time-steps", "--steps", "3"]
     ended = launch(*small, "--sample-tokens", "3")
     assert ended.returncode == 0, ended.stderr
-    assert re.search(r"median of [\d,]+ tokens/s; of the step: .*experts \d", ended.stdout)
+    assert re.search(
+        r"median of [\d,]+ tokens/s; of a step: dispatch [\d.]+%, experts \d", ended.stdout
+    )
     for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
         shares = json.loads(line)["share_of_step"]
         assert {"dispatch", "experts", "combine", "communication"} < shares.keys()

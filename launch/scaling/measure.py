@@ -10,9 +10,10 @@ import torch
 from flash_moe.bench.measure import peak_bytes, start_of_peak
 from flash_moe_dist import time_steps
 from flash_moe_dist.peer_memory import peer_memory_bytes
+from flash_moe_dist.steps import STEPS
 from scaling.layer import Layer
 from scaling.ranks import Clock
-from scaling.results import CONVENTIONAL, STEPS, Result
+from scaling.results import CONVENTIONAL, Result
 
 LOOPS = 3
 
@@ -95,7 +96,7 @@ def _weigh(layer: Layer, result: Result) -> None:
     """The second of two steps, when the optimizer has its state."""
     if layer.ranks.device.type != "cuda":
         return
-    optimizer = torch.optim.AdamW(layer.experts.parameters(), lr=0.0)
+    optimizer = torch.optim.AdamW(layer.experts.parameters(), lr=0.0, fused=True)
     for _step in range(2):
         gc.collect()
         start_of_peak(layer.ranks.device)

@@ -9,7 +9,7 @@ takes what has to be moved besides, forward and backward:
     more rows than T, received: read twice in the backward pass      (R - T) H (3 b + 2 a)
         and once in the forward pass, a sum written in each
     rows packed by an all-to-all, sums of every rank read            2 S H (2 b + a)
-    less of the gradients of the tables written                      -2 (1 - 1/W) E H g
+    in weak scaling, less of the gradients of the tables written     -2 (1 - 1/W) E H g
 
 Each message takes a latency and, over its rate, the most bytes that any rank sends to others or
 receives from them. Nothing is taken to overlap.
@@ -102,7 +102,9 @@ def predict(
         received = float(traffic.rows_WW.sum(0).max())
         packing = 2 * b + a
     per_column = (received - traffic.most_tokens) * (3 * b + 2 * a) + 2 * sent * packing
-    per_column -= 2 * (1 - 1 / ranks) * problem.num_experts * b
+    if problem.scaling == "weak":
+        # In strong scaling a rank's share of the time on one rank has its share of these.
+        per_column -= 2 * (1 - 1 / ranks) * problem.num_experts * b
     memory = per_column * problem.hidden_size / network.memory
     return Prediction(
         experts,

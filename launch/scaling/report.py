@@ -8,9 +8,10 @@ from typing import Any
 
 from flash_moe.bench.report import device_name, versions
 from flash_moe_dist.runtime import Runtime
+from flash_moe_dist.steps import STEPS
 from scaling.predict import Network, Prediction
 from scaling.problems import Problem
-from scaling.results import ALONE, CONVENTIONAL, STEPS, Result
+from scaling.results import ALONE, CONVENTIONAL, Result
 from scaling.traffic import Traffic
 
 PARTS = (*STEPS, "other")

@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 
 # What is measured beside the dispatchers: one rank, which dispatches nothing, and the baseline.
 ALONE, CONVENTIONAL = "one rank", "conventional"
-STEPS = ("dispatch", "experts", "combine", "communication")
 
 
 @dataclass
