@@ -139,7 +139,7 @@ def agree_on_counts(
     Raises:
         TypeError, ValueError: on every rank alike.
     """
-    exchanged_2WC = _nothing(given.settings.device, ep_size)
+    exchanged_2WC = _zero_counts(given.settings.device, ep_size)
     routing = None
     if given.error is None:
         routing = given.routing(ep_size)
@@ -153,13 +153,13 @@ def agree_on_counts(
 
 def fail_together(error: Exception, device: torch.device, group: dist.ProcessGroup) -> NoReturn:
     """In place of `agree_on_counts` on a rank without input: raises `error` on every rank."""
-    _exchange(_nothing(device, dist.get_world_size(group)), group)
+    _exchange(_zero_counts(device, dist.get_world_size(group)), group)
     raise_same_error(error, group)
     raise AssertionError("an error of this rank was not raised")
 
 
-def _nothing(device: torch.device, ep_size: int) -> Tensor:
-    """Counts sent and received, both 0."""
+def _zero_counts(device: torch.device, ep_size: int) -> Tensor:
+    """Counts sent and received: those of a rank with bad input."""
     return torch.zeros(2, ep_size, COUNTS, dtype=torch.int64, device=device)
 
 

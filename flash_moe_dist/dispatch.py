@@ -30,7 +30,7 @@ from flash_moe.ops.backends import (
 )
 from flash_moe.ops.backends.gather import sum_pieces
 from flash_moe.ops.pairs import Pairs
-from flash_moe.ops.parts import RowsIn, RowsOut
+from flash_moe.ops.parts import RowsIn, RowsOut, nothing
 from flash_moe_dist.collectives import Pending, start_all_gather, start_all_to_all
 from flash_moe_dist.counts import Counts, Input, agree_on_counts
 from flash_moe_dist.routing import Room, unpack, words_of_pair
@@ -86,9 +86,6 @@ class ReceivedTokens:
     mean_pairs: int | None = None
 
 
-def _nothing() -> None: ...
-
-
 @dataclass(frozen=True)
 class ArrivingRows:
     """Rows (R, H) at the owners of their tokens' experts, as they come.
@@ -98,7 +95,7 @@ class ArrivingRows:
 
     rows_RH: Tensor
     parts: Sequence[RowsIn]
-    fetch: Callable[[], None] = _nothing
+    fetch: Callable[[], None] = nothing
 
     @classmethod
     def all_at_once(cls, pending: Pending) -> "ArrivingRows":

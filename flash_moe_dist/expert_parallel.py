@@ -4,6 +4,7 @@ T local tokens, K experts per token, H hidden size, e local experts; R rows and 
 """
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any, Literal, NoReturn, get_args
 
 import torch
@@ -124,7 +125,15 @@ class ExpertParallelFunc:
         self.ep_mesh, self.ep_size = ep_mesh, ep_mesh.size()
         self.dispatcher = dispatcher
         self.counters: list[Callable[[Tensor], None]] = []
-        self._dispatch = LayerDispatch(ep_mesh.get_group())
+
+    @cached_property
+    def _dispatch(self) -> LayerDispatch:
+        # Not before it is needed: a saved model is loaded where there are no process groups yet.
+        return LayerDispatch(self.ep_mesh.get_group())
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A saved model leaves counters, and what past passes have taught, to the process.
+        return ExpertParallelFunc, (self.ep_mesh, self.dispatcher)
 
     def __deepcopy__(self, memo: dict[int, object]) -> "ExpertParallelFunc":
         # A copied model (an average of weights, say) talks over the same process group.

@@ -1,20 +1,24 @@
 """The dispatcher that gathers all rows, for ranks that read each other's memory.
 
 W ranks, X tokens of each, H hidden size, L words of a message. Each rank puts into its own memory
-what others shall read, all meet at a barrier, and each copies what it needs:
+what others shall read, all meet at a barrier of that region, and each copies what it needs:
 
-    rows      (2, X, H)   of its tokens, by turns: a rank may write the next while others still read
-    words     (W, L)      messages to all ranks
-    sums      (W, X, H)   partial sums for all ranks' tokens
+    region                written                         read
+    rows      2 (X, H)    aside: of its tokens            aside: copied, beside the routing
+    words     (W, L)      messages, as they are packed    where they are, when pairs are unpacked
+    sums      (W, X, H)   partial sums for all ranks,     aside: copied, while sums for this rank's
+                          as they are computed            own tokens are computed
 
-Messages are read where they are, the others are copied: rows beside the routing of tokens, sums
-while others are computed. Which memory may be
-written again follows from the order of barriers on each rank: whoever comes to the barrier of a
-pass's rows has read the sums of the pass before, and whoever comes to that of its sums has read its
-words.
+"Aside" is one stream of a rank, the rest is done on the layer's. A region may be written again when
+all ranks have read it, which follows from the barriers that they came to since:
+
+    rows      one half and the other by turns: whoever comes to the barrier of a pass's rows has
+              read those of the pass before, as both are read aside. The halves begin where they do
+              whatever the sizes of a pass are.
+    words     whoever comes to the barrier of a forward pass's sums has unpacked its words. A pass
+              on another stream than the one before waits for that.
+    sums      whoever comes to the barrier of the next rows has read these, all aside.
 """
-
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -59,36 +63,17 @@ class PeerDispatcher(AllGatherDispatcher):
         self.others = [(self.rank + step) % self.ep_size for step in range(1, self.ep_size)]
 
     def start_rows(self, rows_TH: Tensor, metadata: DispatchMetadata) -> ArrivingRows:
-        memory = self.memory
         given_XH = filled_up(rows_TH, metadata.most_tokens)
         num_rows, hidden_size = given_XH.shape
-        skipped = memory.next_turn() * num_rows * hidden_size
-        received_WXH = given_XH.new_empty(self.ep_size, num_rows, hidden_size)
-
-        def read(rank: int) -> Tensor:
-            return memory.view(rank, ROWS, given_XH.shape, given_XH.dtype, skipped)
-
-        with memory.aside():
-            read(self.rank).copy_(given_XH)
-            memory.barrier(ROWS)
-
-        def fetch() -> None:
-            with memory.aside():
-                received_WXH[self.rank].copy_(given_XH)
-                for rank in self.others:
-                    received_WXH[rank].copy_(read(rank))
-                fetched.append(memory.reached())
-
-        def wait() -> None:
-            with communication():
-                fetched[0].wait()
-
-        fetched: list[Any] = []
-        own = RowsIn(self._rows_of(self.rank, num_rows), _nothing, given_XH)
-        others = [RowsIn(rows, wait) for rows in self._rows_of_others(num_rows)]
-        return ArrivingRows(received_WXH.view(-1, hidden_size), [own, *others], fetch)
+        fetched = _FetchedRows(self, given_XH)
+        own = RowsIn(self.rows_of(self.rank, num_rows), source=given_XH)
+        others = [RowsIn(rows, fetched.wait) for rows in self.rows_of_others(num_rows)]
+        rows_RH = fetched.received_WXH.view(-1, hidden_size)
+        return ArrivingRows(rows_RH, [own, *others], fetched.start)
 
     def words_to_fill(self, room: Room, device: torch.device) -> Tensor:
+        if self.memory.sums_fetched is not None:
+            self.memory.sums_fetched.wait()
         return self.memory.view(self.rank, WORDS, (self.ep_size, room.message_words), torch.int32)
 
     def exchange_words(self, words_WL: Tensor) -> Tensor:
@@ -112,13 +97,43 @@ class PeerDispatcher(AllGatherDispatcher):
     ) -> Sums:
         return _SumsOfPeers(self, metadata, hidden_size, sum_dtype, out_dtype)
 
-    def _rows_of(self, rank: int, num_rows: int) -> slice:
+    def rows_of(self, rank: int, num_rows: int) -> slice:
+        """Among the rows of all."""
         return slice(rank * num_rows, (rank + 1) * num_rows)
 
-    def _rows_of_others(self, num_rows: int) -> list[slice]:
-        own = self._rows_of(self.rank, num_rows)
+    def rows_of_others(self, num_rows: int) -> list[slice]:
+        own = self.rows_of(self.rank, num_rows)
         around = (slice(0, own.start), slice(own.stop, self.ep_size * num_rows))
         return [rows for rows in around if rows.stop > rows.start]
+
+
+class _FetchedRows:
+    """Rows (W, X, H) of all ranks, copied aside."""
+
+    def __init__(self, dispatcher: PeerDispatcher, given_XH: Tensor) -> None:
+        self.dispatcher, self.given_XH = dispatcher, given_XH
+        self.received_WXH = given_XH.new_empty(dispatcher.ep_size, *given_XH.shape)
+        memory = dispatcher.memory
+        self.skipped_bytes = memory.next_half(ROWS)
+        with memory.aside():
+            self._of(dispatcher.rank).copy_(given_XH)
+            memory.barrier(ROWS)
+
+    def _of(self, rank: int) -> Tensor:
+        shape, dtype = self.given_XH.shape, self.given_XH.dtype
+        return self.dispatcher.memory.view(rank, ROWS, shape, dtype, self.skipped_bytes)
+
+    def start(self) -> None:
+        memory = self.dispatcher.memory
+        with memory.aside():
+            self.received_WXH[self.dispatcher.rank].copy_(self.given_XH)
+            for rank in self.dispatcher.others:
+                self.received_WXH[rank].copy_(self._of(rank))
+            self.fetched = memory.reached()
+
+    def wait(self) -> None:
+        with communication():
+            self.fetched.wait()
 
 
 class _SumsOfPeers(Sums):
@@ -138,27 +153,29 @@ class _SumsOfPeers(Sums):
         sent_RH = memory.view(rank, SUMS, shape, sum_dtype)
         self.pieces_WXH = sent_RH.new_empty(dispatcher.ep_size, num_rows, hidden_size)
         self.total_XH = sent_RH.new_empty(num_rows, hidden_size, dtype=out_dtype)
-        others = dispatcher._rows_of_others(num_rows)
+        *others, last = dispatcher.rows_of_others(num_rows)
         self.parts = [
-            *(RowsOut(rows, sent_RH[rows], _nothing) for rows in others[:-1]),
-            RowsOut(others[-1], sent_RH[others[-1]], self._fetch),
-            RowsOut(dispatcher._rows_of(rank, num_rows), self.pieces_WXH[rank], _nothing),
+            *(RowsOut(rows, sent_RH[rows]) for rows in others),
+            RowsOut(last, sent_RH[last], self._fetch),
+            RowsOut(dispatcher.rows_of(rank, num_rows), self.pieces_WXH[rank]),
         ]
 
     def _fetch(self) -> None:
         dispatcher, pieces_WXH = self.dispatcher, self.pieces_WXH
         memory, shape = dispatcher.memory, pieces_WXH.shape[1:]
-        skipped = dispatcher.rank * shape.numel()
+        skipped_bytes = dispatcher.rank * shape.numel() * pieces_WXH.element_size()
         with memory.aside():
             memory.barrier(SUMS)
             for rank in dispatcher.others:
-                pieces_WXH[rank].copy_(memory.view(rank, SUMS, shape, pieces_WXH.dtype, skipped))
+                sums_XH = memory.view(rank, SUMS, shape, pieces_WXH.dtype, skipped_bytes)
+                pieces_WXH[rank].copy_(sums_XH)
 
     def start(self, partial_RH: Tensor) -> None:
         memory = self.dispatcher.memory
         with memory.aside():
             sum_over_ranks(self.pieces_WXH, self.total_XH)
             self.added = memory.reached()
+        memory.sums_fetched = self.added
 
     def collect(self) -> Tensor:
         with communication():
@@ -181,6 +198,3 @@ class _ReturningAside(ReturningValues):
         with communication():
             self.arranged.wait()
         return self.memory.used_here(self.values_TK)
-
-
-def _nothing() -> None: ...

@@ -6,8 +6,9 @@ the GPUs and leave multiprocessors to kernels, and a barrier takes some microsec
 
 import os
 import socket
-from collections.abc import Sequence
-from contextlib import suppress
+import warnings
+from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from flash_moe.ops.aside import Aside, current_stream, side_stream
+from flash_moe.ops.launch import cdiv
 from flash_moe_dist.agreement import gather_objects
 
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -25,59 +27,149 @@ GROWTH = 1.5
 MOST_VIEWS = 1024
 
 
-class PeerMemory:
-    """Regions of bytes, of the same sizes on all ranks of a group.
+class Region:
+    """Bytes of this rank that all ranks of a group read, and those of the others.
 
-    Args:
-        sizes: bytes of each region.
-
-    Raises:
-        RuntimeError: on this rank or any, if ranks cannot read each other's memory.
+    What is used of PyTorch's symmetric memory, an untyped alpha feature, is in this class.
     """
 
-    def __init__(
-        self, group: dist.ProcessGroup, device: torch.device, sizes: Sequence[int]
-    ) -> None:
-        # An alpha feature of PyTorch, untyped: what is used of it is in this class.
+    def __init__(self, device: torch.device, num_bytes: int) -> None:
+        """Raises RuntimeError: there is no memory for it."""
         import torch.distributed._symmetric_memory as symmetric_memory
 
-        self.sizes, self.ep_size = tuple(sizes), dist.get_world_size(group)
-        rounded = [-(-size // ALIGNMENT) * ALIGNMENT for size in sizes]
-        self.begins = [sum(rounded[:number]) for number in range(len(sizes))]
-        self.num_bytes = sum(rounded)
-        self._memory = symmetric_memory.empty(self.num_bytes, dtype=torch.uint8, device=device)
-        self._handle: Any = symmetric_memory.rendezvous(self._memory, group)
-        self._device = device
-        self._timeout_ms = int(_timeout_seconds(group) * 1000)
-        self._stream = side_stream(device)
-        self._turn = 0
-        self._views: dict[object, Tensor] = {}
+        self.num_bytes = num_bytes
+        self._memory = symmetric_memory.empty(num_bytes, dtype=torch.uint8, device=device)
 
-    def next_turn(self) -> int:
-        """0 and 1 by turns, alike on all ranks if all ask equally often."""
-        self._turn = 1 - self._turn
-        return self._turn
+    def meet(self, group: dist.ProcessGroup) -> None:
+        """Collective; raises RuntimeError: ranks cannot read each other's memory."""
+        import torch.distributed._symmetric_memory as symmetric_memory
+
+        self._handle: Any = symmetric_memory.rendezvous(self._memory, group)
+        self._timeout_ms = int(_timeout_seconds(group) * 1000)
 
     def view(
-        self, rank: int, region: int, shape: Sequence[int], dtype: torch.dtype, skipped: int = 0
+        self, rank: int, shape: Sequence[int], dtype: torch.dtype, skipped_bytes: int
     ) -> Tensor:
-        """A tensor in a region of that rank's memory, after `skipped` elements."""
+        first = skipped_bytes // dtype.itemsize
+        view: Tensor = self._handle.get_buffer(rank, list(shape), dtype, first)
+        return view
+
+    def barrier(self) -> None:
+        self._handle.barrier(0, self._timeout_ms)
+
+
+class PeerMemory:
+    """Regions of the same sizes on all ranks of a group, numbered from 0.
+
+    One stream of each rank copies from others: `aside`. Barriers of a region must be met in the
+    same order everywhere, one at a time.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
+        self.ep_size = dist.get_world_size(group)
+        self._group, self._device = group, device
+        self._regions: list[Region] = []
+        # Of which peers may still read, or passes that are under way: kept with the process.
+        self._outgrown: list[Region] = []
+        self._stream = side_stream(device) if device.type == "cuda" else None
+        self._turn = 0
+        self._views: dict[object, Tensor] = {}
+        # Of the last pass whose sums were asked for.
+        self.sums_fetched: torch.Event | None = None
+
+    def make_room(self, sizes: Sequence[int]) -> bool:
+        """Have regions of at least so many bytes. Collective, with the same sizes everywhere.
+
+        False on all ranks if any has no memory for that, or cannot read the others'; regions are
+        then as before.
+        """
+        now = [region.num_bytes for region in self._regions]
+        now += [0] * (len(sizes) - len(now))
+        grown = {
+            number: cdiv(max(wanted, int(GROWTH * have)), 2 * ALIGNMENT) * 2 * ALIGNMENT
+            for number, (have, wanted) in enumerate(zip(now, sizes, strict=True))
+            if wanted > have
+        }
+        made: dict[int, Region] = {}
+
+        def allocate() -> None:
+            for number, size in grown.items():
+                made[number] = Region(self._device, size)
+
+        def meet() -> None:
+            for region in made.values():
+                region.meet(self._group)
+
+        # These outlive an inference mode that is on now.
+        with torch.inference_mode(False):
+            # One that has no memory must not leave the others waiting for it to meet them.
+            done = not grown or (self._all_can(allocate) and self._all_can(meet))
+        if not done:
+            return False
+        for number, region in made.items():
+            if number < len(self._regions):
+                self._outgrown.append(self._regions[number])
+                self._regions[number] = region
+            else:
+                self._regions.append(region)
+        if made:
+            self._views.clear()
+        return True
+
+    def _all_can(self, do: Callable[[], None]) -> bool:
+        reason = ""
+        try:
+            do()
+        except RuntimeError as error:
+            reason = f"rank {dist.get_rank(self._group)}: {error}".splitlines()[0]
+        reasons = [one for one in gather_objects(reason, self._group) if one]
+        if reasons:
+            _warn(reasons[0])
+        return not reasons
+
+    @property
+    def num_bytes(self) -> int:
+        """Of this rank that others read, or have read."""
+        return sum(region.num_bytes for region in (*self._regions, *self._outgrown))
+
+    def next_half(self, region: int) -> int:
+        """Bytes before one half of a region and the other by turns, 0 first.
+
+        Alike on all ranks if all ask equally often.
+        """
+        self._turn = 1 - self._turn
+        return (1 - self._turn) * (self._regions[region].num_bytes // 2)
+
+    def view(
+        self,
+        rank: int,
+        region: int,
+        shape: Sequence[int],
+        dtype: torch.dtype,
+        skipped_bytes: int = 0,
+    ) -> Tensor:
+        """A tensor in that rank's region, after so many bytes."""
         # Kept, as making one takes longer than launching a kernel.
-        key = (rank, region, tuple(shape), dtype, skipped)
+        key = (rank, region, tuple(shape), dtype, skipped_bytes)
         if key not in self._views:
-            first = self.begins[region] // dtype.itemsize + skipped
-            self._keep(key, self._handle.get_buffer(rank, list(shape), dtype, first))
+            with torch.inference_mode(False):
+                self._keep(key, self._regions[region].view(rank, shape, dtype, skipped_bytes))
         return self._views[key]
 
-    def addresses(self, region: int, skipped: int) -> Tensor:
-        """(W,) int64 on the device: of the byte after `skipped` others, in each rank's memory."""
-        key = (region, skipped)
+    def addresses(self, region: int, skipped_bytes: int) -> Tensor:
+        """(W,) int64 on the device: of the byte after so many in each rank's region.
+
+        Waits for the device when it is asked for the first time.
+        """
+        key = (region, skipped_bytes)
         if key not in self._views:
             views = [
-                self.view(rank, region, (1,), torch.uint8, skipped) for rank in range(self.ep_size)
+                self.view(rank, region, (1,), torch.uint8, skipped_bytes)
+                for rank in range(self.ep_size)
             ]
             pointers = [view.data_ptr() for view in views]
-            self._keep(key, torch.tensor(pointers, device=self._device))
+            with torch.inference_mode(False):
+                self._keep(key, torch.tensor(pointers, device=self._device))
         return self._views[key]
 
     def _keep(self, key: object, view: Tensor) -> None:
@@ -86,12 +178,9 @@ class PeerMemory:
             self._views.clear()
         self._views[key] = view
 
-    def barrier(self, channel: int) -> None:
-        """The current stream goes on when all ranks' streams have come to theirs.
-
-        Barriers of one channel must be met in the same order everywhere, one at a time.
-        """
-        self._handle.barrier(channel, self._timeout_ms)
+    def barrier(self, region: int) -> None:
+        """The current stream goes on when all ranks' streams have come to theirs."""
+        self._regions[region].barrier()
 
     def aside(self) -> Aside:
         """On a stream of its own, after what the current one has to do so far."""
@@ -105,7 +194,8 @@ class PeerMemory:
 
     def used_here(self, tensor: Tensor) -> Tensor:
         """One that was made aside, and is used on the current stream from now on."""
-        tensor.record_stream(current_stream(self._device))
+        if self._stream is not None:
+            tensor.record_stream(current_stream(self._device))
         return tensor
 
 
@@ -117,38 +207,32 @@ def peer_memory(
 ) -> PeerMemory | None:
     """Memory of the group with regions of at least these sizes; None if there can be none.
 
-    All of a group's layers share it, one pass after the other. Collective: every rank of the group
-    asks for the same sizes at the same time, and gets the same answer. Not if the environment says
-    FLASH_MOE_PEER_MEMORY=0 on any rank.
+    All of a group's layers share it, one pass after the other, as long as the process lives: at
+    most three times what the largest pass needs, as regions grow by half at least. Collective:
+    every rank of the group asks for the same sizes at the same time, and gets the same answer. Not
+    if the environment says FLASH_MOE_PEER_MEMORY=0 on any rank.
     """
     known, memory = _of_groups.get(group.group_name, (None, None))
-    if known is group and (memory is None or all(map(int.__le__, sizes, memory.sizes))):
-        return memory
-    if known is not group and not _can_read_each_other(group, device):
-        _of_groups[group.group_name] = (group, None)
+    if known is not group:
+        memory = PeerMemory(group, device) if _can_read_each_other(group, device) else None
+        _of_groups[group.group_name] = (group, memory)
+    if memory is None or not memory.make_room(sizes):
         return None
-    if known is group and memory is not None:
-        sizes = [
-            max(old, new) if new <= old else max(new, int(GROWTH * old))
-            for old, new in zip(memory.sizes, sizes, strict=True)
-        ]
-        # Peers may still read it: kept as long as the process lives.
-        _outgrown.append(memory)
-    made: PeerMemory | None = None
-    with suppress(RuntimeError):
-        made = PeerMemory(group, device, sizes)
-    made = made if all(gather_objects(made is not None, group)) else None
-    _of_groups[group.group_name] = (group, made)
-    return made
-
-
-_outgrown: list[PeerMemory] = []
+    return memory
 
 
 def peer_memory_bytes() -> int:
     """Bytes of this rank that others read, in all groups; not in PyTorch's own statistics."""
-    return sum(one.num_bytes for _, one in _of_groups.values() if one is not None) + sum(
-        one.num_bytes for one in _outgrown
+    return sum(memory.num_bytes for _, memory in _of_groups.values() if memory is not None)
+
+
+@cache
+def _warn(reason: str) -> None:
+    warnings.warn(
+        "ranks of one host cannot read each other's memory, so that their rows travel by "
+        f"collectives: {reason}",
+        RuntimeWarning,
+        stacklevel=2,
     )
 
 

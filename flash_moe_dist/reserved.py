@@ -1,19 +1,23 @@
 """Dispatch of a layer's forward passes: counts first, or into room that was reserved for them.
 
-W ranks, T local tokens, K experts per token, H hidden size.
+W ranks, T local tokens, K experts per token, H hidden size, X tokens of the rank that has most.
 
 A rank has to know how many pairs it gets before it can receive them. The first pass exchanges
 counts, and the host waits for them before it launches anything else. Where every rank gets all rows
 (`AllGatherDispatcher`), the next pass takes messages of the same sizes, with room to spare for
 pairs. Counts then travel in front of the pairs, and the host reads them when it has launched all of
-the pass. If they show that the room does not do, for more pairs or another number of tokens, the
-pass is done again, with counts first.
+the pass. If they show that the room does not do, for more pairs or another X, the pass is done
+again, with counts first. Another X would do as long as it is smaller, but kernels that sum in
+another order where rows are few would not give the same bits.
 
 All ranks have the same room, as it comes from counts that all have seen, and messages have its
 sizes whatever is wrong with a rank's input: such a rank sends nothing in them but that.
+
+What a pass in room keeps for the backward pass lies in memory of the room's size: for pairs an
+eighth more than the busiest ranks need, MOST_ROOM times as much where load is uneven.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 import torch
@@ -39,12 +43,18 @@ from flash_moe_dist.volume import COUNTS
 
 # Not where pairs are so uneven that messages would be mostly room.
 MOST_ROOM = 2
+# A pass that has to be done again takes as long as this many save.
+HITS_OF_A_MISS = 4
+MOST_PAUSE = 63
+# Tokens of a rank that the room does not suit.
+NO_NUMBER = -1
 
 
 @dataclass(frozen=True)
 class Reservation:
     """Room, and all that it depends on: a pass of other settings needs another.
 
+    sizes: `Input.sizes` of that pass; slots: K; sum_dtype: of partial sums.
     memory: where ranks read it directly; None: it is sent.
     """
 
@@ -90,7 +100,8 @@ class Reservation:
         )
 
     def fits(self, given: Input) -> bool:
-        return given.sizes == self.sizes and given.hidden_TH.shape[0] == self.room.rows
+        """Whether this rank's part may be sent in it."""
+        return given.sizes == self.sizes and given.hidden_TH.shape[0] <= self.room.rows
 
     def dispatcher(self, group: dist.ProcessGroup) -> AllGatherDispatcher:
         if self.memory is None:
@@ -98,25 +109,22 @@ class Reservation:
         return PeerDispatcher(group, self.memory)
 
     def covers(self, counts: Counts) -> bool:
-        return counts.most_pairs <= self.room.pairs and set(counts.tokens) == {self.room.rows}
+        """Whether all ranks' parts were sent in it, and have the sizes that it is for."""
+        return (
+            counts.most_pairs <= self.room.pairs
+            and max(counts.tokens) == self.room.rows
+            and NO_NUMBER not in counts.tokens
+        )
 
 
-@dataclass
+@dataclass(frozen=True)
 class Dispatched:
-    """A dispatch that is under way, and how to end it.
-
-    reservation: that it was made in; None if counts came first, and are known.
-    counts_2WC, exchanged_2WC: sent and received, and the same on their way to the host.
-    read: when they are there.
-    """
+    """A dispatch that is under way; `in_room`: how it will be known whether it can stay."""
 
     received: ReceivedTokens
     metadata: DispatchMetadata
     dispatcher: TokenDispatcher
-    reservation: Reservation | None = None
-    counts_2WC: Tensor = field(default_factory=lambda: torch.empty(0))
-    exchanged_2WC: Tensor = field(default_factory=lambda: torch.empty(0))
-    read: torch.cuda.Event | None = None
+    in_room: "InRoom | None" = None
 
     def sums(self, dtype: torch.dtype) -> Sums:
         """For partial sums in that dtype."""
@@ -124,52 +132,83 @@ class Dispatched:
         return self.dispatcher.sums(self.metadata, rows_RH.shape[1], dtype, rows_RH.dtype)
 
 
-class LayerDispatch:
-    """Dispatches one layer's passes over the ranks of `group`."""
+@dataclass(frozen=True)
+class InRoom:
+    """Counts (2, W, COUNTS) sent and received, in host memory when `read` has been reached.
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        self.group = group
-        self.reservation: Reservation | None = None
+    counts_2WC: the same on the device, which must live until then.
+    """
 
-    def dispatch(self, given: Input, dispatcher: TokenDispatcher) -> Dispatched:
-        """By `dispatcher`; into room where there is some, to be done again if `settle` says so.
+    reservation: Reservation
+    counts_2WC: Tensor
+    exchanged_2WC: Tensor
+    read: torch.cuda.Event | None
 
-        Raises:
-            TypeError, ValueError: as `TokenDispatcher.dispatch`.
-        """
-        if self.reservation is None:
-            received, metadata, counts = dispatcher.dispatch(given)
-            if dispatcher.sends_all_rows:
-                sum_dtype = accumulator_dtype(given.hidden_TH.dtype, given.settings.table_dtypes[0])
-                self.reservation = Reservation.after(given, counts, self.group, sum_dtype)
-            return Dispatched(received, metadata, dispatcher)
-        return _dispatch_into_room(self.reservation, given, self.reservation.dispatcher(self.group))
-
-    def settle(self, given: Input, dispatched: Dispatched) -> DispatchMetadata | None:
-        """Wait for the counts; None if the pass has to be done again.
-
-        Raises:
-            TypeError, ValueError: as `TokenDispatcher.dispatch`.
-        """
-        reservation, metadata = dispatched.reservation, dispatched.metadata
-        if reservation is None:
-            return metadata
-        # Whatever comes of it, all ranks keep or lose the room alike.
-        self.reservation = None
-        if dispatched.read is not None:
+    def counts(self) -> tuple[list[list[int]], list[list[int]]]:
+        """Waits for them."""
+        if self.read is not None:
             try:
-                dispatched.read.synchronize()
+                self.read.synchronize()
             except RuntimeError as error:
                 # A barrier that no rank comes to in time ends like any kernel that fails.
                 raise RuntimeError(
                     "the device failed while this rank waited for the counts of others: a kernel "
                     "failed before, or a rank did not come within the group's timeout"
                 ) from error
-        sent, received = dispatched.exchanged_2WC.tolist()
-        counts = given.counts(sent, received, self.group)
-        if not reservation.covers(counts):
+        sent, received = self.exchanged_2WC.tolist()
+        return sent, received
+
+
+class LayerDispatch:
+    """Dispatches one layer's passes over the ranks of `group`.
+
+    All ranks decide alike when to reserve room, from what all have seen. Where rooms are seldom
+    used, because sizes change all the time, ever more passes are counted before the next.
+    """
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
+        self.reservation: Reservation | None = None
+        # Passes to count before room is reserved, those counted, and passes in the present room.
+        self._pause = self._counted = self._hits = 0
+
+    def dispatch(self, given: Input, dispatcher: TokenDispatcher) -> Dispatched:
+        """By `dispatcher`; into room where there is some, to be done again if `settle` says so.
+
+        Raises:
+            TypeError, ValueError: as `TokenDispatcher.dispatch`.
+            RuntimeError: as `settle`.
+        """
+        reservation = self.reservation
+        if reservation is not None and reservation.fits(given):
+            return _dispatch_into_room(reservation, given, reservation.dispatcher(self.group))
+        if reservation is not None:
+            # No number of tokens: everybody does the pass again, unless someone's input is wrong.
+            tokens, checksum = (NO_NUMBER, given.checksum) if given.error is None else (0, 0)
+            in_room = self._send_only(reservation, given.settings.device, tokens, checksum)
+            self._agree(given, in_room)
+        received, metadata, counts = dispatcher.dispatch(given)
+        if dispatcher.sends_all_rows:
+            if self._counted >= self._pause:
+                sum_dtype = accumulator_dtype(given.hidden_TH.dtype, given.settings.table_dtypes[0])
+                self.reservation = Reservation.after(given, counts, self.group, sum_dtype)
+                self._hits = 0
+            self._counted += 1
+        return Dispatched(received, metadata, dispatcher)
+
+    def settle(self, given: Input, dispatched: Dispatched) -> DispatchMetadata | None:
+        """Wait for the counts; None if the pass has to be done again.
+
+        Raises:
+            TypeError, ValueError: as `TokenDispatcher.dispatch`.
+            RuntimeError: the device failed, maybe as a rank did not come in time.
+        """
+        metadata = dispatched.metadata
+        if dispatched.in_room is None:
+            return metadata
+        counts = self._agree(given, dispatched.in_room)
+        if counts is None:
             return None
-        self.reservation = reservation
         assert metadata.slots_P is not None
         return replace(
             metadata,
@@ -178,68 +217,95 @@ class LayerDispatch:
             slots_P=metadata.slots_P[: sum(counts.pairs_sent)],
         )
 
+    def _agree(self, given: Input, in_room: InRoom) -> Counts | None:
+        """The counts if all ranks' parts are in the room, which is else given up."""
+        # If this raises, all ranks lose it alike.
+        self.reservation = None
+        counts = given.counts(*in_room.counts(), self.group)
+        if in_room.reservation.covers(counts):
+            self.reservation = in_room.reservation
+            self._hits += 1
+            return counts
+        seldom = self._hits < HITS_OF_A_MISS
+        self._pause = min(2 * self._pause + 1, MOST_PAUSE) if seldom else 0
+        self._counted = 0
+        return None
+
     def fail(self, error: Exception, device: torch.device) -> NoReturn:
         """Raise `error` on every rank, in place of a pass that this rank cannot make."""
         if self.reservation is None:
             fail_together(error, device, self.group)
         reservation, self.reservation = self.reservation, None
-        dispatcher = reservation.dispatcher(self.group)
-        rows_TH = _empty_rows(reservation, device)
+        self._send_only(reservation, device, tokens=0, checksum=0)
+        raise_same_error(error, self.group)
+        raise AssertionError("an error of this rank was not raised")
+
+    def _send_only(
+        self, reservation: Reservation, device: torch.device, tokens: int, checksum: int
+    ) -> InRoom:
+        """A rank's part in a forward pass of others: no pairs, and no experts of its own."""
+        dispatcher, room = reservation.dispatcher(self.group), reservation.room
         metadata = _metadata_in_room(reservation, dispatcher.ep_size, torch.Size((0, 0)))
-        rows = dispatcher.start_rows(rows_TH, metadata)
-        words_WL = dispatcher.words_to_fill(reservation.room, device)
-        dispatcher.exchange_words(words_WL.zero_())
-        rows_RH = rows.wait().to(reservation.sum_dtype)
+        shape_XH = (room.rows, reservation.hidden_size)
+        zeros_XH = torch.zeros(shape_XH, device=device, dtype=reservation.hidden_dtype)
+        rows = dispatcher.start_rows(zeros_XH, metadata)
+        words_WL = dispatcher.words_to_fill(room, device)
+        sent_C = torch.tensor([0, 0, 0, tokens, checksum, 0])
+        counts_2WC = sent_C.to(device).expand(2, dispatcher.ep_size, COUNTS).contiguous()
+        _header(words_WL).copy_(counts_2WC[0])
+        messages = dispatcher.exchange_words(words_WL)
+        unpack_in_room(messages, counts_2WC[1], room)
+        partial_RH = torch.zeros_like(rows.wait(), dtype=reservation.sum_dtype)
         dtypes = (reservation.sum_dtype, reservation.hidden_dtype)
         sums = dispatcher.sums(metadata, reservation.hidden_size, *dtypes)
         for part in sums.parts:
+            part.out.zero_()
             part.written()
-        sums.start(rows_RH)
+        sums.start(partial_RH)
         sums.collect()
-        raise_same_error(error, self.group)
-        raise AssertionError("an error of this rank was not raised")
+        return InRoom(reservation, counts_2WC, *_to_host(counts_2WC))
+
+
+def _header(words_WL: Tensor) -> Tensor:
+    """(W, COUNTS) int64: what messages begin with."""
+    return words_WL.view(torch.int64)[:, :COUNTS]
+
+
+def _to_host(counts_2WC: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+    """A copy that is on its way beside other work, and when it is there."""
+    device, read = counts_2WC.device, None
+    with Aside(device):
+        exchanged_2WC = counts_2WC.to("cpu", non_blocking=True)
+        if device.type == "cuda":
+            read = torch.cuda.Event()
+            read.record(torch.cuda.current_stream(device))
+    return exchanged_2WC, read
 
 
 def _dispatch_into_room(
     reservation: Reservation, given: Input, dispatcher: AllGatherDispatcher
 ) -> Dispatched:
     room, ep_size, device = reservation.room, dispatcher.ep_size, given.settings.device
-    fits = given.error is None and reservation.fits(given)
-    shape_TK = given.indices_TK.shape if fits else torch.Size((0, 0))
-    metadata = _metadata_in_room(reservation, ep_size, shape_TK)
+    metadata = _metadata_in_room(reservation, ep_size, given.indices_TK.shape)
     # These travel while pairs are sorted and packed.
-    rows = dispatcher.start_rows(
-        given.hidden_TH if fits else _empty_rows(reservation, device), metadata
-    )
+    rows = dispatcher.start_rows(given.hidden_TH, metadata)
     words_WL = dispatcher.words_to_fill(room, device)
     counts_2WC = torch.empty(2, ep_size, COUNTS, device=device, dtype=torch.int64)
-    header_WC = words_WL.view(torch.int64)[:, :COUNTS]
-    if fits:
-        routing = given.routing(ep_size)
-        routing.write_counts(counts_2WC[0], given.checksum, count_rows=False, copies_WC=header_WC)
-        slots_P = routing.pack_in_room(given.weights_TK, words_WL, room)
-    else:
-        counts_2WC[0].zero_()
-        if given.error is None:
-            # No number of tokens: so everybody does the pass again.
-            counts_2WC[0, :, 3] = -1
-            counts_2WC[0, :, 4] = given.checksum
-        header_WC.copy_(counts_2WC[0])
-        slots_P = torch.empty(0, device=device, dtype=torch.int64)
+    routing = given.routing(ep_size)
+    routing.write_counts(
+        counts_2WC[0], given.checksum, count_rows=False, copies_WC=_header(words_WL)
+    )
+    slots_P = routing.pack_in_room(given.weights_TK, words_WL, room)
     messages = dispatcher.exchange_words(words_WL)
     row_offsets, ids_M, weights_M = unpack_in_room(messages, counts_2WC[1], room)
     rows.fetch()
-    read = None
-    with Aside(device):
-        exchanged_2WC = counts_2WC.to("cpu", non_blocking=True)
-        if device.type == "cuda":
-            read = torch.cuda.Event()
-            read.record(torch.cuda.current_stream(device))
     mean_pairs = pairs_per_row(reservation.slots, ep_size)
-    received = ReceivedTokens(rows.rows_RH, rows.parts, row_offsets, ids_M, weights_M, mean_pairs)
-    metadata = metadata.with_tensors(slots_P, None, None)
-    counts = (counts_2WC, exchanged_2WC)
-    return Dispatched(received, metadata, dispatcher, reservation, *counts, read)
+    return Dispatched(
+        ReceivedTokens(rows.rows_RH, rows.parts, row_offsets, ids_M, weights_M, mean_pairs),
+        metadata.with_tensors(slots_P, None, None),
+        dispatcher,
+        InRoom(reservation, counts_2WC, *_to_host(counts_2WC)),
+    )
 
 
 def _metadata_in_room(
@@ -255,8 +321,3 @@ def _metadata_in_room(
         most_tokens=rows,
         shape_TK=shape_TK,
     )
-
-
-def _empty_rows(reservation: Reservation, device: torch.device) -> Tensor:
-    shape = (reservation.room.rows, reservation.hidden_size)
-    return torch.zeros(shape, device=device, dtype=reservation.hidden_dtype)

@@ -1,6 +1,7 @@
 """Memory that processes without GPUs share, in place of what GPUs read of each other."""
 
 import itertools
+import mmap
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,61 +12,61 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from flash_moe.ops.aside import Aside
-from flash_moe_dist import reserved
+from flash_moe_dist import peer_memory
 from flash_moe_dist.agreement import gather_objects
-from flash_moe_dist.peer_memory import PeerMemory
 
 _numbers = itertools.count()
 
 
-class SharedFiles(PeerMemory):
+class SharedFiles(peer_memory.Region):
     """A file for each rank. Everything is done at once, so that there is nothing to wait for."""
 
-    def __init__(
-        self, group: dist.ProcessGroup, device: torch.device, sizes: Sequence[int]
-    ) -> None:
-        self.sizes, self.ep_size = tuple(sizes), dist.get_world_size(group)
-        self.begins = [sum(sizes[:number]) for number in range(len(sizes))]
-        self.num_bytes, self._group, self._device = sum(sizes), group, device
-        self._views: dict[object, Tensor] = {}
-        self._turn = 0
+    def __init__(self, device: torch.device, num_bytes: int) -> None:
+        self.num_bytes = num_bytes
+
+    def meet(self, group: dist.ProcessGroup) -> None:
+        self._group = group
+        rank, size = dist.get_rank(group), dist.get_world_size(group)
         folder = Path(gather_objects(tempfile.gettempdir(), group)[0])
         number = gather_objects(f"{next(_numbers)}-{id(self)}", group)[0]
-        paths = [folder / f"flash-moe-peers-{number}-{rank}" for rank in range(self.ep_size)]
-        paths[dist.get_rank(group)].write_bytes(b"\xff" * self.num_bytes)
+        paths = [folder / f"flash-moe-peers-{number}-{peer}" for peer in range(size)]
+        paths[rank].write_bytes(b"\xff" * self.num_bytes)
         dist.barrier(group)
-        self._of_ranks = [
-            torch.from_file(str(path), shared=True, size=self.num_bytes, dtype=torch.uint8)
-            for path in paths
-        ]
+        self._of_ranks = []
+        for path in paths:
+            with path.open("r+b") as file:
+                self._of_ranks.append(mmap.mmap(file.fileno(), self.num_bytes))
         dist.barrier(group)
-        paths[dist.get_rank(group)].unlink()
+        paths[rank].unlink()
 
     def view(
-        self, rank: int, region: int, shape: Sequence[int], dtype: torch.dtype, skipped: int = 0
+        self, rank: int, shape: Sequence[int], dtype: torch.dtype, skipped_bytes: int
     ) -> Tensor:
-        first = self.begins[region] + skipped * dtype.itemsize
-        size = torch.Size(shape).numel() * dtype.itemsize
-        return self._of_ranks[rank][first : first + size].view(dtype).view(tuple(shape))
+        count = torch.Size(shape).numel()
+        assert skipped_bytes + count * dtype.itemsize <= self.num_bytes
+        if count == 0:
+            return torch.empty(tuple(shape), dtype=dtype)
+        memory = self._of_ranks[rank]
+        # A tensor of its own, as on a GPU: no view of another.
+        whole = torch.frombuffer(memory, dtype=dtype, count=count, offset=skipped_bytes)
+        return whole.view(tuple(shape))
 
-    def barrier(self, channel: int) -> None:
+    def barrier(self) -> None:
         dist.barrier(self._group)
-
-    def aside(self) -> Aside:
-        return Aside(self._device)
-
-    def reached(self) -> Any:
-        return Reached()
-
-    def used_here(self, tensor: Tensor) -> Tensor:
-        return tensor
 
 
 class Reached:
     def wait(self) -> None: ...
 
 
-def use_shared_files(patch: pytest.MonkeyPatch) -> None:
-    """From now on layers of this process, and of its peers, which do the same, use these."""
-    patch.setattr(reserved, "peer_memory", SharedFiles)
+def use_shared_files(patch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """From now on layers of this process, and of its peers, which do the same, use these.
+
+    Returns what the module keeps, by group.
+    """
+    of_groups: dict[str, Any] = {}
+    patch.setattr(peer_memory, "_of_groups", of_groups)
+    patch.setattr(peer_memory, "Region", SharedFiles)
+    patch.setattr(peer_memory, "_can_read_each_other", lambda *_: True)
+    patch.setattr(peer_memory.PeerMemory, "reached", lambda _: Reached())
+    return of_groups

@@ -7,12 +7,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from cases import make_case
-from ranks import Failure, RankPools, rank_device
+from ranks import KERNELS, Failure, RankPools, rank_device
 from sharded import shard_experts
 from torch import Tensor
 from torch.distributed.tensor.parallel import parallelize_module
 
 from flash_moe import FlashMoE
+from flash_moe.ops import arrange
 from flash_moe_dist import ExpertParallel
 from flash_moe_dist.agreement import same_error_on_all_ranks
 from flash_moe_dist.expert_parallel import ExpertParallelFunc
@@ -228,3 +229,26 @@ def one_rank_fails() -> None:
 def test_an_error_on_one_rank_is_raised_on_all(rank_pools: RankPools) -> None:
     for outcome in rank_pools.outcomes(3, one_rank_fails):
         assert (outcome.kind, outcome.message) == ("TypeError", "rank 1: only here")
+
+
+def backward_after_bad_ids_elsewhere() -> str:
+    """Found by kernels on one rank between the passes, as those of an op of its own would be."""
+    case = make_case(5, 12, 23, 6, seed=dist.get_rank())
+    experts = shard_experts(make_case(1, 12, 23, 1), "all_gather")
+    out = experts(case.hidden_states, case.indices, case.routing_weights)
+    if dist.get_rank() == 1:
+        record = arrange._record_for(torch.device("cpu"))
+        record.found.copy_(torch.tensor([99, 99, 23, -1]))
+        record.flag.fill_(1)
+    out.backward(case.grad)
+    try:
+        arrange.poll_index_errors(torch.device("cpu"))
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_a_backward_pass_does_not_raise_on_one_rank(rank_pools: RankPools) -> None:
+    first, second = rank_pools.run(2, backward_after_bad_ids_elsewhere, backend=KERNELS)
+    assert first == ""
+    assert "ids from 99 to 99 were found" in second

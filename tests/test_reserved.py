@@ -27,6 +27,7 @@ from flash_moe import FlashExperts
 from flash_moe_dist import reserved
 from flash_moe_dist.collectives import Pending
 from flash_moe_dist.dispatch import AllGatherDispatcher
+from flash_moe_dist.reserved import LayerDispatch
 
 PEERS = f"{KERNELS}, ranks reading each other's memory"
 BACKENDS = [
@@ -86,18 +87,24 @@ class Attempts:
     """Counts dispatches into room and after counts."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
-        self.in_room = self.counted = 0
+        self.in_room = self.sent_only = self.counted = 0
         into_room, counting = reserved._dispatch_into_room, AllGatherDispatcher.dispatch
+        send_only = LayerDispatch._send_only
 
         def in_room(*args: Any) -> Any:
             self.in_room += 1
             return into_room(*args)
+
+        def sent_only(*args: Any, **kwargs: Any) -> Any:
+            self.sent_only += 1
+            return send_only(*args, **kwargs)
 
         def counted(*args: Any) -> Any:
             self.counted += 1
             return counting(*args)
 
         patch.setattr(reserved, "_dispatch_into_room", in_room)
+        patch.setattr(LayerDispatch, "_send_only", sent_only)
         patch.setattr(AllGatherDispatcher, "dispatch", counted)
 
 
@@ -169,12 +176,45 @@ def changing(change: str) -> tuple[list[tuple[int, int]], bool]:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("change", CHANGES)
 def test_what_does_not_fit_is_counted(change: str, backend: str, rank_pools: RankPools) -> None:
-    # What there is room for then may do for the usual, too: more pairs, or the same most tokens.
-    other_sizes = change in ("more tokens", "other slots on all ranks")
-    usual_again = [(1, 1), (1, 0)] if other_sizes else [(1, 0), (1, 0)]
-    for attempts, room in sound(run(rank_pools, 2, backend, changing, change)):
-        assert attempts == [(0, 1), (1, 0), (1, 1), *usual_again]
+    outcomes = sound(run(rank_pools, 2, backend, changing, change))
+    for rank, (attempts, room) in enumerate(outcomes):
+        again = [(1, 1), (0, 1), (1, 0)]
+        if change in ("fewer tokens", "no tokens"):
+            # As long as some rank has as many.
+            again = [(1, 0)] * 3
+        elif change == "other slots on all ranks" or (change == "more tokens" and rank == 0):
+            # Whose own do not fit, does not compute them.
+            again = [(0, 1), (0, 1), (1, 0)]
+        assert attempts == [(0, 1), (1, 0), *again]
         assert room
+
+
+def by_turns() -> tuple[list[int], int]:
+    """Two sizes of passes, and how many were made in room by then, after each; the same uneven."""
+    rank = dist.get_rank()
+    experts = shard_experts(make_case(1, HIDDEN_SIZE, NUM_EXPERTS, 1), "all_gather")
+    small, large = (make_case(tokens, HIDDEN_SIZE, NUM_EXPERTS, 6, seed=rank) for tokens in (3, 5))
+    in_room = []
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        made = Attempts(patch)
+        for case in [small, large] * 30:
+            experts(case.hidden_states, case.indices, case.routing_weights)
+            in_room.append(made.in_room + made.sent_only)
+    experts = shard_experts(make_case(1, HIDDEN_SIZE, NUM_EXPERTS, 1), "all_gather")
+    uneven = make_case(5 - 2 * rank, HIDDEN_SIZE, NUM_EXPERTS, 6, seed=rank)
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        made = Attempts(patch)
+        for _ in range(5):
+            experts(uneven.hidden_states, uneven.indices, uneven.routing_weights)
+    return in_room, made.in_room
+
+
+@pytest.mark.parametrize("backend", [KERNELS, PEERS])
+def test_room_that_is_seldom_used_is_seldom_reserved(backend: str, rank_pools: RankPools) -> None:
+    for in_room, uneven in sound(run(rank_pools, 2, backend, by_turns)):
+        # Reserved after 1, 2, 4, 8 ... passes that were counted.
+        assert in_room[-1] <= 6
+        assert uneven == 4
 
 
 @pytest.mark.parametrize("backend", [KERNELS, PEERS])
@@ -269,3 +309,63 @@ def test_what_travels_beside_other_work_changes_nothing(
 ) -> None:
     tokens = 6 if backend.startswith(KERNELS) else 3000
     sound(run(rank_pools, 2, backend, one_after_the_other, dispatcher, tokens))
+
+
+def change_tables(experts: FlashExperts, change: str) -> None:
+    if change == "dtype":
+        experts.double()
+        return
+    wider = shard_experts(make_case(1, 2 * HIDDEN_SIZE, NUM_EXPERTS, 1), "all_gather")
+    for name, table in wider.named_parameters():
+        experts.register_parameter(name, torch.nn.Parameter(table.detach()))
+
+
+def with_other_tables(change: str, on: tuple[int, ...]) -> None:
+    """Passes of a layer whose tables become others, on these ranks."""
+    rank = dist.get_rank()
+    case = make_case(9, HIDDEN_SIZE, NUM_EXPERTS, 6, seed=rank)
+    other = make_case(9, 2 * HIDDEN_SIZE, NUM_EXPERTS, 6, seed=rank)
+    experts = shard_experts(make_case(1, HIDDEN_SIZE, NUM_EXPERTS, 1), "all_gather")
+    for _ in range(2):
+        results(experts, case)
+    assert has_room(experts)
+    if rank in on:
+        change_tables(experts, change)
+    case = other if rank in on and change == "hidden size" else case
+    expected = results(experts, case)
+    func: Any = experts.expert_func
+    func._dispatch.reservation = None
+    for found, exact in zip(results(experts, case), expected, strict=True):
+        assert torch.equal(found, exact)
+
+
+@pytest.mark.parametrize("backend", [KERNELS, PEERS])
+@pytest.mark.parametrize("change", ["dtype", "hidden size"])
+def test_other_tables(change: str, backend: str, rank_pools: RankPools) -> None:
+    sound(run(rank_pools, 2, backend, with_other_tables, change, (0, 1)))
+
+
+@pytest.mark.parametrize("backend", [KERNELS, PEERS])
+@pytest.mark.parametrize("change", ["dtype", "hidden size"])
+def test_other_tables_on_one_rank(change: str, backend: str, rank_pools: RankPools) -> None:
+    for outcome in run(rank_pools, 2, backend, with_other_tables, change, (1,)):
+        assert outcome.kind == "ValueError", outcome.trace
+        assert "ranks must agree, but do not, on" in outcome.message
+
+
+def with_another_backend() -> None:
+    case = make_case(9, HIDDEN_SIZE, NUM_EXPERTS, 6, seed=dist.get_rank())
+    experts = shard_experts(make_case(1, HIDDEN_SIZE, NUM_EXPERTS, 1), "all_gather")
+    for _ in range(2):
+        expected = results(experts, case)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FLASH_MOE_BACKEND", "reference")
+        found = results(experts, case)
+    assert not has_room(experts)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("backend", [KERNELS, PEERS])
+def test_another_backend(backend: str, rank_pools: RankPools) -> None:
+    sound(run(rank_pools, 2, backend, with_another_backend))

@@ -170,10 +170,12 @@ class _Record:
 
     @classmethod
     def on(cls, device: torch.device) -> "_Record":
-        flag = torch.zeros(1, dtype=torch.int32)
-        # The device writes to pinned host memory, where the host looks without a sync.
-        flag = flag.pin_memory() if device.type == "cuda" else flag
-        return cls(torch.tensor(NOTHING_FOUND, device=device), flag)
+        # They outlive an inference mode that is on now.
+        with torch.inference_mode(False):
+            flag = torch.zeros(1, dtype=torch.int32)
+            # The device writes to pinned host memory, where the host looks without a sync.
+            flag = flag.pin_memory() if device.type == "cuda" else flag
+            return cls(torch.tensor(NOTHING_FOUND, device=device), flag)
 
     def after_launch(self) -> None:
         """Raise at once where that needs no waiting, or where waiting was asked for."""

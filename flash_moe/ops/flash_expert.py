@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
-from flash_moe.ops.arrange import order_dtype
+from flash_moe.ops.arrange import order_dtype, poll_index_errors
 from flash_moe.ops.backends import TRITON_BACKENDS, accumulator_dtype, choose_backend
 from flash_moe.ops.checks import check_expert_inputs, check_ragged_inputs
 from flash_moe.ops.formulas import Backward, forward, size_of_workspace, slots_of
@@ -181,6 +181,7 @@ def _expert_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of hidden states, down table, up table, routing weights; empty if not needed."""
+    poll_index_errors(hidden_TH.device)
     kept = (scores_N, ids_N, order_N, offsets, workspace)
     backward = Backward(grad_TH, hidden_TH, down_EH, up_EH, weights, kept, slots, needed, backend)
     hidden_grad = backward.for_tokens(hidden_TH.dtype)

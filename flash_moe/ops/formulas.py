@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from flash_moe.ops.activation import activate, activate_backward
-from flash_moe.ops.arrange import arrange_ragged, arrange_slots, poll_index_errors
+from flash_moe.ops.arrange import arrange_ragged, arrange_slots
 from flash_moe.ops.backends import TRITON_BACKENDS, gather, load_backend
 from flash_moe.ops.cost import LEAST_PAIRS_ASIDE, hot_threshold
 from flash_moe.ops.hot_pairs import (
@@ -117,7 +117,6 @@ class Backward:
         mean_pairs: int | None = None,
         rows_in: Sequence[RowsIn] = (),
     ) -> None:
-        poll_index_errors(hidden_TH.device)
         scores_N, ids_N, order_N, offsets, workspace = kept
         num_tokens, num_experts = hidden_TH.shape[0], down_EH.shape[0]
         self.rows_2TH = (hidden_TH, grad_TH)

@@ -6,12 +6,16 @@ from dataclasses import dataclass
 from torch import Tensor
 
 
+def nothing() -> None:
+    """What is to be done where there is nothing to wait for, and nobody to tell."""
+
+
 @dataclass(frozen=True)
 class RowsIn:
     """Rows that may be read once `wait` was called; from `source`, if that is given, instead."""
 
     rows: slice
-    wait: Callable[[], object]
+    wait: Callable[[], object] = nothing
     source: Tensor | None = None
 
 
@@ -21,4 +25,4 @@ class RowsOut:
 
     rows: slice
     out: Tensor
-    written: Callable[[], object]
+    written: Callable[[], object] = nothing

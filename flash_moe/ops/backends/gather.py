@@ -126,7 +126,7 @@ def sddmm(rows_TH: Tensor, table_EH: Tensor, pairs: Pairs, parts: Sequence[RowsI
         pairs_per_program //= 2
     # Enough programs for a row of average length; a longer row is walked in strides.
     blocks = min(cdiv(mean_pairs, pairs_per_program), MAX_GRID_Y)
-    for part in parts or [RowsIn(slice(0, num_tokens), _nothing)]:
+    for part in parts or [RowsIn(slice(0, num_tokens))]:
         part.wait()
         of_part_TH = rows_TH[part.rows] if part.source is None else part.source
         of_part_TH = contiguous_rows(of_part_TH)
@@ -165,7 +165,7 @@ def spmm(
     """As every backend's; the sums over hot pairs come from elsewhere, as (P, T, H)."""
     shape = (pairs.num_tokens, table_EH.shape[1])
     out_TH = torch.empty(shape, device=table_EH.device, dtype=out_dtype)
-    whole = [RowsOut(slice(0, pairs.num_tokens), out_TH, _nothing)]
+    whole = [RowsOut(slice(0, pairs.num_tokens), out_TH)]
     spmm_into(values_N, table_EH, pairs, whole, hot_sums_PTH)
     return out_TH
 
@@ -217,9 +217,6 @@ def spmm_into(
             if pieces > 1:
                 sum_pieces(out, part.out.dtype, part.out)
         part.written()
-
-
-def _nothing() -> None: ...
 
 
 def sum_pieces(pieces: Tensor, out_dtype: torch.dtype, total: Tensor | None = None) -> Tensor:

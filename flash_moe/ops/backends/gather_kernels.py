@@ -146,7 +146,8 @@ def sum_pieces_kernel(pieces, out, num_elements, NUM_PIECES: tl.constexpr, BLOCK
     inside = places < num_elements
     total = tl.zeros([BLOCK], dtype=pieces.dtype.element_ty)
     for piece in range(NUM_PIECES):
-        total += tl.load(pieces + piece * num_elements + places, mask=inside, other=0.0)
+        begin = tl.cast(piece, tl.int64) * num_elements
+        total += tl.load(pieces + begin + places, mask=inside, other=0.0)
     _store_rounded(out + places, total, inside)
 
 

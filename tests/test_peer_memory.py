@@ -1,0 +1,224 @@
+"""Memory that ranks read of each other: shared by layers, growing, refused; on CPUs as files."""
+
+import pickle
+import random
+import time
+import warnings
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from cases import Case, make_case
+from peers_on_cpu import SharedFiles, use_shared_files
+from ranks import KERNELS, RankPools
+from sharded import shard_experts
+from test_reserved import dispatches, has_room, results
+
+from flash_moe import FlashExperts
+from flash_moe_dist import peer_memory
+from flash_moe_dist.peer_dispatch import PeerDispatcher
+from flash_moe_dist.peer_memory import ALIGNMENT, PeerMemory, peer_memory_bytes
+from flash_moe_dist.reserved import LayerDispatch
+
+NUM_EXPERTS, SLOTS = 23, 6
+
+
+def layer(hidden_size: int, seed: int = 0) -> FlashExperts:
+    return shard_experts(make_case(1, hidden_size, NUM_EXPERTS, 1, seed=seed), "all_gather")
+
+
+def memory_of(experts: FlashExperts) -> Any:
+    return dispatches(experts).reservation.memory
+
+
+def random_passes(seed: int) -> None:
+    """Of three layers that share memory, backward passes in any order, each against a new layer."""
+    rank, draw = dist.get_rank(), random.Random(seed)
+    sizes = (12, 20, 12)
+    with pytest.MonkeyPatch.context() as patch:
+        use_shared_files(patch)
+        layers = [layer(size, seed) for seed, size in enumerate(sizes)]
+        pending: list[tuple[int, Case, Any]] = []
+        for number in range(30):
+            place, tokens = draw.randrange(3), draw.choice([9, 9, 9, 5])
+            slots, one_expert = draw.choice([6, 6, 4]), draw.random() < 0.1
+            case = make_case(tokens, sizes[place], NUM_EXPERTS, slots, seed=100 * number + rank)
+            if one_expert:
+                case.indices.fill_(3)
+            if draw.random() < 0.2:
+                with draw.choice([torch.no_grad, torch.inference_mode])():
+                    layers[place](case.hidden_states, case.indices, case.routing_weights)
+                continue
+            leaves = [case.hidden_states, *layers[place].parameters(), case.routing_weights]
+            out = layers[place](case.hidden_states, case.indices, case.routing_weights)
+            pending.append((place, case, (out, leaves)))
+            while pending and draw.random() < 0.5:
+                place, case, (out, leaves) = pending.pop(draw.randrange(len(pending)))
+                grads: Any = torch.autograd.grad(out, leaves, case.grad)
+                local = [g.to_local() if hasattr(g, "to_local") else g for g in grads]
+                expected = results(layer(sizes[place], place), case)
+                for found, exact in zip([out, *local], expected, strict=True):
+                    assert torch.equal(found, exact)
+        assert all(memory_of(one) is memory_of(layers[0]) for one in layers if has_room(one))
+
+
+@pytest.mark.parametrize(("ranks", "seed"), [(2, 0), (2, 1), (3, 2)])
+def test_layers_share_memory(ranks: int, seed: int, rank_pools: RankPools) -> None:
+    rank_pools.run(ranks, random_passes, seed, backend=KERNELS)
+
+
+def tables_only_of_two_sizes() -> None:
+    """Gradients of tables alone, whose backward pass meets others once, while one rank is late."""
+    rank = dist.get_rank()
+    with pytest.MonkeyPatch.context() as patch:
+        use_shared_files(patch)
+        small, large = layer(12, 1), layer(12, 2)
+        few = make_case(8, 12, NUM_EXPERTS, SLOTS, seed=rank)
+        many = make_case(12, 12, NUM_EXPERTS, SLOTS, seed=10 + rank)
+
+        def forward(experts: FlashExperts, case: Case) -> torch.Tensor:
+            rows = (case.hidden_states.detach(), case.indices, case.routing_weights.detach())
+            out: torch.Tensor = experts(*rows)
+            return out
+
+        with torch.no_grad():
+            for experts, case in ((small, few), (large, many)) * 2:
+                forward(experts, case)
+        expected = None
+        start_rows = PeerDispatcher.start_rows
+        for late_by in (0.0, 0.5):
+
+            def late(*args: Any, seconds: float = late_by) -> Any:
+                rows = start_rows(*args)
+                fetch = rows.fetch
+
+                def fetch_late() -> None:
+                    time.sleep(seconds * rank)
+                    fetch()
+
+                object.__setattr__(rows, "fetch", fetch_late)
+                return rows
+
+            for turns in range(2):
+                with torch.no_grad():
+                    for _ in range(turns):
+                        forward(small, few)
+                out = forward(large, many)
+                patch.setattr(PeerDispatcher, "start_rows", late)
+                grads: Any = torch.autograd.grad(out, list(large.parameters()), many.grad)
+                patch.setattr(PeerDispatcher, "start_rows", start_rows)
+                with torch.no_grad():
+                    forward(small, few)
+                found = [grad.to_local() for grad in grads]
+                expected = expected or found
+                assert all(map(torch.equal, found, expected))
+
+
+def test_rows_are_not_written_over_while_others_read(rank_pools: RankPools) -> None:
+    rank_pools.run(2, tables_only_of_two_sizes, backend=KERNELS)
+
+
+def inference_first() -> None:
+    case = make_case(5, 12, NUM_EXPERTS, SLOTS, seed=dist.get_rank())
+    with pytest.MonkeyPatch.context() as patch:
+        use_shared_files(patch)
+        experts = layer(12)
+        with torch.inference_mode():
+            for _ in range(3):
+                experts(case.hidden_states, case.indices, case.routing_weights)
+        assert has_room(experts)
+        for found, exact in zip(results(experts, case), results(layer(12), case), strict=True):
+            assert torch.equal(found, exact)
+
+
+def test_training_after_inference(rank_pools: RankPools) -> None:
+    rank_pools.run(2, inference_first, backend=KERNELS)
+
+
+def growing() -> tuple[list[int], list[int]]:
+    with pytest.MonkeyPatch.context() as patch:
+        use_shared_files(patch)
+        assert dist.group.WORLD is not None
+        memory = PeerMemory(dist.group.WORLD, torch.device("cpu"))
+        held, halves = [], []
+        for sizes in ((1, 300), (600, 300), (2048, 1), (1, 700)):
+            assert memory.make_room(sizes)
+            held.append(memory.num_bytes)
+            halves.append(memory.next_half(0))
+        return held, halves
+
+
+def test_only_what_is_too_small_grows(rank_pools: RankPools) -> None:
+    unit = 2 * ALIGNMENT
+    assert unit == 512
+    for held, halves in rank_pools.run(2, growing, backend=KERNELS):
+        # By half at least: 512 and 512, then 1024 and 512, then 2048, then 1024; all are kept.
+        assert held == [1024, 1024 + 1024, 2048 + 2048, 4096 + 1024]
+        assert halves == [0, 1024 // 2, 0, 2048 // 2]
+
+
+def refused(on: str) -> tuple[list[str], int, float]:
+    """Passes where one rank has no memory for others to read, or cannot meet them."""
+    case = make_case(5, 12, NUM_EXPERTS, SLOTS, seed=dist.get_rank())
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("none left\nat all")
+
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        peer_memory._warn.cache_clear()
+        use_shared_files(patch)
+        if dist.get_rank() == 1:
+            patch.setattr(SharedFiles, on, fail)
+        elif on == "meet":
+            # What a rank waits for that one does not come to is PyTorch's to end.
+            patch.setattr(SharedFiles, on, lambda *_: None)
+        experts, begun = layer(12), time.monotonic()
+        passes = [results(experts, case) for _ in range(3)]
+        seconds = time.monotonic() - begun
+        assert memory_of(experts) is None
+        assert all(torch.equal(*pair) for pair in zip(passes[0], passes[2], strict=True))
+        return [str(one.message) for one in caught], peer_memory_bytes(), seconds
+
+
+@pytest.mark.parametrize("on", ["__init__", "meet"])
+def test_one_rank_without_memory(on: str, rank_pools: RankPools) -> None:
+    for messages, held, seconds in rank_pools.run(2, refused, on, backend=KERNELS):
+        (message,) = [one for one in messages if "cannot read each other's memory" in one]
+        assert message.endswith("rank 1: none left")
+        assert held == 0
+        assert seconds < 30
+
+
+def views_kept() -> int:
+    with pytest.MonkeyPatch.context() as patch:
+        use_shared_files(patch)
+        patch.setattr(peer_memory, "MOST_VIEWS", 10)
+        experts = layer(12)
+        with torch.no_grad():
+            for tokens in range(1, 12):
+                case = make_case(tokens, 12, NUM_EXPERTS, SLOTS)
+                for _ in range(2):
+                    dispatch: LayerDispatch = dispatches(experts)
+                    dispatch._pause = 0
+                    experts(case.hidden_states, case.indices, case.routing_weights)
+        return len(memory_of(experts)._views)
+
+
+def test_views_do_not_become_ever_more(rank_pools: RankPools) -> None:
+    for kept in rank_pools.run(2, views_kept, backend=KERNELS):
+        assert 0 < kept <= 10
+
+
+def pickled() -> None:
+    case = make_case(5, 12, NUM_EXPERTS, SLOTS, seed=dist.get_rank())
+    experts = layer(12)
+    expected = results(experts, case)
+    again = pickle.loads(pickle.dumps(experts))
+    for found, exact in zip(results(again, case), expected, strict=True):
+        assert torch.equal(found, exact)
+
+
+def test_a_layer_can_be_pickled(rank_pools: RankPools) -> None:
+    rank_pools.run(2, pickled)
