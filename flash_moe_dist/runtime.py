@@ -115,7 +115,7 @@ def distributed(
     if missing:
         raise RuntimeError(
             f"environment variables {', '.join(missing)} are not set: start this with torchrun, "
-            "for example torchrun --standalone --nproc-per-node 2 launch/train.py"
+            f"for example torchrun --standalone --nproc-per-node 2 {sys.argv[0] or 'script.py'}"
         )
     _end_with_torchrun()
     local_rank = int(os.environ["LOCAL_RANK"])

@@ -83,7 +83,8 @@ def predict_all(report: ProblemReport, near: dict[int, Network], beyond: Network
                 name, report.problem, point.traffic, near[point.ranks], one_rank
             )
     for ranks, traffic in report.points[0].further.items():
-        if beyond is not None and ranks > report.points[-1].ranks:
+        # A rank cannot have a part of a token.
+        if beyond is not None and ranks > report.points[-1].ranks and traffic.most_tokens >= 1:
             report.extrapolated[ranks] = {
                 name: predict(name, report.problem, traffic, beyond, one_rank)
                 for name in DISPATCHERS
@@ -96,10 +97,14 @@ def network_beyond(args: argparse.Namespace, near: dict[int, Network]) -> Networ
     if not in_a_host:
         return None
     network = near[max(in_a_host)]
-    if args.link is not None:
-        links = {name: Link(link.latency, args.link * 1e9) for name, link in network.links.items()}
-        network = replace(network, links=links)
-    return replace(network, ranks_per_host=args.ranks_per_host)
+    links = {
+        name: Link(
+            link.latency if args.latency is None else args.latency * 1e-6,
+            link.rate if args.link is None else args.link * 1e9,
+        )
+        for name, link in network.links.items()
+    }
+    return replace(network, links=links, ranks_per_host=args.ranks_per_host)
 
 
 def run(args: argparse.Namespace, runtime: Runtime) -> None:
@@ -131,7 +136,7 @@ def run(args: argparse.Namespace, runtime: Runtime) -> None:
         if runtime.is_main:
             progress.write("\n".join([title, *assumptions(near, beyond)]))
         for problem in problems:
-            report = ProblemReport(problem, args.repeats)
+            report = ProblemReport(problem, args.repeats, device.type == "cuda")
             for size in args.ranks:
                 # Ranks that are left out wait here, and do nothing that others would notice.
                 dist.barrier()
@@ -145,7 +150,7 @@ def run(args: argparse.Namespace, runtime: Runtime) -> None:
             # At once, so that a run that is cut off still shows what it measured.
             progress.write(table(report))
             if args.json:
-                write_json(args.json, runtime, near, beyond, reports)
+                write_json(args.json, args, runtime, near, beyond, reports)
             if args.plot:
                 write_plot(args.plot, title, reports)
 

@@ -311,15 +311,6 @@ def test_what_travels_beside_other_work_changes_nothing(
     sound(run(rank_pools, 2, backend, one_after_the_other, dispatcher, tokens))
 
 
-def change_tables(experts: FlashExperts, change: str) -> None:
-    if change == "dtype":
-        experts.double()
-        return
-    wider = shard_experts(make_case(1, 2 * HIDDEN_SIZE, NUM_EXPERTS, 1), "all_gather")
-    for name, table in wider.named_parameters():
-        experts.register_parameter(name, torch.nn.Parameter(table.detach()))
-
-
 def with_other_tables(change: str, on: tuple[int, ...]) -> None:
     """Passes of a layer whose tables become others, on these ranks."""
     rank = dist.get_rank()
@@ -329,8 +320,12 @@ def with_other_tables(change: str, on: tuple[int, ...]) -> None:
     for _ in range(2):
         results(experts, case)
     assert has_room(experts)
-    if rank in on:
-        change_tables(experts, change)
+    wider = shard_experts(make_case(1, 2 * HIDDEN_SIZE, NUM_EXPERTS, 1), "all_gather")
+    if rank in on and change == "dtype":
+        experts.double()
+    elif rank in on:
+        for name, table in wider.named_parameters():
+            experts.register_parameter(name, torch.nn.Parameter(table.detach()))
     case = other if rank in on and change == "hidden size" else case
     expected = results(experts, case)
     func: Any = experts.expert_func

@@ -4,20 +4,23 @@ import argparse
 import importlib.util
 import itertools
 import math
+import os
 from pathlib import Path
 
 from errors import RaisingParser
 from flash_moe.bench.cases import DTYPES, ROUTINGS
+from flash_moe.ops.launch import cdiv
 from flash_moe_dist.volume import DispatcherName
 from scaling.problems import Problem
 from scaling.results import ALONE, CONVENTIONAL
 
 AUTO = "auto"
+PLOT_SUFFIXES = (".png", ".pdf", ".svg")
 DISPATCHERS: tuple[DispatcherName, ...] = ("all_to_all", "all_gather")
 # What fits the device, and a minute or two.
+TOTAL_TOKENS = {True: 16384, False: 1024}
 ON_GPUS = {
     "tokens": [8192],
-    "total_tokens": [16384],
     "num_experts_per_tok": [64, 512],
     "hidden_size": [1024],
     "num_experts": [102_400],
@@ -26,7 +29,6 @@ ON_GPUS = {
 }
 ON_CPUS = {
     "tokens": [512],
-    "total_tokens": [1024],
     "num_experts_per_tok": [8, 64],
     "hidden_size": [256],
     "num_experts": [8192],
@@ -52,7 +54,11 @@ def parse(description: str, argv: list[str], on_gpus: bool, world_size: int) -> 
     )
     for name, help in (
         ("tokens", "of each rank, in weak scaling"),
-        ("total_tokens", "of all ranks together, in strong scaling"),
+        (
+            "total_tokens",
+            f"of all ranks together, in strong scaling; without it {TOTAL_TOKENS[on_gpus]}, or the "
+            "next number that all numbers of ranks divide",
+        ),
         ("num_experts_per_tok", "K"),
         ("hidden_size", "H"),
         ("num_experts", "E, over all ranks; one rank must be able to hold all"),
@@ -73,14 +79,24 @@ def parse(description: str, argv: list[str], on_gpus: bool, world_size: int) -> 
     add("--ranks-per-host", type=int, default=8, help="of more ranks than there are")
     add("--link", type=float, help="GB/s of a rank to others of its host; without it as measured")
     add("--network", type=float, default=50.0, help="GB/s of a rank to other hosts, at most --link")
-    add("--timeout", type=float, default=600, help="seconds that a rank may wait for the others")
+    add(
+        "--latency",
+        type=float,
+        help="us of a message between more ranks than there are; without it as measured on all",
+    )
+    add(
+        "--timeout",
+        type=float,
+        default=600,
+        help="seconds that a rank may wait for others, as do those that a measurement leaves out",
+    )
     add("--json", type=Path, metavar="FILE", help="write all that was measured")
     add("--plot", type=Path, metavar="FILE.png", help="time, efficiency, steps against ranks")
     parser.set_defaults(**(ON_GPUS if on_gpus else ON_CPUS))
     args = parser.parse_args(argv)
 
     numbers = ("tokens", "total_tokens", "num_experts_per_tok", "hidden_size", "num_experts")
-    for name in (*numbers, "repeats", "ranks_per_host", "link", "network", "timeout"):
+    for name in (*numbers, "repeats", "ranks_per_host", "link", "network", "latency", "timeout"):
         value = getattr(args, name)
         for one in value if isinstance(value, list) else [value]:
             if one is not None and not 0 < one < math.inf:
@@ -90,18 +106,24 @@ def parse(description: str, argv: list[str], on_gpus: bool, world_size: int) -> 
     args.ranks = sorted({1, *args.ranks})
     if args.ranks[0] < 1 or args.ranks[-1] > world_size:
         parser.error(f"--ranks must be from 1 to the {world_size} there are, got {args.ranks}")
-    if args.total_tokens == parser.get_default("total_tokens"):
-        # So that any number of ranks can share them.
+    if args.total_tokens is None:
         least = math.lcm(*args.ranks)
-        args.total_tokens = [-(-tokens // least) * least for tokens in args.total_tokens]
+        args.total_tokens = [cdiv(TOTAL_TOKENS[on_gpus], least) * least]
     for name in (*numbers, "scaling", "routing", "dispatcher"):
         setattr(args, name, list(dict.fromkeys(getattr(args, name))))
     if args.key_bias and "product_keys" not in args.routing:
         parser.error(f"--key-bias is for --routing product_keys, got {' '.join(args.routing)}")
     for name in ("json", "plot"):
         path = getattr(args, name)
-        if path is not None and (path.is_dir() or not path.parent.is_dir()):
-            parser.error(f"{_option(name)} must be a file in a folder that exists, got {path}")
+        if path is not None and (path.is_dir() or not os.access(path.parent, os.W_OK)):
+            parser.error(
+                f"{_option(name)} must be a file in a folder that exists and can be written to, "
+                f"got {path}"
+            )
+    if args.plot and args.plot.suffix.lower() not in PLOT_SUFFIXES:
+        parser.error(f"--plot must end in one of {', '.join(PLOT_SUFFIXES)}, got {args.plot}")
+    if args.plot and args.plot == args.json:
+        parser.error(f"--plot and --json must be two files, got {args.plot} for both")
     if args.plot and importlib.util.find_spec("matplotlib") is None:
         parser.error("--plot needs matplotlib: pip install matplotlib")
     if args.dispatcher == [CONVENTIONAL]:
@@ -140,6 +162,12 @@ def problems_of(args: argparse.Namespace) -> list[Problem]:
             sizes = (tokens, hidden_size, num_experts, slots)
             problem = Problem(scaling, *sizes, args.dtype, routing, bias)
             for ranks in args.ranks:
-                problem.case(ranks)
+                try:
+                    problem.case(ranks)
+                except ValueError as error:
+                    if routing != "product_keys":
+                        raise
+                    option = "--routing product_keys with --num-experts, --num-experts-per-tok"
+                    raise ValueError(f"{option}: {error}") from error
             problems.append(problem)
     return problems

@@ -1,12 +1,19 @@
 """What was measured and predicted, as tables, as JSON and as plots."""
 
+import argparse
 import json
+import os
 import sys
 from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
+
 from flash_moe.bench.report import device_name, versions
+from flash_moe_dist.peer_memory import peer_memory_bytes
 from flash_moe_dist.runtime import Runtime
 from flash_moe_dist.steps import STEPS
 from scaling.predict import Network, Prediction
@@ -35,10 +42,14 @@ class Point:
 
 @dataclass(frozen=True)
 class ProblemReport:
-    """The first point is of one rank; extrapolated: predictions by ranks and dispatcher."""
+    """The first point is of one rank; extrapolated: predictions by ranks and dispatcher.
+
+    launching_hidden: times other than of loops are begun on devices that have work before.
+    """
 
     problem: Problem
     repeats: int
+    launching_hidden: bool
     points: list[Point] = field(default_factory=list)
     extrapolated: dict[int, dict[str, Prediction]] = field(default_factory=dict)
 
@@ -60,7 +71,7 @@ def assumptions(near: dict[int, Network], beyond: Network | None) -> list[str]:
     return [
         *lines,
         f"{_rates('predicted for more ranks', beyond)}; {beyond.ranks_per_host} ranks a host, "
-        f"{beyond.between_hosts / 1e9:g} GB/s between hosts at most, latencies as here",
+        f"{beyond.between_hosts / 1e9:g} GB/s between hosts at most",
     ]
 
 
@@ -77,34 +88,40 @@ def table(report: ProblemReport) -> str:
     rows, steps = [], []
     for point in report.points:
         for name, result in point.results.items():
-            shown = f"{name} (auto)" if name == report.problem.auto(point.ranks) else name
-            label = f"  {point.ranks:5}  {shown:18}"
+            label = _label(report, point.ranks, name)
             rows.append(label + _cells(report, point, name, result))
             if result.steps:
                 parts = "".join(f"{_ms(result.steps.get(part, 0.0)):>15}" for part in PARTS)
-                steps.append(label + parts)
+                steps.append(f"{label}{point.traffic.load:>8.2f}{parts}")
     for ranks, predictions in report.extrapolated.items():
         for name, prediction in predictions.items():
             rows.append(
-                f"  {ranks:5}  {name:18}{'':48}{_predicted(report, ranks, prediction)}  predicted "
-                f"only: communication {_ms(prediction.communication)}"
+                f"{_label(report, ranks, name)}{'':48}{_predicted(report, ranks, prediction)}"
+                f"  predicted only: communication {_ms(prediction.communication)}"
             )
     title = f"  {'ranks':>5}  {'dispatcher':18}"
+    begun = "begun on busy devices" if report.launching_hidden else "begun together"
     return "\n".join(
         [
             report.problem.name,
             f"  ms, medians of {report.repeats}, of the rank that took longest; eff.: efficiency "
             "against one rank;",
-            "  loop: a pass of many without a wait, launching included; other times: begun on busy "
-            "devices",
+            "  loop: a pass of many without a wait, launching included; other times: " + begun,
             f"{title}{'forward':>9}{'backward':>9}{'total':>9}{'eff.':>6}{'loop':>9}{'eff.':>6}"
             f"{'predicted':>10}{'eff.':>6}{'peak MB':>10}{'error':>9}",
             *rows,
-            "  steps of both passes, ms, means over ranks; communication: what nothing else hides",
-            title + "".join(f"{part:>15}" for part in PARTS),
+            "  steps of both passes, ms, means over ranks of passes of their own; load: pairs of "
+            "the busiest rank over",
+            "  the mean; communication: what nothing else hides, and waiting for busier ranks",
+            title + f"{'load':>8}" + "".join(f"{part:>15}" for part in PARTS),
             *steps,
         ]
     )
+
+
+def _label(report: ProblemReport, ranks: int, name: str) -> str:
+    shown = f"{name} (auto)" if name == report.problem.auto(ranks) else name
+    return f"  {ranks:5}  {shown:18}"
 
 
 def _cells(report: ProblemReport, point: Point, name: str, result: Result) -> str:
@@ -139,18 +156,28 @@ def _ms(seconds: float) -> str:
 
 def write_json(
     path: Path,
+    args: argparse.Namespace,
     runtime: Runtime,
     near: dict[int, Network],
     beyond: Network | None,
     reports: list[ProblemReport],
 ) -> None:
-    """Seconds, bytes, bytes/s."""
+    """The whole file at once, so that nobody finds half of it."""
     device = runtime.device
     content = {
+        "units": "seconds, bytes, bytes/s; predictions and extrapolated were not measured",
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": sys.argv[1:],
-        "versions": versions(),
+        "options": {name: _plain(value) for name, value in vars(args).items()},
+        "environment": {
+            name: value for name, value in os.environ.items() if name.startswith("FLASH_MOE_")
+        },
+        "versions": versions() | _library_versions(device),
         "device": {"type": device.type, "name": device_name(device)},
+        "backend": dist.get_backend(),
+        "ranks_read_each_others_memory": peer_memory_bytes() > 0,
         "world_size": runtime.world_size,
+        "ranks_of_a_host": int(os.environ["LOCAL_WORLD_SIZE"]),
         "networks": {ranks: asdict(network) for ranks, network in near.items()},
         "assumed_network": None if beyond is None else asdict(beyond),
         "problems": [
@@ -158,14 +185,40 @@ def write_json(
                 "problem": asdict(report.problem),
                 "points": [_as_fields(report, point) for point in report.points],
                 "extrapolated": {
-                    ranks: {name: asdict(one) for name, one in predictions.items()}
+                    ranks: _predictions(report, ranks, predictions)
                     for ranks, predictions in report.extrapolated.items()
                 },
             }
             for report in reports
         ],
     }
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(partial, path)
+
+
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else value
+
+
+def _library_versions(device: torch.device) -> dict[str, str]:
+    if device.type != "cuda":
+        return {}
+    nccl: Any = torch.cuda.nccl
+    return {"CUDA": str(torch.version.cuda), "NCCL": ".".join(map(str, nccl.version()))}
+
+
+def _predictions(
+    report: ProblemReport, ranks: int, predictions: dict[Any, Prediction]
+) -> dict[str, dict[str, float]]:
+    return {
+        name: {
+            **asdict(one),
+            "total": one.total,
+            "efficiency": report.efficiency(ranks, one.total),
+        }
+        for name, one in predictions.items()
+    }
 
 
 def _as_fields(report: ProblemReport, point: Point) -> dict[str, Any]:
@@ -175,7 +228,8 @@ def _as_fields(report: ProblemReport, point: Point) -> dict[str, Any]:
         "rows_sent": point.traffic.rows_WW.tolist(),
         "pairs_sent": point.traffic.pairs_WW.tolist(),
         "results": {name: asdict(result) for name, result in point.results.items()},
-        "predictions": {name: asdict(one) for name, one in point.predictions.items()},
+        "load": point.traffic.load,
+        "predictions": _predictions(report, point.ranks, dict(point.predictions)),
         "efficiencies": {
             name: {
                 what: report.efficiency(point.ranks, result.median(what), what)
@@ -191,26 +245,34 @@ def write_plot(path: Path, title: str, reports: list[ProblemReport]) -> None:
     """For each problem: time and efficiency against ranks, and the steps on all of them."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(15, 4.2 * len(reports)), layout="constrained")
+    figure = Figure(figsize=(16, 4.6 * len(reports)), layout="constrained")
     figure.suptitle(title)
     rows = figure.subplots(len(reports), 3, squeeze=False)
     for (times, efficiencies, steps), report in zip(rows, reports, strict=True):
         _plot_against_ranks(times, efficiencies, report)
         _plot_steps(steps, report)
-    figure.savefig(path, format="png", dpi=100)
+    figure.savefig(path, dpi=100)
 
 
 def _plot_against_ranks(times: Any, efficiencies: Any, report: ProblemReport) -> None:
-    """Solid where measured, dotted where predicted; crosses where there is nothing else."""
-    one_rank = {1: report.one_rank("total")}
+    """Solid where measured; dotted where predicted, with crosses where there is nothing else."""
+    from matplotlib.ticker import LogFormatter
+
+    ones = {1: report.one_rank("total")}
+    all_ranks = [*(point.ranks for point in report.points), *report.extrapolated]
+    ideal = [ones[1] * report.efficiency(ranks, ones[1]) for ranks in all_ranks]
+    times.plot(all_ranks, [1e3 * seconds for seconds in ideal], "--", color="grey", label="ideal")
+    efficiencies.axhline(1, linestyle="--", color="grey", label="ideal")
     for name, colour in COLOURS.items():
-        measured = one_rank | {
+        measured = ones | {
             point.ranks: point.results[name].median("total")
             for point in report.points[1:]
             if name in point.results
         }
-        predicted = one_rank | {
-            point.ranks: point.predictions[name].total for point in report.points[1:]
+        predicted = {
+            point.ranks: point.predictions[name].total
+            for point in report.points
+            if name in point.predictions
         }
         only = {ranks: one[name].total for ranks, one in report.extrapolated.items()}
         for seconds, form, label in (
@@ -218,37 +280,39 @@ def _plot_against_ranks(times: Any, efficiencies: Any, report: ProblemReport) ->
             (predicted | only, ":", f"{name}, predicted"),
             (only, "x", None),
         ):
+            if not seconds:
+                continue
             ranks = list(seconds)
             times.plot(ranks, [seconds[n] * 1e3 for n in ranks], form, color=colour, label=label)
             shares = [report.efficiency(n, seconds[n]) for n in ranks]
             efficiencies.plot(ranks, shares, form, color=colour, label=label)
-    all_ranks = [*(point.ranks for point in report.points), *report.extrapolated]
     for axes in (times, efficiencies):
         axes.set_xscale("log", base=2)
         axes.set_xticks(all_ranks, list(map(str, all_ranks)))
         axes.set_xlabel("ranks")
         axes.legend(fontsize="small")
     times.set_yscale("log")
+    times.yaxis.set_major_formatter(LogFormatter())
+    times.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))
     times.set(ylabel="ms, forward and backward")
     times.set_title(report.problem.name, fontsize="small", loc="left")
-    efficiencies.set(ylabel="efficiency against one rank")
+    efficiencies.set(ylabel="efficiency", title="efficiency against one rank")
     efficiencies.set_ylim(bottom=0)
 
 
 def _plot_steps(axes: Any, report: ProblemReport) -> None:
     bars = [
-        (f"{point.ranks}\n{name}", result.steps)
+        (f"{point.ranks} {name}", result.steps)
         for point in report.points
         for name, result in point.results.items()
         if result.steps
     ]
-    bottom = [0.0] * len(bars)
+    left = [0.0] * len(bars)
     for part in PARTS:
-        heights = [max(0.0, steps.get(part, 0.0)) * 1e3 for _, steps in bars]
-        axes.bar(range(len(bars)), heights, bottom=bottom, label=part)
-        bottom = [below + height for below, height in zip(bottom, heights, strict=True)]
-    axes.set_xticks(range(len(bars)), [name for name, _ in bars], fontsize="x-small")
-    axes.set(ylabel="ms, forward and backward", title="steps, by ranks and dispatcher")
-    # Beside the bars, not over them.
-    axes.set_xlim(right=1.6 * len(bars))
-    axes.legend(fontsize="small", loc="upper right")
+        widths = [max(0.0, steps.get(part, 0.0)) * 1e3 for _, steps in bars]
+        axes.barh(range(len(bars)), widths, left=left, label=part, height=0.7)
+        left = [before + width for before, width in zip(left, widths, strict=True)]
+    axes.set_yticks(range(len(bars)), [name for name, _ in bars], fontsize="small")
+    axes.set_ylim(len(bars) - 0.4, -0.6)
+    axes.set(xlabel="ms, forward and backward", title="steps, by ranks and dispatcher")
+    axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=5)

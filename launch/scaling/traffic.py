@@ -22,6 +22,12 @@ class Traffic:
     pairs_WW: Tensor
     most_tokens: float
 
+    @property
+    def load(self) -> float:
+        """Pairs of the busiest rank's experts over the mean."""
+        pairs_W = self.pairs_WW.sum(0)
+        return float(pairs_W.max() / pairs_W.mean().clamp(min=1e-9))
+
     @classmethod
     def drawn_alike(
         cls, indices_TK: Tensor, num_experts: int, ranks: int, tokens: float

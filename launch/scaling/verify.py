@@ -15,22 +15,33 @@ from flash_moe.bench.measure import (
     relative_error,
 )
 from flash_moe.ops.flash_expert import triton_flash_expert_func
+from flash_moe.ops.naive import naive_expert_func
 from flash_moe_dist.agreement import same_error_on_all_ranks
 from scaling.conventional import bytes_needed
 from scaling.layer import Layer, rows_of
 from scaling.results import CONVENTIONAL, Result
 from scaling.traffic import Traffic, busiest
 
+EXACT_TOKENS = 64
+
 
 def results_of_one_device(inputs: Inputs, layer: Layer) -> tuple[Tensor, ...]:
     """What `Layer.results` should give: the op on this rank's tokens with whole tables.
 
     Gradients of tables are averaged over the ranks.
+
+    Raises:
+        RuntimeError: on all ranks, if the op's output is not, for some tokens, what gather and
+            matrix product give in float64.
     """
     ranks, tokens = layer.ranks, layer.tokens
     leaves = tokens.leaves((inputs.leaves[1], inputs.leaves[2]))
     hidden_TH, down_EH, up_EH, weights_TK = leaves
     out_TH = triton_flash_expert_func(hidden_TH, down_EH, up_EH, tokens.indices_TK, weights_TK)
+    with same_error_on_all_ranks(ranks.group):
+        limit = 2 * LARGEST_ERROR[hidden_TH.dtype]
+        exact = _exact_output(hidden_TH, down_EH, up_EH, tokens.indices_TK, weights_TK)
+        _checked_error("one device: output", out_TH.detach()[: len(exact)], exact, limit)
     grads = list(torch.autograd.grad(out_TH, leaves, tokens.grad_TH))
     for place in (1, 2):
         for rank in range(ranks.size):
@@ -40,6 +51,22 @@ def results_of_one_device(inputs: Inputs, layer: Layer) -> tuple[Tensor, ...]:
                 own_eH = part / ranks.size
         grads[place] = own_eH
     return out_TH.detach(), *grads
+
+
+@torch.no_grad()
+def _exact_output(
+    hidden_TH: Tensor, down_EH: Tensor, up_EH: Tensor, indices_TK: Tensor, weights_TK: Tensor
+) -> Tensor:
+    """Of the first tokens, in float64, with the rows of the tables that they use."""
+    some = slice(0, EXACT_TOKENS)
+    used, ids = indices_TK[some].clamp(min=0).unique(return_inverse=True)
+    return naive_expert_func(
+        hidden_TH[some].double(),
+        down_EH[used].double(),
+        up_EH[used].double(),
+        ids.masked_fill(indices_TK[some] < 0, -1),
+        weights_TK[some].double(),
+    )
 
 
 def verify_all(
