@@ -7,6 +7,7 @@ from torch import Tensor
 
 from flash_moe import triton_flash_expert_func
 from flash_moe.ops.backends import load_backend
+from flash_moe.ops.backends.gather import sum_pieces
 from flash_moe.ops.naive import naive_expert_func
 from flash_moe.ops.pairs import Pairs
 
@@ -68,6 +69,17 @@ def test_tokens() -> None:
     )
     for name, result, expected in zip(RESULTS, results, wanted, strict=True):
         assert_close(result, expected, TOLERANCES[torch.bfloat16], name)
+
+
+@pytest.mark.gpu
+def test_sums_of_pieces() -> None:
+    needs_gib(12)
+    pieces = torch.zeros(3, 2**30 + 8, device="cuda", dtype=torch.bfloat16)
+    for place in (0, 5, 2**30 + 7):
+        pieces[:, place] = torch.tensor([1.0, 2.0, 4.0])
+    total = sum_pieces(pieces, torch.bfloat16)
+    assert total.nonzero().squeeze(1).tolist() == [0, 5, 2**30 + 7]
+    assert total[[0, 5, 2**30 + 7]].tolist() == [7.0] * 3
 
 
 @pytest.mark.gpu

@@ -11,8 +11,9 @@ import torch
 import torch.distributed as dist
 from cases import Case, make_case
 from peers_on_cpu import SharedFiles, use_shared_files
-from ranks import KERNELS, RankPools
+from ranks import KERNELS, RankPools, rank_device
 from sharded import shard_experts
+from test_expert_parallel import needs_gpus
 from test_reserved import dispatches, has_room, results
 
 from flash_moe import FlashExperts
@@ -22,10 +23,17 @@ from flash_moe_dist.peer_memory import ALIGNMENT, PeerMemory, peer_memory_bytes
 from flash_moe_dist.reserved import LayerDispatch
 
 NUM_EXPERTS, SLOTS = 23, 6
+BACKENDS = [KERNELS, pytest.param("nccl", marks=pytest.mark.gpu)]
 
 
 def layer(hidden_size: int, seed: int = 0) -> FlashExperts:
     return shard_experts(make_case(1, hidden_size, NUM_EXPERTS, 1, seed=seed), "all_gather")
+
+
+def use_memory(patch: pytest.MonkeyPatch) -> None:
+    """That of GPUs where there are some."""
+    if rank_device().type == "cpu":
+        use_shared_files(patch)
 
 
 def memory_of(experts: FlashExperts) -> Any:
@@ -37,13 +45,14 @@ def random_passes(seed: int) -> None:
     rank, draw = dist.get_rank(), random.Random(seed)
     sizes = (12, 20, 12)
     with pytest.MonkeyPatch.context() as patch:
-        use_shared_files(patch)
+        use_memory(patch)
         layers = [layer(size, seed) for seed, size in enumerate(sizes)]
         pending: list[tuple[int, Case, Any]] = []
-        for number in range(30):
+        for number in range(20):
             place, tokens = draw.randrange(3), draw.choice([9, 9, 9, 5])
             slots, one_expert = draw.choice([6, 6, 4]), draw.random() < 0.1
-            case = make_case(tokens, sizes[place], NUM_EXPERTS, slots, seed=100 * number + rank)
+            drawn = (tokens, sizes[place], NUM_EXPERTS, slots)
+            case = make_case(*drawn, device=rank_device(), seed=100 * number + rank)
             if one_expert:
                 case.indices.fill_(3)
             if draw.random() < 0.2:
@@ -63,9 +72,13 @@ def random_passes(seed: int) -> None:
         assert all(memory_of(one) is memory_of(layers[0]) for one in layers if has_room(one))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("ranks", "seed"), [(2, 0), (2, 1), (3, 2)])
-def test_layers_share_memory(ranks: int, seed: int, rank_pools: RankPools) -> None:
-    rank_pools.run(ranks, random_passes, seed, backend=KERNELS)
+def test_layers_share_memory(ranks: int, seed: int, backend: str, rank_pools: RankPools) -> None:
+    if backend == "nccl":
+        needs_gpus(backend)
+        ranks = 2
+    rank_pools.run(ranks, random_passes, seed, backend=backend)
 
 
 def tables_only_of_two_sizes() -> None:
@@ -120,9 +133,10 @@ def test_rows_are_not_written_over_while_others_read(rank_pools: RankPools) -> N
 
 
 def inference_first() -> None:
-    case = make_case(5, 12, NUM_EXPERTS, SLOTS, seed=dist.get_rank())
+    device = rank_device()
+    case = make_case(5, 12, NUM_EXPERTS, SLOTS, device=device, seed=dist.get_rank())
     with pytest.MonkeyPatch.context() as patch:
-        use_shared_files(patch)
+        use_memory(patch)
         experts = layer(12)
         with torch.inference_mode():
             for _ in range(3):
@@ -132,8 +146,11 @@ def inference_first() -> None:
             assert torch.equal(found, exact)
 
 
-def test_training_after_inference(rank_pools: RankPools) -> None:
-    rank_pools.run(2, inference_first, backend=KERNELS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_training_after_inference(backend: str, rank_pools: RankPools) -> None:
+    if backend == "nccl":
+        needs_gpus(backend)
+    rank_pools.run(2, inference_first, backend=backend)
 
 
 def growing() -> tuple[list[int], list[int]]:
