@@ -45,7 +45,7 @@ class Region:
         import torch.distributed._symmetric_memory as symmetric_memory
 
         self._handle: Any = symmetric_memory.rendezvous(self._memory, group)
-        self._timeout_ms = int(_timeout_seconds(group) * 1000)
+        self._timeout_ms = int(timeout_seconds(group, self._memory.device) * 1000)
 
     def view(
         self, rank: int, shape: Sequence[int], dtype: torch.dtype, skipped_bytes: int
@@ -251,8 +251,8 @@ def _can_read_each_other(group: dist.ProcessGroup, device: torch.device) -> bool
     )
 
 
-def _timeout_seconds(group: dist.ProcessGroup) -> float:
+def timeout_seconds(group: dist.ProcessGroup, device: torch.device) -> float:
     """After which a collective of the group fails, and a barrier should."""
-    options: Any = group._get_backend(torch.device("cuda")).options
+    options: Any = group._get_backend(device).options
     seconds: float = options._timeout.total_seconds()
     return seconds

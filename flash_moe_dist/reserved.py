@@ -17,6 +17,7 @@ What a pass in room keeps for the backward pass lies in memory of the room's siz
 eighth more than the busiest ranks need, MOST_ROOM times as much where load is uneven.
 """
 
+import time
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
@@ -37,7 +38,7 @@ from flash_moe_dist.dispatch import (
     pairs_per_row,
 )
 from flash_moe_dist.peer_dispatch import PeerDispatcher, bytes_of_regions
-from flash_moe_dist.peer_memory import PeerMemory, peer_memory
+from flash_moe_dist.peer_memory import PeerMemory, peer_memory, timeout_seconds
 from flash_moe_dist.routing import Room, unpack_in_room
 from flash_moe_dist.volume import COUNTS
 
@@ -46,6 +47,8 @@ MOST_ROOM = 2
 # A pass that has to be done again takes as long as this many save.
 HITS_OF_A_MISS = 4
 MOST_PAUSE = 63
+# For so long a wait for counts takes a core, as one in the driver would.
+SPIN_SECONDS = 0.005
 # Tokens of a rank that the room does not suit.
 NO_NUMBER = -1
 
@@ -54,7 +57,8 @@ NO_NUMBER = -1
 class Reservation:
     """Room, and all that it depends on: a pass of other settings needs another.
 
-    sizes: `Input.sizes` of that pass; slots: K; sum_dtype: of partial sums.
+    sizes: `Input.sizes` of that pass; slots: K; sum_dtype: of partial sums;
+    timeout: of a collective, in seconds.
     memory: where ranks read it directly; None: it is sent.
     """
 
@@ -65,6 +69,7 @@ class Reservation:
     hidden_dtype: torch.dtype
     sum_dtype: torch.dtype
     memory: PeerMemory | None
+    timeout: float
 
     @classmethod
     def after(
@@ -97,6 +102,7 @@ class Reservation:
             given.hidden_TH.dtype,
             sum_dtype,
             memory,
+            timeout_seconds(group, given.settings.device),
         )
 
     def fits(self, given: Input) -> bool:
@@ -148,7 +154,7 @@ class InRoom:
         """Waits for them."""
         if self.read is not None:
             try:
-                self.read.synchronize()
+                _wait(self.read, self.reservation.timeout)
             except RuntimeError as error:
                 # A barrier that no rank comes to in time ends like any kernel that fails.
                 raise RuntimeError(
@@ -264,6 +270,21 @@ class LayerDispatch:
         sums.start(partial_RH)
         sums.collect()
         return InRoom(reservation, counts_2WC, *_to_host(counts_2WC))
+
+
+def _wait(read: torch.cuda.Event, timeout: float) -> None:
+    """Raises RuntimeError after so many seconds.
+
+    Not in the driver: where another collective fails before, what this pass waits for begins only
+    then to wait as long.
+    """
+    begun = time.monotonic()
+    while not read.query():
+        waited = time.monotonic() - begun
+        if waited > timeout:
+            raise RuntimeError(f"nothing came in {timeout:g} s")
+        time.sleep(0 if waited < SPIN_SECONDS else SPIN_SECONDS)
+    read.synchronize()
 
 
 def _header(words_WL: Tensor) -> Tensor:

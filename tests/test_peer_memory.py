@@ -69,7 +69,8 @@ def random_passes(seed: int) -> None:
                 expected = results(layer(sizes[place], place), case)
                 for found, exact in zip([out, *local], expected, strict=True):
                     assert torch.equal(found, exact)
-        assert all(memory_of(one) is memory_of(layers[0]) for one in layers if has_room(one))
+        memories = {id(memory_of(one)) for one in layers if has_room(one)}
+        assert len(memories) <= 1
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
