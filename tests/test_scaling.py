@@ -102,7 +102,6 @@ def test_efficiencies_are_against_one_rank(files: dict[str, Any]) -> None:
 
 def test_more_ranks_are_predicted_and_marked_so(files: dict[str, Any]) -> None:
     for problem in files["json"]["problems"]:
-        assert list(problem["extrapolated"]) == ["8", "64", "512"]
         # Of 12 tokens in all, 64 ranks have none.
         weak = problem["problem"]["scaling"] == "weak"
         assert list(problem["extrapolated"]) == (["8", "64", "512"] if weak else ["8"])
