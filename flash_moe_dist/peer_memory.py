@@ -207,8 +207,8 @@ def peer_memory(
 ) -> PeerMemory | None:
     """Memory of the group with regions of at least these sizes; None if there can be none.
 
-    All of a group's layers share it, one pass after the other, as long as the process lives: at
-    most three times what the largest pass needs, as regions grow by half at least. Collective:
+    All of a group's layers share it, one pass after the other, as long as the process lives: less
+    than 4.5 times what the largest pass needs, as regions grow by half at least. Collective:
     every rank of the group asks for the same sizes at the same time, and gets the same answer. Not
     if the environment says FLASH_MOE_PEER_MEMORY=0 on any rank.
     """

@@ -47,8 +47,6 @@ MOST_ROOM = 2
 # A pass that has to be done again takes as long as this many save.
 HITS_OF_A_MISS = 4
 MOST_PAUSE = 63
-# For so long a wait for counts takes a core, as one in the driver would.
-SPIN_SECONDS = 0.005
 # Tokens of a rank that the room does not suit.
 NO_NUMBER = -1
 
@@ -153,14 +151,7 @@ class InRoom:
     def counts(self) -> tuple[list[list[int]], list[list[int]]]:
         """Waits for them."""
         if self.read is not None:
-            try:
-                _wait(self.read, self.reservation.timeout)
-            except RuntimeError as error:
-                # A barrier that no rank comes to in time ends like any kernel that fails.
-                raise RuntimeError(
-                    "the device failed while this rank waited for the counts of others: a kernel "
-                    "failed before, or a rank did not come within the group's timeout"
-                ) from error
+            _wait(self.read, self.reservation.timeout)
         sent, received = self.exchanged_2WC.tolist()
         return sent, received
 
@@ -273,18 +264,26 @@ class LayerDispatch:
 
 
 def _wait(read: torch.cuda.Event, timeout: float) -> None:
-    """Raises RuntimeError after so many seconds.
+    """Raises RuntimeError after so many seconds, or if the device failed.
 
     Not in the driver: where another collective fails before, what this pass waits for begins only
     then to wait as long.
     """
-    begun = time.monotonic()
-    while not read.query():
-        waited = time.monotonic() - begun
-        if waited > timeout:
-            raise RuntimeError(f"nothing came in {timeout:g} s")
-        time.sleep(0 if waited < SPIN_SECONDS else SPIN_SECONDS)
-    read.synchronize()
+    end = time.monotonic() + timeout
+    try:
+        while not read.query() and time.monotonic() < end:
+            time.sleep(0)
+        if read.query():
+            return read.synchronize()
+    except RuntimeError as error:
+        # A barrier that no rank comes to in time ends like any kernel that fails.
+        raise RuntimeError(
+            "the device failed while this rank waited for the counts of others: a kernel "
+            "failed before, or a rank did not come within the group's timeout"
+        ) from error
+    raise RuntimeError(
+        f"a rank did not come within the group's timeout: no counts of others in {timeout:g} s"
+    )
 
 
 def _header(words_WL: Tensor) -> Tensor:

@@ -5,7 +5,6 @@ import mmap
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -59,14 +58,9 @@ class Reached:
     def wait(self) -> None: ...
 
 
-def use_shared_files(patch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """From now on layers of this process, and of its peers, which do the same, use these.
-
-    Returns what the module keeps, by group.
-    """
-    of_groups: dict[str, Any] = {}
-    patch.setattr(peer_memory, "_of_groups", of_groups)
+def use_shared_files(patch: pytest.MonkeyPatch) -> None:
+    """From now on layers of this process, and of its peers, which do the same, use these."""
+    patch.setattr(peer_memory, "_of_groups", {})
     patch.setattr(peer_memory, "Region", SharedFiles)
     patch.setattr(peer_memory, "_can_read_each_other", lambda *_: True)
     patch.setattr(peer_memory.PeerMemory, "reached", lambda _: Reached())
-    return of_groups

@@ -364,3 +364,32 @@ def with_another_backend() -> None:
 @pytest.mark.parametrize("backend", [KERNELS, PEERS])
 def test_another_backend(backend: str, rank_pools: RankPools) -> None:
     sound(run(rank_pools, 2, backend, with_another_backend))
+
+
+class Event:
+    """One that is reached when it was asked for so often, or then fails."""
+
+    def __init__(self, asked: int, fails: bool = False) -> None:
+        self.asked, self.fails, self.waited = asked, fails, False
+
+    def query(self) -> bool:
+        self.asked -= 1
+        if self.asked <= 0 and self.fails:
+            raise RuntimeError("launch failure")
+        return self.asked <= 0
+
+    def synchronize(self) -> None:
+        self.waited = True
+
+
+def test_a_wait_for_counts_ends() -> None:
+    event: Any = Event(3)
+    reserved._wait(event, 60.0)
+    assert event.waited
+    never: Any = Event(2**62)
+    with pytest.raises(RuntimeError, match=r"within the group's timeout: .* in 0\.05 s"):
+        reserved._wait(never, 0.05)
+    failing: Any = Event(2, fails=True)
+    with pytest.raises(RuntimeError, match="the device failed while") as failed:
+        reserved._wait(failing, 60.0)
+    assert str(failed.value.__cause__) == "launch failure"
