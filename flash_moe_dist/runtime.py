@@ -21,6 +21,7 @@ from flash_moe_dist.rendezvous import store_of_this_attempt
 DEFAULT_TIMEOUT = timedelta(minutes=10)
 # Of linux/prctl.h.
 PR_SET_PDEATHSIG = 1
+ERROR_HANDLING = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,10 @@ def distributed(
         torch.cuda.set_device(device)
         # After a timeout NCCL's watchdog waits four times this long for a dump, 15 s by default.
         os.environ.setdefault("TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC", "500")
+        # torchrun's choice has the watchdog abort the communicator before it ends the process, and
+        # that waits for all kernels, of which one may wait for a rank too. PyTorch's own has not.
+        if os.environ.get(ERROR_HANDLING) == "1":
+            os.environ[ERROR_HANDLING] = "3"
         dist.init_process_group("nccl", timeout=timeout, device_id=device, **_meeting(timeout))
     else:
         device = torch.device("cpu")
