@@ -133,7 +133,7 @@ class Backward:
         sorts_aside = by_expert and self.pairs.num_pairs >= LEAST_PAIRS_ASIDE
         self.sorting = None
         if sorts_aside:
-            self.sorting = self.pairs.sort_aside(gather.token_ids if slots < 0 else None)
+            self.sorting = self.pairs.sort_aside(gather.tokens_by_expert if slots < 0 else None)
         activation_grads_N = None
         if scores_needed or weights_needed:
             activation_grads_N = _sddmm(backend, grad_TH, up_EH, self.pairs, rows_in)

@@ -63,19 +63,15 @@ class SpmmConfig:
 class SpmmTConfig:
     """Of a row, most_hidden to least_hidden elements are summed at a time, warp_hidden in a warp.
 
-    block_pairs rows at a time. Where the rows do not stay in the cache and experts have few pairs,
-    least_few to most_few on average, few_pairs rows at a time and few_hidden elements of them.
-
     So few that what is read of the rows (T, H) of the tables together stays in a cache of
-    cached_bytes, beside the sums that are written. chunk: an expert of more pairs is summed in
+    cached_bytes, beside the sums that are written. Where least_hidden do not, and experts have few
+    pairs, least_few to most_few on average, few_hidden. chunk: an expert of more pairs is summed in
     pieces of that many.
     """
 
-    block_pairs: int = 1
-    few_pairs: int = 2
     few_hidden: int = 256
     least_few: int = 8
-    most_few: int = 32
+    most_few: int = 64
     most_hidden: int = 2048
     least_hidden: int = 512
     warp_hidden: int = 512
@@ -285,7 +281,7 @@ def sum_for_experts(sums: list[tuple[Tensor, Tensor, Tensor]], pairs: Pairs, sca
     )
     mean_pairs = pairs.num_pairs / pairs.num_experts
     few = SPMM_T.least_few <= mean_pairs <= SPMM_T.most_few
-    block_hidden, block_pairs = _block_of_sums([rows_TH for _, rows_TH, _, _ in tables], few)
+    block_hidden = _block_of_sums([rows_TH for _, rows_TH, _, _ in tables], few)
     blocks = cdiv(hidden_size, block_hidden)
     shared = {
         "HIDDEN_SIZE": hidden_size,
@@ -303,7 +299,7 @@ def sum_for_experts(sums: list[tuple[Tensor, Tensor, Tensor]], pairs: Pairs, sca
         *tables[-1],
         partials,
         pairs.expert_ids,
-        pairs.expert_ids if pairs.slots else token_ids(pairs),
+        pairs.expert_ids if pairs.slots else tokens_by_expert(pairs),
         pairs.expert_order,
         pairs.expert_offsets,
         pairs.expert_ids if pairs.hot is None else pairs.hot.places,
@@ -312,7 +308,6 @@ def sum_for_experts(sums: list[tuple[Tensor, Tensor, Tensor]], pairs: Pairs, sca
         num_chunks,
         SLOTS=pairs.slots,
         HAS_HOT=pairs.hot is not None,
-        BLOCK_PAIRS=block_pairs,
         num_warps=max(1, block_hidden // SPMM_T.warp_hidden),
         **shared,
     )
@@ -337,10 +332,11 @@ def sum_for_experts(sums: list[tuple[Tensor, Tensor, Tensor]], pairs: Pairs, sca
         )
 
 
-def token_ids(pairs: Pairs) -> Tensor:
-    """`Pairs.token_ids` of ragged rows, kept."""
+def tokens_by_expert(pairs: Pairs) -> Tensor:
+    """`Pairs.token_ids` of ragged rows in the order by expert, kept."""
     if not pairs.kept:
-        pairs.kept.append(_find_token_ids(pairs))
+        # Here, or kernels would wait for the order before they can ask for the token.
+        pairs.kept.append(_find_token_ids(pairs).index_select(0, pairs.expert_order))
     return pairs.kept[0]
 
 
@@ -360,16 +356,16 @@ def _find_token_ids(pairs: Pairs) -> Tensor:
     return found
 
 
-def _block_of_sums(rows: list[Tensor], few: bool) -> tuple[int, int]:
-    """How many elements of how many rows are summed at a time."""
+def _block_of_sums(rows: list[Tensor], few: bool) -> int:
+    """How many elements of a row are summed at a time."""
     num_tokens, hidden_size = rows[0].shape
     column_bytes = num_tokens * sum(rows_TH.element_size() for rows_TH in rows)
-    block_hidden, block_pairs = SPMM_T.most_hidden, SPMM_T.block_pairs
+    block_hidden = SPMM_T.most_hidden
     while block_hidden > SPMM_T.least_hidden and column_bytes * block_hidden > SPMM_T.cached_bytes:
         block_hidden //= 2
     if few and column_bytes * block_hidden > SPMM_T.cached_bytes:
-        block_hidden, block_pairs = SPMM_T.few_hidden, SPMM_T.few_pairs
-    return min(block_hidden, next_power_of_2(hidden_size)), block_pairs
+        block_hidden = SPMM_T.few_hidden
+    return min(block_hidden, next_power_of_2(hidden_size))
 
 
 def _spmm_pieces(pairs: Pairs, blocks: int, config: SpmmConfig) -> int:

@@ -10,6 +10,7 @@ a stride is 64 bits wide.
     pair_counts         (T, 3)   if HAS_HOT: of these pairs the first pair_counts[t, 0] are meant
     expert_ids          (N,)     negative: no expert, or not this kernel's
     expert_order        (N,)     pair positions sorted by expert
+    tokens_by_expert    (N,)     tokens of the pairs in that order; where SLOTS > 0, not read
     expert_offsets      (E+1,)   pairs of expert e are expert_order[offsets[e]:offsets[e+1]]
 """
 
@@ -152,11 +153,23 @@ def sum_pieces_kernel(pieces, out, num_elements, NUM_PIECES: tl.constexpr, BLOCK
 
 
 @triton.jit
+def _pair_and_token(expert_order, tokens_by_expert, place, end, SLOTS: tl.constexpr):
+    """At that place in the order by expert; 0 from the end on."""
+    inside = place < end
+    pair = tl.load(expert_order + place, mask=inside, other=0).to(tl.int64)
+    if SLOTS > 0:
+        token = pair // SLOTS
+    else:
+        token = tl.load(tokens_by_expert + place, mask=inside, other=0).to(tl.int64)
+    return pair, token
+
+
+@triton.jit
 def _token_sums(
     begin,
     end,
     expert_order,
-    token_ids,
+    tokens_by_expert,
     values_0,
     rows_0,
     stride_0,
@@ -168,30 +181,21 @@ def _token_sums(
     total_0,
     total_1,
     SLOTS: tl.constexpr,
-    BLOCK_PAIRS: tl.constexpr,
     TABLES: tl.constexpr,
 ):
     """Add values[n] * rows[token of n] of the pairs from begin to end in the order by expert."""
-    for block_begin in range(begin, end, BLOCK_PAIRS):
-        places = block_begin + tl.arange(0, BLOCK_PAIRS)
-        in_block = places < end
-        pairs = tl.load(expert_order + places, mask=in_block, other=0).to(tl.int64)
-        if SLOTS > 0:
-            tokens = pairs // SLOTS
-        else:
-            tokens = tl.load(token_ids + pairs, mask=in_block, other=0).to(tl.int64)
-        in_rows = in_block[:, None] & in_row[None, :]
-        weights = tl.load(values_0 + pairs, mask=in_block, other=0.0)
-        gathered = tl.load(
-            rows_0 + tokens[:, None] * stride_0 + hidden[None, :], mask=in_rows, other=0.0
+    pair, token = _pair_and_token(expert_order, tokens_by_expert, begin, end, SLOTS)
+    for place in range(begin, end):
+        # Asked for ahead, as nothing of a row can be before its token is known.
+        next_pair, next_token = _pair_and_token(
+            expert_order, tokens_by_expert, place + 1, end, SLOTS
         )
-        total_0 += tl.sum(weights[:, None] * gathered.to(total_0.dtype), 0)
+        gathered = tl.load(rows_0 + token * stride_0 + hidden, mask=in_row, other=0.0)
+        total_0 += tl.load(values_0 + pair) * gathered.to(total_0.dtype)
         if TABLES == 2:
-            weights = tl.load(values_1 + pairs, mask=in_block, other=0.0)
-            gathered = tl.load(
-                rows_1 + tokens[:, None] * stride_1 + hidden[None, :], mask=in_rows, other=0.0
-            )
-            total_1 += tl.sum(weights[:, None] * gathered.to(total_1.dtype), 0)
+            gathered = tl.load(rows_1 + token * stride_1 + hidden, mask=in_row, other=0.0)
+            total_1 += tl.load(values_1 + pair) * gathered.to(total_1.dtype)
+        pair, token = next_pair, next_token
     return total_0, total_1
 
 
@@ -218,7 +222,7 @@ def spmm_t_kernel(
     out_1,
     partials,
     expert_ids,
-    token_ids,
+    tokens_by_expert,
     expert_order,
     expert_offsets,
     hot_places,
@@ -229,7 +233,6 @@ def spmm_t_kernel(
     HAS_HOT: tl.constexpr,
     HIDDEN_SIZE: tl.constexpr,
     BLOCK_HIDDEN: tl.constexpr,
-    BLOCK_PAIRS: tl.constexpr,
     CHUNK: tl.constexpr,
     TABLES: tl.constexpr,
 ):
@@ -256,7 +259,7 @@ def spmm_t_kernel(
                 begin,
                 end,
                 expert_order,
-                token_ids,
+                tokens_by_expert,
                 values_0,
                 rows_0,
                 stride_0,
@@ -268,7 +271,6 @@ def spmm_t_kernel(
                 zeros,
                 zeros,
                 SLOTS,
-                BLOCK_PAIRS,
                 TABLES,
             )
             _store_rounded(out_0 + expert * HIDDEN_SIZE + hidden, total_0 * scale, in_row)
@@ -289,7 +291,7 @@ def spmm_t_kernel(
                         tl.maximum(begin, chunk_begin),
                         tl.minimum(end, chunk_end),
                         expert_order,
-                        token_ids,
+                        tokens_by_expert,
                         values_0,
                         rows_0,
                         stride_0,
@@ -301,7 +303,6 @@ def spmm_t_kernel(
                         zeros,
                         zeros,
                         SLOTS,
-                        BLOCK_PAIRS,
                         TABLES,
                     )
                     place = (program * 2 + piece) * TABLES * HIDDEN_SIZE + hidden
