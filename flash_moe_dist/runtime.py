@@ -100,8 +100,8 @@ def distributed(
 
     nccl with one GPU a process where there are GPUs, otherwise gloo. A collective that waits
     longer than `timeout` fails, and ends the process with nccl: TORCH_NCCL_ASYNC_ERROR_HANDLING=1,
-    which torchrun sets, is taken as 3. If the block raises, the group is not waited for, so that the
-    error ends this process at once and torchrun ends the others. On Linux, a torchrun that is
+    which torchrun sets, is taken as 3. If the block raises, the group is not waited for, so that
+    the error ends this process at once and torchrun ends the others. On Linux, a torchrun that is
     killed takes its processes along.
 
     Args:
