@@ -21,7 +21,6 @@ from flash_moe_dist.rendezvous import store_of_this_attempt
 DEFAULT_TIMEOUT = timedelta(minutes=10)
 # Of linux/prctl.h.
 PR_SET_PDEATHSIG = 1
-ERROR_HANDLING = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
 
 
 @dataclass(frozen=True)
@@ -99,10 +98,10 @@ def distributed(
     """Join the process group that torchrun's environment describes; leave it at the end.
 
     nccl with one GPU a process where there are GPUs, otherwise gloo. A collective that waits
-    longer than `timeout` fails, and ends the process with nccl: TORCH_NCCL_ASYNC_ERROR_HANDLING=1,
-    which torchrun sets, is taken as 3. If the block raises, the group is not waited for, so that
-    the error ends this process at once and torchrun ends the others. On Linux, a torchrun that is
-    killed takes its processes along.
+    longer than `timeout` fails, and with nccl ends the process: TORCH_NCCL_ASYNC_ERROR_HANDLING=1,
+    which torchrun sets where nothing is set, becomes 3; 0 and 2 are left as they are. If the block
+    raises, the group is not waited for, so that the error ends this process at once and torchrun
+    ends the others. On Linux, a torchrun that is killed takes its processes along.
 
     Args:
         timeout: of every collective.
@@ -129,12 +128,7 @@ def distributed(
             )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-        # After a timeout NCCL's watchdog waits four times this long for a dump, 15 s by default.
-        os.environ.setdefault("TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC", "500")
-        # torchrun's choice has the watchdog abort the communicator before it ends the process, and
-        # that waits for all kernels, of which one may wait for a rank too. PyTorch's own has not.
-        if os.environ.get(ERROR_HANDLING) == "1":
-            os.environ[ERROR_HANDLING] = "3"
+        _let_nccl_end_this_process_at_once()
         dist.init_process_group("nccl", timeout=timeout, device_id=device, **_meeting(timeout))
     else:
         device = torch.device("cpu")
@@ -153,6 +147,16 @@ def _meeting(timeout: timedelta) -> dict[str, Any]:
     store = TCPStore(address, port, is_master=False, timeout=timeout)
     own = store_of_this_attempt(store, rank, world_size, timeout)
     return {"store": own, "rank": rank, "world_size": world_size}
+
+
+def _let_nccl_end_this_process_at_once() -> None:
+    """When its watchdog finds that a collective has waited too long."""
+    # It waits four times this long for a dump, 15 s by default.
+    os.environ.setdefault("TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC", "500")
+    # With 1 it aborts the communicator first, which waits for all kernels on the device, among
+    # them those that wait for a rank themselves. PyTorch's default, 3, does without that.
+    if os.environ.get("TORCH_NCCL_ASYNC_ERROR_HANDLING") == "1":
+        os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "3"
 
 
 def _end_with_torchrun() -> None:

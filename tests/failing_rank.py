@@ -1,7 +1,8 @@
 """A training loop in which rank 1 fails at the third step, for tests/test_failures.py.
 
 failing_rank.py where how timeout mark ep_size
-    where    "before dispatch", "in the experts", "after combine" or "in the backward pass"
+    where    "before dispatch", "in the experts", "after combine", "in the backward pass" or
+             "before a collective" of something else than the layer, whose backward pass follows
     how      "raises" or "stalls"
     timeout  of collectives, in seconds
     mark     file to touch at the moment of failing
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.distributed.tensor.parallel import parallelize_module
 
 from flash_moe import FlashExperts
@@ -53,5 +55,12 @@ with distributed(timedelta(seconds=float(timeout)), int(ep_size)) as runtime:
             the_original_error()
         if failing and where == "in the backward pass":
             formulas.Backward.for_tokens = lambda *_: the_original_error()  # type: ignore
+        if where == "before a collective":
+            if failing:
+                the_original_error()
+            dist.all_reduce(torch.zeros(1, device=runtime.device))
         out.sum().backward()
+        if where == "before a collective":
+            # The host waits for both, as it does where it reads a norm.
+            torch.zeros(1, device=runtime.device).item()
 print("finished")

@@ -1,11 +1,14 @@
 """The three primitives against dense matrix products, in every backend."""
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 from cases import TOLERANCES, assert_close
 from torch import Tensor
 
-from flash_moe.ops.backends import check_backend, load_backend
+from flash_moe.ops.backends import check_backend, gather, load_backend
 from flash_moe.ops.pairs import Pairs
 
 NUM_EXPERTS, HIDDEN_SIZE = 11, 37
@@ -47,6 +50,50 @@ def test_primitives(backend: str, dtype: torch.dtype, device: torch.device) -> N
     summed_EH = primitives.spmm_t(values_N, rows_TH, pairs, dtype)
     assert summed_EH.dtype == dtype
     assert_close(summed_EH, matrix_TE.t() @ rows_TH.double(), TOLERANCES[dtype], "spmm_t")
+
+
+def test_tokens_in_the_order_by_expert(device: torch.device) -> None:
+    """The numbers in the docstring of `gather.tokens_by_expert`."""
+    offsets, ids = torch.tensor([0, 1, 4]), torch.tensor([2, 0, -1, 2]).int()
+    pairs = Pairs(offsets.to(device), ids.to(device), 3)
+    assert pairs.expert_order.tolist() == [2, 1, 0, 3]
+    assert gather.tokens_by_expert(pairs).tolist() == [1, 1, 0, 1]
+
+
+IN_CHUNKS = replace(gather.SPMM_T, chunk=1)
+# 13 pairs of 11 experts count as few.
+IN_NARROW_BLOCKS = replace(
+    gather.SPMM_T, cached_bytes=1, least_hidden=32, few_hidden=16, warp_hidden=16, least_few=1
+)
+
+
+@pytest.mark.parametrize("config", [IN_CHUNKS, IN_NARROW_BLOCKS], ids=["chunks", "narrow"])
+def test_sums_for_experts_of_ragged_rows(
+    config: gather.SpmmTConfig, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pairs, tokens_N = pattern(device)
+    draw = torch.Generator().manual_seed(0)
+    values_2N = torch.randn(2, len(EXPERT_IDS), generator=draw).to(device)
+    rows_2TH = torch.randn(2, 4, HIDDEN_SIZE, generator=draw).to(device)
+    blocks = []
+
+    def block_of_sums(*args: Any) -> int:
+        blocks.append(chosen(*args))
+        return blocks[-1]
+
+    chosen = gather._block_of_sums
+    monkeypatch.setattr(gather, "_block_of_sums", block_of_sums)
+    monkeypatch.setattr(gather, "SPMM_T", config)
+    dtypes = (torch.float32, torch.float32)
+    first, second = values_2N
+    sums = gather.spmm_t_both((first, second), (rows_2TH[0], rows_2TH[1]), pairs, dtypes, 0.5)
+    assert blocks == [16 if config is IN_NARROW_BLOCKS else 64]
+    for values_N, rows_TH, sums_EH in zip(values_2N, rows_2TH, sums, strict=True):
+        expected_EH = torch.zeros(NUM_EXPERTS, HIDDEN_SIZE, dtype=torch.float64, device=device)
+        weights_N = 0.5 * values_N * (pairs.expert_ids >= 0)
+        products_NH = weights_N.double().unsqueeze(1) * rows_TH[tokens_N].double()
+        expected_EH.index_add_(0, pairs.expert_ids.long().clamp(min=0), products_NH)
+        assert_close(sums_EH, expected_EH, 1e-6, "spmm_t")
 
 
 def test_sparse_backend_without_mkl_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,8 @@ import torch
 from processes import assert_nothing_left, free_port
 from small_run import start
 
+from flash_moe_dist import runtime
+
 REPOSITORY = Path(__file__).parent.parent
 SCRIPT = str(REPOSITORY / "tests" / "failing_rank.py")
 TIMEOUT = 6.0
@@ -73,13 +75,28 @@ def test_an_exception_on_one_rank_ends_all(where: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("where", "ranks"), [*((where, RANKS) for where in PLACES), (PLACES[0], 4)]
+    ("where", "ranks"),
+    [*((where, RANKS) for where in (*PLACES, "before a collective")), (PLACES[0], 4)],
 )
 def test_a_stalled_rank_ends_all(where: str, ranks: int, tmp_path: Path) -> None:
     """With 4 ranks, in a group of two of them, whose timeout must be the same."""
     mark = tmp_path / "mark"
     (said,) = assert_ends_in_time([torchrun(where, "stalls", mark, ranks)], mark)
     assert says_late(said, torch.cuda.device_count() >= ranks)
+
+
+@pytest.mark.parametrize(("given", "taken"), [("1", "3"), ("0", "0"), ("2", "2"), (None, None)])
+def test_watchdog_of_nccl_does_not_wait_for_kernels(
+    given: str | None, taken: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """1 is what torchrun sets."""
+    monkeypatch.delenv("TORCH_NCCL_ASYNC_ERROR_HANDLING", raising=False)
+    monkeypatch.setenv("TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC", "700")
+    if given is not None:
+        monkeypatch.setenv("TORCH_NCCL_ASYNC_ERROR_HANDLING", given)
+    runtime._let_nccl_end_this_process_at_once()
+    assert os.environ.get("TORCH_NCCL_ASYNC_ERROR_HANDLING") == taken
+    assert os.environ["TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC"] == "700"
 
 
 @pytest.mark.parametrize("where", PLACES)

@@ -64,9 +64,9 @@ class SpmmTConfig:
     """Of a row, most_hidden to least_hidden elements are summed at a time, warp_hidden in a warp.
 
     So few that what is read of the rows (T, H) of the tables together stays in a cache of
-    cached_bytes, beside the sums that are written. Where least_hidden do not, and experts have few
-    pairs, least_few to most_few on average, few_hidden. chunk: an expert of more pairs is summed in
-    pieces of that many.
+    cached_bytes, beside the sums that are written. Where not even least_hidden stay there, and
+    experts have least_few to most_few pairs on average, few_hidden are summed at a time. chunk: an
+    expert of more pairs is summed in pieces of that many.
     """
 
     few_hidden: int = 256
@@ -279,8 +279,7 @@ def sum_for_experts(sums: list[tuple[Tensor, Tensor, Tensor]], pairs: Pairs, sca
     partials = torch.empty(
         (num_chunks, 2, len(sums), hidden_size), device=out.device, dtype=accumulator
     )
-    mean_pairs = pairs.num_pairs / pairs.num_experts
-    few = SPMM_T.least_few <= mean_pairs <= SPMM_T.most_few
+    few = SPMM_T.least_few <= pairs.num_pairs / pairs.num_experts <= SPMM_T.most_few
     block_hidden = _block_of_sums([rows_TH for _, rows_TH, _, _ in tables], few)
     blocks = cdiv(hidden_size, block_hidden)
     shared = {
@@ -333,9 +332,12 @@ def sum_for_experts(sums: list[tuple[Tensor, Tensor, Tensor]], pairs: Pairs, sca
 
 
 def tokens_by_expert(pairs: Pairs) -> Tensor:
-    """`Pairs.token_ids` of ragged rows in the order by expert, kept."""
+    """`Pairs.token_ids` of ragged rows in the order by expert, kept.
+
+    [1, 1, 0, 1] in the example of `Pairs`, where the order is [2, 1, 0, 3].
+    """
     if not pairs.kept:
-        # Here, or kernels would wait for the order before they can ask for the token.
+        # A kernel that put them in order would wait for the order before it can ask for a token.
         pairs.kept.append(_find_token_ids(pairs).index_select(0, pairs.expert_order))
     return pairs.kept[0]
 
