@@ -1,24 +1,30 @@
 """The dispatcher that gathers all rows, for ranks that read each other's memory.
 
-W ranks, X tokens of each, H hidden size, L words of a message. Each rank puts into its own memory
-what others shall read, all meet at a barrier of that region, and each copies what it needs:
+W ranks, X tokens of each, H hidden size, L words of a message. Each rank has memory that the others
+read or write, and all meet at a barrier of that region in between:
 
     region                written                         read
-    rows      2 (X, H)    aside: of its tokens            aside: copied, beside the routing
-    words     (W, L)      messages, as they are packed    where they are, when pairs are unpacked
-    sums      (W, X, H)   partial sums for all ranks,     aside: copied, while sums for this rank's
-                          as they are computed            own tokens are computed
+    rows      2 (X, H)    aside: of its tokens            aside: copied by the others, beside what
+                                                          is computed of their own
+    words     (W, L)      messages, as they are packed    by the others where they are, when they
+                                                          unpack pairs
+    sums      (W, X, H)   by the others, partial sums     when sums for its own tokens are computed,
+                          for its tokens, as they are     to which these are added
+                          computed
 
 "Aside" is one stream of a rank, the rest is done on the layer's. A region may be written again when
-all ranks have read it, which follows from the barriers that they came to since:
+it has been read, which follows from the barriers that ranks came to since:
 
     rows      one half and the other by turns: whoever comes to the barrier of a pass's rows has
               read those of the pass before, as both are read aside. The halves begin where they do
               whatever the sizes of a pass are.
     words     whoever comes to the barrier of a forward pass's sums has unpacked its words. A pass
               on another stream than the one before waits for that.
-    sums      whoever comes to the barrier of the next rows has read these, all aside.
+    sums      whoever comes to the barrier of the next rows has read these, for which that barrier
+              waits. Nobody writes sums before all rows have come.
 """
+
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -33,7 +39,6 @@ from flash_moe_dist.dispatch import (
     ReturningValues,
     Sums,
     filled_up,
-    sum_over_ranks,
 )
 from flash_moe_dist.peer_memory import PeerMemory
 from flash_moe_dist.routing import Room
@@ -72,8 +77,7 @@ class PeerDispatcher(AllGatherDispatcher):
         return ArrivingRows(rows_RH, [own, *others], fetched.start)
 
     def words_to_fill(self, room: Room, device: torch.device) -> Tensor:
-        if self.memory.sums_fetched is not None:
-            self.memory.sums_fetched.wait()
+        self.memory.wait_until_sums_are_read()
         return self.memory.view(self.rank, WORDS, (self.ep_size, room.message_words), torch.int32)
 
     def exchange_words(self, words_WL: Tensor) -> Tensor:
@@ -108,27 +112,28 @@ class PeerDispatcher(AllGatherDispatcher):
 
 
 class _FetchedRows:
-    """Rows (W, X, H) of all ranks, copied aside."""
+    """Rows (W, X, H) of all ranks, copied aside once it is started."""
 
     def __init__(self, dispatcher: PeerDispatcher, given_XH: Tensor) -> None:
         self.dispatcher, self.given_XH = dispatcher, given_XH
         self.received_WXH = given_XH.new_empty(dispatcher.ep_size, *given_XH.shape)
-        memory = dispatcher.memory
-        self.skipped_bytes = memory.next_half(ROWS)
-        with memory.aside():
-            self._of(dispatcher.rank).copy_(given_XH)
-            memory.barrier(ROWS)
-
-    def _of(self, rank: int) -> Tensor:
-        shape, dtype = self.given_XH.shape, self.given_XH.dtype
-        return self.dispatcher.memory.view(rank, ROWS, shape, dtype, self.skipped_bytes)
 
     def start(self) -> None:
-        memory = self.dispatcher.memory
+        memory, rank = self.dispatcher.memory, self.dispatcher.rank
+        skipped_bytes = memory.next_half(ROWS)
+
+        def rows_of(rank: int) -> Tensor:
+            shape, dtype = self.given_XH.shape, self.given_XH.dtype
+            return memory.view(rank, ROWS, shape, dtype, skipped_bytes)
+
         with memory.aside():
-            self.received_WXH[self.dispatcher.rank].copy_(self.given_XH)
-            for rank in self.dispatcher.others:
-                self.received_WXH[rank].copy_(self._of(rank))
+            rows_of(rank).copy_(self.given_XH)
+            memory.wait_until_sums_are_read()
+            memory.barrier(ROWS)
+            for other in self.dispatcher.others:
+                self.received_WXH[other].copy_(rows_of(other))
+            # Last, as only the backward pass reads these here.
+            self.received_WXH[rank].copy_(self.given_XH)
             self.fetched = memory.reached()
 
     def wait(self) -> None:
@@ -137,7 +142,7 @@ class _FetchedRows:
 
 
 class _SumsOfPeers(Sums):
-    """Those for other ranks come first, and are fetched while this rank's own are computed."""
+    """Those for other ranks come first; this rank's own are computed and added in one."""
 
     def __init__(
         self,
@@ -147,39 +152,34 @@ class _SumsOfPeers(Sums):
         sum_dtype: torch.dtype,
         out_dtype: torch.dtype,
     ) -> None:
-        self.dispatcher, self.num_tokens = dispatcher, metadata.num_tokens
-        memory, num_rows, rank = dispatcher.memory, metadata.most_tokens, dispatcher.rank
-        shape = (dispatcher.ep_size * num_rows, hidden_size)
-        sent_RH = memory.view(rank, SUMS, shape, sum_dtype)
-        self.pieces_WXH = sent_RH.new_empty(dispatcher.ep_size, num_rows, hidden_size)
-        self.total_XH = sent_RH.new_empty(num_rows, hidden_size, dtype=out_dtype)
-        *others, last = dispatcher.rows_of_others(num_rows)
+        self.memory, self.num_tokens = dispatcher.memory, metadata.num_tokens
+        num_rows, rank = metadata.most_tokens, dispatcher.rank
+        shape_XH = (num_rows, hidden_size)
+        received_WXH = self.memory.view(rank, SUMS, (dispatcher.ep_size, *shape_XH), sum_dtype)
+        self.total_XH = received_WXH.new_empty(shape_XH, dtype=out_dtype)
+        skipped_bytes = rank * num_rows * hidden_size * sum_dtype.itemsize
+        *others, last = (
+            RowsOut(
+                dispatcher.rows_of(other, num_rows),
+                self.memory.view(other, SUMS, shape_XH, sum_dtype, skipped_bytes),
+            )
+            for other in dispatcher.others
+        )
+        own_rows = dispatcher.rows_of(rank, num_rows)
         self.parts = [
-            *(RowsOut(rows, sent_RH[rows]) for rows in others),
-            RowsOut(last, sent_RH[last], self._fetch),
-            RowsOut(dispatcher.rows_of(rank, num_rows), self.pieces_WXH[rank]),
+            *others,
+            replace(last, written=self._meet),
+            RowsOut(own_rows, self.total_XH, addends=received_WXH, place=rank),
         ]
 
-    def _fetch(self) -> None:
-        dispatcher, pieces_WXH = self.dispatcher, self.pieces_WXH
-        memory, shape = dispatcher.memory, pieces_WXH.shape[1:]
-        skipped_bytes = dispatcher.rank * shape.numel() * pieces_WXH.element_size()
-        with memory.aside():
-            memory.barrier(SUMS)
-            for rank in dispatcher.others:
-                sums_XH = memory.view(rank, SUMS, shape, pieces_WXH.dtype, skipped_bytes)
-                pieces_WXH[rank].copy_(sums_XH)
+    def _meet(self) -> None:
+        with communication():
+            self.memory.barrier(SUMS)
 
     def start(self, partial_RH: Tensor) -> None:
-        memory = self.dispatcher.memory
-        with memory.aside():
-            sum_over_ranks(self.pieces_WXH, self.total_XH)
-            self.added = memory.reached()
-        memory.sums_fetched = self.added
+        self.memory.sums_read = self.memory.reached()
 
     def collect(self) -> Tensor:
-        with communication():
-            self.added.wait()
         return self.total_XH[: self.num_tokens]
 
 

@@ -75,7 +75,7 @@ class PeerMemory:
         self._turn = 0
         self._views: dict[object, Tensor] = {}
         # Of the last pass whose sums were asked for.
-        self.sums_fetched: torch.Event | None = None
+        self.sums_read: torch.Event | None = None
 
     def make_room(self, sizes: Sequence[int]) -> bool:
         """Have regions of at least so many bytes. Collective, with the same sizes everywhere.
@@ -191,6 +191,11 @@ class PeerMemory:
         event = torch.Event(self._device)
         event.record(current_stream(self._device))
         return event
+
+    def wait_until_sums_are_read(self) -> None:
+        """The current stream does, for those that this rank has asked for so far."""
+        if self.sums_read is not None:
+            self.sums_read.wait()
 
     def used_here(self, tensor: Tensor) -> Tensor:
         """One that was made aside, and is used on the current stream from now on."""

@@ -12,6 +12,9 @@ from cases import make_case
 
 from flash_moe import ragged_flash_expert_func, triton_flash_expert_func
 from flash_moe.ops.arrange import raise_index_errors
+from flash_moe.ops.backends.gather import spmm_into
+from flash_moe.ops.pairs import Pairs
+from flash_moe.ops.parts import RowsOut
 
 BACKENDS = ["gather", "hot_cold"]
 if "--no-library-products" not in sys.argv:
@@ -36,6 +39,20 @@ for dtype, shape, backend in CASES:
         *case.args()[:3], offsets, case.indices.flatten(), case.routing_weights.flatten()
     )
     ragged.backward(case.grad)
+
+
+# Sums of a part of the rows, added to those of other ranks.
+pairs = Pairs(torch.tensor([0, 3, 3, 9], device="cuda"), torch.arange(9, device="cuda").int(), 9)
+table, values = torch.randn(9, 40, device="cuda"), torch.ones(9, device="cuda")
+first, others = torch.empty(1, 40, device="cuda"), torch.ones(3, 2, 40, device="cuda")
+rest = torch.empty(2, 40, device="cuda", dtype=torch.bfloat16)
+parts = [
+    RowsOut(slice(0, 1), first),
+    RowsOut(slice(1, 3), rest, addends=others, place=1),
+]
+spmm_into(values, table, pairs, parts)
+if not torch.allclose(rest[0], torch.full_like(rest[0], 2)):
+    raise AssertionError("a row without pairs must be the sum of the two others")
 
 
 def reported(call: Callable[[], object], message: str) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from flash_moe.ops.backends import check_backend, gather, load_backend
 from flash_moe.ops.pairs import Pairs
+from flash_moe.ops.parts import RowsOut
 
 NUM_EXPERTS, HIDDEN_SIZE = 11, 37
 ROW_OFFSETS = [0, 3, 3, 12, 13]
@@ -94,6 +95,44 @@ def test_sums_for_experts_of_ragged_rows(
         products_NH = weights_N.double().unsqueeze(1) * rows_TH[tokens_N].double()
         expected_EH.index_add_(0, pairs.expert_ids.long().clamp(min=0), products_NH)
         assert_close(sums_EH, expected_EH, 1e-6, "spmm_t")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("least_pairs", [1, 16], ids=["pieces", "whole"])
+@pytest.mark.parametrize("place", range(3))
+def test_sums_in_place_among_others(
+    place: int,
+    least_pairs: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Added in the order of all, bit by bit, whatever stands in the place of these."""
+    monkeypatch.setattr(gather, "SPMM", replace(gather.SPMM, least_pairs=least_pairs))
+    pairs, _ = pattern(device)
+    pieces = gather._spmm_pieces(pairs, 1, gather.SPMM)
+    assert (pieces > 1) == (least_pairs == 1)
+    draw = torch.Generator().manual_seed(0)
+    values_N = torch.randn(len(EXPERT_IDS), generator=draw).to(device)
+    table_EH = torch.randn(NUM_EXPERTS, HIDDEN_SIZE, generator=draw).to(device, dtype)
+    others_PXH = torch.randn(3, 3, HIDDEN_SIZE, generator=draw).to(device)
+    own_TH = gather.spmm(values_N, table_EH, pairs, torch.float32)
+
+    expected_XH = torch.zeros(3, HIDDEN_SIZE, device=device)
+    for piece in range(3):
+        expected_XH += own_TH[1:] if piece == place else others_PXH[piece]
+    others_PXH[place] = torch.nan
+    first_TH = torch.empty(1, HIDDEN_SIZE, device=device)
+    rest_XH = torch.empty(3, HIDDEN_SIZE, device=device, dtype=dtype)
+    told: list[str] = []
+    parts = [
+        RowsOut(slice(0, 1), first_TH, lambda: told.append("first")),
+        RowsOut(slice(1, 4), rest_XH, lambda: told.append("rest"), others_PXH, place),
+    ]
+    gather.spmm_into(values_N, table_EH, pairs, parts)
+    assert told == ["first", "rest"]
+    assert torch.equal(first_TH, own_TH[:1])
+    assert torch.equal(rest_XH, expected_XH.to(dtype))
 
 
 def test_sparse_backend_without_mkl_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

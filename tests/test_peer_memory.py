@@ -18,7 +18,6 @@ from test_reserved import dispatches, has_room, results
 
 from flash_moe import FlashExperts
 from flash_moe_dist import peer_memory
-from flash_moe_dist.peer_dispatch import PeerDispatcher
 from flash_moe_dist.peer_memory import ALIGNMENT, PeerMemory, peer_memory_bytes
 from flash_moe_dist.reserved import LayerDispatch
 
@@ -83,7 +82,7 @@ def test_layers_share_memory(ranks: int, seed: int, backend: str, rank_pools: Ra
 
 
 def tables_only_of_two_sizes() -> None:
-    """Gradients of tables alone, whose backward pass meets others once, while one rank is late."""
+    """Gradients of tables alone, whose backward passes meet others once, while one rank is late."""
     rank = dist.get_rank()
     with pytest.MonkeyPatch.context() as patch:
         use_shared_files(patch)
@@ -100,31 +99,25 @@ def tables_only_of_two_sizes() -> None:
             for experts, case in ((small, few), (large, many)) * 2:
                 forward(experts, case)
         expected = None
-        start_rows = PeerDispatcher.start_rows
+        barrier = PeerMemory.barrier
         for late_by in (0.0, 0.5):
 
-            def late(*args: Any, seconds: float = late_by) -> Any:
-                rows = start_rows(*args)
-                fetch = rows.fetch
-
-                def fetch_late() -> None:
-                    time.sleep(seconds * rank)
-                    fetch()
-
-                object.__setattr__(rows, "fetch", fetch_late)
-                return rows
+            def late(memory: PeerMemory, region: int, seconds: float = late_by) -> None:
+                barrier(memory, region)
+                time.sleep(seconds * rank)
 
             for turns in range(2):
                 with torch.no_grad():
                     for _ in range(turns):
                         forward(small, few)
-                out = forward(large, many)
-                patch.setattr(PeerDispatcher, "start_rows", late)
-                grads: Any = torch.autograd.grad(out, list(large.parameters()), many.grad)
-                patch.setattr(PeerDispatcher, "start_rows", start_rows)
-                with torch.no_grad():
-                    forward(small, few)
-                found = [grad.to_local() for grad in grads]
+                passes = ((large, many), (small, few))
+                outs = [forward(*one) for one in passes]
+                patch.setattr(PeerMemory, "barrier", late)
+                found: list[torch.Tensor] = []
+                for out, (experts, case) in zip(outs, passes, strict=True):
+                    grads: Any = torch.autograd.grad(out, list(experts.parameters()), case.grad)
+                    found += [grad.to_local() for grad in grads]
+                patch.setattr(PeerMemory, "barrier", barrier)
                 expected = expected or found
                 assert all(map(torch.equal, found, expected))
 

@@ -21,8 +21,14 @@ class RowsIn:
 
 @dataclass(frozen=True)
 class RowsOut:
-    """Where sums of these rows go, (rows, H), and what to call when they were written."""
+    """Where sums of these rows go, (rows, H), and what to call when they were written.
+
+    addends: (P, rows, H) contiguous, in the dtype of sums. What goes out is the sum over P of
+        these, in order, with the sums of these rows in `place`, where nothing need stand before.
+    """
 
     rows: slice
     out: Tensor
     written: Callable[[], object] = nothing
+    addends: Tensor | None = None
+    place: int = 0

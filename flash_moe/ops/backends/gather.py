@@ -186,9 +186,10 @@ def spmm_into(
     values_N = values_N.to(accumulator).contiguous()
     table_EH = contiguous_rows(table_EH)
     for part in parts:
-        out = part.out
+        out, addends = part.out, part.addends
         if pieces > 1:
             out = torch.empty((pieces, *out.shape), device=out.device, dtype=accumulator)
+            addends = None
         if out.numel() > 0:
             launch(
                 spmm_kernel,
@@ -199,6 +200,7 @@ def spmm_into(
                 pairs.expert_ids,
                 values_N if hot_sums_PTH is None else hot_sums_PTH,
                 pairs.expert_ids if pairs.hot is None else pairs.hot.num_hot,
+                values_N if addends is None else addends,
                 out,
                 table_EH.stride(0),
                 SLOTS=pairs.slots,
@@ -208,11 +210,22 @@ def spmm_into(
                 BLOCK_PAIRS=config.block_pairs,
                 PIECES=pieces,
                 HOT_PIECES=0 if hot_sums_PTH is None else hot_sums_PTH.shape[0],
+                ADDENDS=0 if addends is None else len(addends),
+                PLACE=part.place,
                 num_warps=config.num_warps,
             )
             if pieces > 1:
-                sum_pieces(out, part.out.dtype, part.out)
+                _sum_with_addends(out, part)
         part.written()
+
+
+def _sum_with_addends(pieces: Tensor, part: RowsOut) -> None:
+    addends, dtype = part.addends, part.out.dtype
+    if addends is None:
+        sum_pieces(pieces, dtype, part.out)
+        return
+    sum_pieces(pieces, addends.dtype, addends[part.place])
+    sum_pieces(addends, dtype, part.out)
 
 
 def sum_pieces(pieces: Tensor, out_dtype: torch.dtype, total: Tensor | None = None) -> Tensor:

@@ -96,6 +96,7 @@ def spmm_kernel(
     expert_ids,
     hot_sums,
     num_hot,
+    addends,
     out,
     table_stride,
     SLOTS: tl.constexpr,
@@ -105,10 +106,14 @@ def spmm_kernel(
     BLOCK_PAIRS: tl.constexpr,
     PIECES: tl.constexpr,
     HOT_PIECES: tl.constexpr,
+    ADDENDS: tl.constexpr,
+    PLACE: tl.constexpr,
 ):
     """Sum of values[n] * table[expert_ids[n]] over a piece of a token's pairs.
 
     If HAS_HOT and there are hot experts, hot_sums (HOT_PIECES, tokens, HIDDEN_SIZE) are added.
+    If ADDENDS > 0, addends (ADDENDS, tokens, HIDDEN_SIZE) are summed in order, with this sum in
+    the PLACE of one, and PIECES is 1.
     out (PIECES, tokens, HIDDEN_SIZE); grid (tokens, blocks of HIDDEN_SIZE, PIECES).
     """
     token = tl.program_id(0).to(tl.int64)
@@ -136,6 +141,15 @@ def spmm_kernel(
             other=0.0,
         )
         total += tl.sum(weights[:, None] * experts.to(total.dtype), 0)
+    if ADDENDS > 0:
+        own = total
+        total = tl.zeros([BLOCK_HIDDEN], dtype=own.dtype)
+        for piece in tl.static_range(ADDENDS):
+            if piece == PLACE:
+                total += own
+            else:
+                row = tl.cast(piece, tl.int64) * tl.num_programs(0) + token
+                total += tl.load(addends + row * HIDDEN_SIZE + hidden, mask=in_row, other=0.0)
     row = tl.program_id(2).to(tl.int64) * tl.num_programs(0) + token
     _store_rounded(out + row * HIDDEN_SIZE + hidden, total, in_row)
 
