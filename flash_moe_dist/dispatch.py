@@ -161,9 +161,9 @@ class TokenDispatcher(ABC):
 
     A forward pass is `dispatch`, the experts, `sums`. A backward pass is the mirror image:
     `start_rows` of the output's gradient, the experts, `start_return` of the routing weights'
-    gradient and `sums` of the hidden states', which travel while the gradients of the tables are
-    computed. The forward pass reads the counts of an exchange on the host, its only host sync; the
-    backward pass has none.
+    gradient and `sums` of the hidden states', which may travel while the gradients of the tables
+    are computed. The forward pass reads the counts of an exchange on the host, its only host sync;
+    the backward pass has none.
 
     Args:
         group: the expert-parallel ranks. Every rank calls every method equally often, with any

@@ -337,7 +337,7 @@ class _ShardedExperts(torch.autograd.Function):
                 arriving.parts,
             )
         with step("combine_backward"):
-            # Before the sums, so that both travel while something else is computed.
+            # Before the sums, so that these travel while those are computed.
             if backward.weights_grad is not None:
                 weights_returned = dispatcher.start_return(backward.weights_grad, metadata)
         with step("experts_backward"):

@@ -1,7 +1,7 @@
-"""The dispatcher that gathers all rows, for ranks that read each other's memory.
+"""The dispatcher that gathers all rows, for ranks that read and write each other's memory.
 
-W ranks, X tokens of each, H hidden size, L words of a message. Each rank has memory that the others
-read or write, and all meet at a barrier of that region in between:
+W ranks, X tokens of each, H hidden size, L words of a message. Each rank has three regions of
+memory that the others read or write. Between writing and reading one, all meet at its barrier:
 
     region                written                         read
     rows      2 (X, H)    aside: of its tokens            aside: copied by the others, beside what
@@ -59,7 +59,7 @@ def bytes_of_regions(
 
 
 class PeerDispatcher(AllGatherDispatcher):
-    """Every row goes to every rank, by copies that need no multiprocessor."""
+    """Every row goes to every rank, by a copy; sums are written where they are to be added."""
 
     def __init__(self, group: dist.ProcessGroup, memory: PeerMemory) -> None:
         super().__init__(group)
@@ -132,7 +132,7 @@ class _FetchedRows:
             memory.barrier(ROWS)
             for other in self.dispatcher.others:
                 self.received_WXH[other].copy_(rows_of(other))
-            # Last, as only the backward pass reads these here.
+            # No hurry, as scores of own rows are computed from where they were given.
             self.received_WXH[rank].copy_(self.given_XH)
             self.fetched = memory.reached()
 
@@ -168,11 +168,11 @@ class _SumsOfPeers(Sums):
         own_rows = dispatcher.rows_of(rank, num_rows)
         self.parts = [
             *others,
-            replace(last, written=self._meet),
+            replace(last, written=self._meet_others),
             RowsOut(own_rows, self.total_XH, addends=received_WXH, place=rank),
         ]
 
-    def _meet(self) -> None:
+    def _meet_others(self) -> None:
         with communication():
             self.memory.barrier(SUMS)
 

@@ -1,7 +1,8 @@
-"""Memory of the ranks of one host that they read directly, over NVLink or PCIe.
+"""Memory of the ranks of one host that they read and write directly, over NVLink or PCIe.
 
-By `torch.distributed._symmetric_memory`: copies between ranks are then made by the copy engines of
-the GPUs and leave multiprocessors to kernels, and a barrier takes some microseconds.
+By `torch.distributed._symmetric_memory`: copies of rows are then made by the copy engines of the
+GPUs and leave multiprocessors to kernels, kernels read and write what others have or want where it
+is, and a barrier takes some microseconds.
 """
 
 import os
@@ -28,7 +29,7 @@ MOST_VIEWS = 1024
 
 
 class Region:
-    """Bytes of this rank that all ranks of a group read, and those of the others.
+    """Bytes of this rank that all ranks of a group read or write, and those of the others.
 
     What is used of PyTorch's symmetric memory, an untyped alpha feature, is in this class.
     """
@@ -69,12 +70,12 @@ class PeerMemory:
         self.ep_size = dist.get_world_size(group)
         self._group, self._device = group, device
         self._regions: list[Region] = []
-        # Of which peers may still read, or passes that are under way: kept with the process.
+        # Peers, or passes that are under way, may still use these: kept with the process.
         self._outgrown: list[Region] = []
         self._stream = side_stream(device) if device.type == "cuda" else None
         self._turn = 0
         self._views: dict[object, Tensor] = {}
-        # Of the last pass whose sums were asked for.
+        # When those of the last pass that had any have been added up.
         self.sums_read: torch.Event | None = None
 
     def make_room(self, sizes: Sequence[int]) -> bool:
@@ -129,7 +130,7 @@ class PeerMemory:
 
     @property
     def num_bytes(self) -> int:
-        """Of this rank that others read, or have read."""
+        """Of this rank that others read or write, or have."""
         return sum(region.num_bytes for region in (*self._regions, *self._outgrown))
 
     def next_half(self, region: int) -> int:
@@ -193,7 +194,7 @@ class PeerMemory:
         return event
 
     def wait_until_sums_are_read(self) -> None:
-        """The current stream does, for those that this rank has asked for so far."""
+        """The current stream waits until this rank has added up those it has received so far."""
         if self.sums_read is not None:
             self.sums_read.wait()
 
@@ -227,7 +228,7 @@ def peer_memory(
 
 
 def peer_memory_bytes() -> int:
-    """Bytes of this rank that others read, in all groups; not in PyTorch's own statistics."""
+    """Bytes of this rank that others read or write, in all groups; not in PyTorch's statistics."""
     return sum(memory.num_bytes for _, memory in _of_groups.values() if memory is not None)
 
 

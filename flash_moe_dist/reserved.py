@@ -57,7 +57,7 @@ class Reservation:
 
     sizes: `Input.sizes` of that pass; slots: K; sum_dtype: of partial sums;
     timeout: of a collective, in seconds.
-    memory: where ranks read it directly; None: it is sent.
+    memory: in which ranks read and write directly; None: all is sent.
     """
 
     room: Room
@@ -307,7 +307,7 @@ def _dispatch_into_room(
 ) -> Dispatched:
     room, ep_size, device = reservation.room, dispatcher.ep_size, given.settings.device
     metadata = _metadata_in_room(reservation, ep_size, given.indices_TK.shape)
-    # These travel while pairs are sorted and packed.
+    # Without peer memory these travel while pairs are sorted and packed.
     rows = dispatcher.start_rows(given.hidden_TH, metadata)
     words_WL = dispatcher.words_to_fill(room, device)
     counts_2WC = torch.empty(2, ep_size, COUNTS, device=device, dtype=torch.int64)

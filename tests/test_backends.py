@@ -97,33 +97,39 @@ def test_sums_for_experts_of_ragged_rows(
         assert_close(sums_EH, expected_EH, 1e-6, "spmm_t")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("hidden_size", [HIDDEN_SIZE, 64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("least_pairs", [1, 16], ids=["pieces", "whole"])
 @pytest.mark.parametrize("place", range(3))
 def test_sums_in_place_among_others(
     place: int,
     least_pairs: int,
     dtype: torch.dtype,
+    hidden_size: int,
     device: torch.device,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Bit by bit what a sum over all gives, whatever stands in the place of these."""
+    """Bit by bit what a sum over all gives, whatever stands in the place of these.
+
+    All are in float32, those of tables in float64 too.
+    """
     monkeypatch.setattr(gather, "SPMM", replace(gather.SPMM, least_pairs=least_pairs))
     pairs, _ = pattern(device)
     pieces = gather._spmm_pieces(pairs, 1, gather.SPMM)
     assert (pieces > 1) == (least_pairs == 1)
     draw = torch.Generator().manual_seed(0)
     values_N = torch.randn(len(EXPERT_IDS), generator=draw).to(device)
-    table_EH = torch.randn(NUM_EXPERTS, HIDDEN_SIZE, generator=draw).to(device, dtype)
-    others_PXH = torch.randn(3, 3, HIDDEN_SIZE, generator=draw).to(device)
+    table_EH = torch.randn(NUM_EXPERTS, hidden_size, generator=draw).to(device, dtype)
+    others_PXH = torch.randn(3, 3, hidden_size, generator=draw).to(device)
     own_TH = gather.spmm(values_N, table_EH, pairs, torch.float32)
 
     others_PXH[place] = own_TH[1:]
-    expected_XH = gather.sum_pieces(others_PXH, dtype)
-    assert_close(expected_XH, others_PXH.double().sum(0), TOLERANCES[dtype], "sum")
+    out_dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+    expected_XH = gather.sum_pieces(others_PXH, out_dtype)
+    assert_close(expected_XH, others_PXH.double().sum(0), TOLERANCES[out_dtype], "sum")
     others_PXH[place] = torch.nan
-    first_TH = torch.empty(1, HIDDEN_SIZE, device=device)
-    rest_XH = torch.empty(3, HIDDEN_SIZE, device=device, dtype=dtype)
+    first_TH = torch.empty(1, hidden_size, device=device)
+    rest_XH = torch.empty(3, hidden_size, device=device, dtype=out_dtype)
     told: list[str] = []
     parts = [
         RowsOut(slice(0, 1), first_TH, lambda: told.append("first")),

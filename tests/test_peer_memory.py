@@ -1,4 +1,4 @@
-"""Memory that ranks read of each other: shared by layers, growing, refused; on CPUs as files."""
+"""Memory that ranks have in common: shared by layers, growing, refused; on CPUs as files."""
 
 import pickle
 import random
@@ -18,6 +18,7 @@ from test_reserved import dispatches, has_room, results
 
 from flash_moe import FlashExperts
 from flash_moe_dist import peer_memory
+from flash_moe_dist.peer_dispatch import ROWS, SUMS, WORDS
 from flash_moe_dist.peer_memory import ALIGNMENT, PeerMemory, peer_memory_bytes
 from flash_moe_dist.reserved import LayerDispatch
 
@@ -124,6 +125,40 @@ def tables_only_of_two_sizes() -> None:
 
 def test_rows_are_not_written_over_while_others_read(rank_pools: RankPools) -> None:
     rank_pools.run(2, tables_only_of_two_sizes, backend=KERNELS)
+
+
+def sums_of_a_late_rank() -> list[tuple[str, int]]:
+    """Rank 1 offers its rows in time, and then is late with sums for others."""
+    rank, barrier = dist.get_rank(), PeerMemory.barrier
+    wait = PeerMemory.wait_until_sums_are_read
+    case = make_case(5, 12, NUM_EXPERTS, SLOTS, seed=rank)
+    calls: list[tuple[str, int]] = []
+
+    def late(memory: PeerMemory, region: int) -> None:
+        calls.append(("barrier", region))
+        barrier(memory, region)
+        time.sleep(0.5 * rank * (region == ROWS))
+
+    def waits(memory: PeerMemory) -> None:
+        calls.append(("wait", SUMS))
+        wait(memory)
+
+    with pytest.MonkeyPatch.context() as patch:
+        use_shared_files(patch)
+        expected, experts = results(layer(12), case), layer(12)
+        results(experts, case)
+        patch.setattr(PeerMemory, "barrier", late)
+        patch.setattr(PeerMemory, "wait_until_sums_are_read", waits)
+        for found, exact in zip(results(experts, case), expected, strict=True):
+            assert torch.equal(found, exact)
+    return calls
+
+
+def test_sums_are_added_when_all_have_come(rank_pools: RankPools) -> None:
+    waited = ("wait", SUMS)
+    forward = [waited, ("barrier", WORDS), waited, ("barrier", ROWS), ("barrier", SUMS)]
+    for calls in rank_pools.run(2, sums_of_a_late_rank, backend=KERNELS):
+        assert calls == [*forward, waited, ("barrier", ROWS), ("barrier", SUMS)]
 
 
 def inference_first() -> None:

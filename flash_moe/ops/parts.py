@@ -23,8 +23,9 @@ class RowsIn:
 class RowsOut:
     """Where sums of these rows go, (rows, H), and what to call when they were written.
 
-    addends: (P, rows, H) contiguous, in the dtype of sums. What goes out is the sum over P of
-        these, in order, with the sums of these rows in `place`, where nothing need stand before.
+    addends: (P, rows, H) contiguous. What goes out is the sum over P of these, in order and in
+        their dtype, with the sums of these rows in `place`; what stood there is ignored, and may
+        be written over.
     """
 
     rows: slice

@@ -211,7 +211,7 @@ def spmm_into(
                 PIECES=pieces,
                 HOT_PIECES=0 if hot_sums_PTH is None else hot_sums_PTH.shape[0],
                 ADDENDS=0 if addends is None else len(addends),
-                PLACE=part.place,
+                PLACE=0 if addends is None else part.place,
                 num_warps=config.num_warps,
             )
             if pieces > 1:

@@ -142,8 +142,9 @@ def spmm_kernel(
         )
         total += tl.sum(weights[:, None] * experts.to(total.dtype), 0)
     if ADDENDS > 0:
-        own = total
-        total = tl.zeros([BLOCK_HIDDEN], dtype=own.dtype)
+        # Rounded as if it had been stored among them.
+        own = total.to(addends.dtype.element_ty)
+        total = tl.zeros([BLOCK_HIDDEN], dtype=addends.dtype.element_ty)
         for piece in tl.static_range(ADDENDS):
             if piece == PLACE:
                 total += own
