@@ -122,16 +122,16 @@ class _FetchedRows:
         memory, rank = self.dispatcher.memory, self.dispatcher.rank
         skipped_bytes = memory.next_half(ROWS)
 
-        def rows_of(rank: int) -> Tensor:
+        def offered_by(peer: int) -> Tensor:
             shape, dtype = self.given_XH.shape, self.given_XH.dtype
-            return memory.view(rank, ROWS, shape, dtype, skipped_bytes)
+            return memory.view(peer, ROWS, shape, dtype, skipped_bytes)
 
         with memory.aside():
-            rows_of(rank).copy_(self.given_XH)
+            offered_by(rank).copy_(self.given_XH)
             memory.wait_until_sums_are_read()
             memory.barrier(ROWS)
             for other in self.dispatcher.others:
-                self.received_WXH[other].copy_(rows_of(other))
+                self.received_WXH[other].copy_(offered_by(other))
             # No hurry, as scores of own rows are computed from where they were given.
             self.received_WXH[rank].copy_(self.given_XH)
             self.fetched = memory.reached()
