@@ -13,16 +13,17 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ParallelStyle
 
-from flash_moe.ops.backends import accumulator_dtype, choose_backend
+from flash_moe.ops.backend_choice import choose_backend
+from flash_moe.ops.backends import accumulator_dtype
+from flash_moe.ops.expert_math import Backward, forward, slots_of
 from flash_moe.ops.flash_expert import triton_flash_expert_func
-from flash_moe.ops.formulas import Backward, forward, slots_of
 from flash_moe_dist.agreement import raise_differences, same_error_on_all_ranks
-from flash_moe_dist.counts import Input, Settings
-from flash_moe_dist.dispatch import DISPATCHERS, TokenDispatcher
-from flash_moe_dist.initialization import normal_rows_
-from flash_moe_dist.reserved import LayerDispatch
-from flash_moe_dist.steps import step
-from flash_moe_dist.volume import DispatcherName, Widths, cheaper_dispatcher
+from flash_moe_dist.dispatch.base import DISPATCHERS, TokenDispatcher
+from flash_moe_dist.dispatch.capacity import LayerDispatch
+from flash_moe_dist.dispatch.comm_volume import DispatcherName, ElementSizes, cheaper_dispatcher
+from flash_moe_dist.dispatch.handshake import Input, Settings
+from flash_moe_dist.initialization import init_normal_rows_
+from flash_moe_dist.phases import phase
 
 Dispatcher = Literal["auto", "all_to_all", "all_gather"]
 
@@ -51,7 +52,7 @@ class ExpertParallel(ParallelStyle):
         dispatcher: how rows travel. "all_to_all" sends a token's row to the ranks that own some
             of its experts; "all_gather" sends every row to every rank, which is as much where
             tokens use nearly all ranks, in static shapes; "auto" takes the cheaper by
-            `flash_moe_dist.volume.cheaper_dispatcher`, from shapes alone.
+            `flash_moe_dist.dispatch.comm_volume.cheaper_dispatcher`, from shapes alone.
 
     Raises:
         ValueError: there is no such dispatcher. When applied, on every rank: the mesh has more
@@ -93,7 +94,7 @@ class ExpertParallel(ParallelStyle):
         hooked: Any = module
         hooked.expert_func = ExpertParallelFunc(device_mesh, self.dispatcher)
         if hasattr(module, "normal_rows_"):
-            hooked.normal_rows_ = normal_rows_
+            hooked.normal_rows_ = init_normal_rows_
         return module
 
 
@@ -215,7 +216,7 @@ class ExpertParallelFunc:
             name = "all_to_all"
         else:
             sum_dtype = accumulator_dtype(hidden_TH.dtype, down_eH.dtype)
-            widths = Widths(
+            widths = ElementSizes(
                 self.ep_size,
                 hidden_TH.shape[1],
                 hidden_TH.element_size(),
@@ -265,10 +266,10 @@ class _ShardedExperts(torch.autograd.Function):
         given = Input.of(hidden_TH, indices_TK, weights_TK, settings)
         metadata = None
         while metadata is None:
-            with step("dispatch"):
+            with phase("dispatch"):
                 dispatched = layer_dispatch.dispatch(given, dispatcher)
                 received = dispatched.received
-            with step("experts"):
+            with phase("experts"):
                 rows_RH = received.hidden_RH
                 backend = choose_backend(None, rows_RH, down_eH, up_eH, None)
                 sum_dtype = accumulator_dtype(rows_RH.dtype, down_eH.dtype)
@@ -287,7 +288,7 @@ class _ShardedExperts(torch.autograd.Function):
                     rows_in=received.rows_in,
                     rows_out=sums.parts,
                 )
-            with step("combine"):
+            with phase("combine"):
                 sums.start(partial_RH)
                 out_TH = sums.collect()
             metadata = layer_dispatch.settle(given, dispatched)
@@ -319,10 +320,10 @@ class _ShardedExperts(torch.autograd.Function):
         hidden_needed, down_needed, up_needed, _, weights_needed, *_ = ctx.needs_input_grad
         sum_dtype = accumulator_dtype(ctx.hidden_dtype, down_eH.dtype)
         sums = None
-        with step("dispatch_backward"):
+        with phase("dispatch_backward"):
             arriving = dispatcher.start_rows(grad_TH, metadata)
             arriving.fetch()
-        with step("experts_backward"):
+        with phase("experts_backward"):
             backward = Backward(
                 arriving.rows_RH,
                 rows_RH,
@@ -336,24 +337,24 @@ class _ShardedExperts(torch.autograd.Function):
                 ctx.mean_pairs,
                 arriving.parts,
             )
-        with step("combine_backward"):
+        with phase("combine_backward"):
             # Before the sums, so that these travel while those are computed.
             if backward.weights_grad is not None:
                 weights_returned = dispatcher.start_return(backward.weights_grad, metadata)
-        with step("experts_backward"):
+        with phase("experts_backward"):
             if hidden_needed:
                 sums = dispatcher.sums(metadata, rows_RH.shape[1], sum_dtype, ctx.hidden_dtype)
                 partial_RH = backward.for_tokens(sum_dtype, sums.parts)
-        with step("combine_backward"):
+        with phase("combine_backward"):
             if sums is not None:
                 assert partial_RH is not None
                 sums.start(partial_RH)
             if backward.weights_grad is not None:
                 weights_returned.arrange()
-        with step("experts_backward"):
+        with phase("experts_backward"):
             # The loss is averaged over the ranks.
             down_grad, up_grad = backward.for_tables(1 / dispatcher.ep_size)
-        with step("combine_backward"):
+        with phase("combine_backward"):
             hidden_grad = None if sums is None else sums.collect()
             weights_grad = None
             if backward.weights_grad is not None:

@@ -21,10 +21,10 @@ def materialize(model: nn.Module, device: torch.device | str) -> None:
 
     Calls `reset_parameters` of every module that has one, of children before their parents.
     Tables of `flash_moe.FlashExperts` are filled shard by shard, with values that do not depend
-    on the number of ranks; call `normal_rows_` in the `reset_parameters` of a module of your own.
-    Seed every rank alike; parameters that are no tables are then equal on all. Parameters that are
-    one under several names stay one. Apply
-    `fully_shard` to these after this, to tables (over another axis) before or after.
+    on the number of ranks; call `init_normal_rows_` in the `reset_parameters` of a module of your
+    own. Seed every rank alike; parameters that are no tables are then equal on all. Parameters
+    that are one under several names stay one. Apply `fully_shard` to these after this, to tables
+    (over another axis) before or after.
 
     Raises:
         ValueError: a module has parameters or buffers of its own, and no `reset_parameters`.
@@ -54,7 +54,7 @@ def materialize(model: nn.Module, device: torch.device | str) -> None:
     model.apply(reset)
 
 
-def normal_rows_(table: Tensor, std: float) -> None:
+def init_normal_rows_(table: Tensor, std: float) -> None:
     """`flash_moe.layers.normal_rows.normal_rows_` for a table (E, H) sharded over any meshes."""
     if not isinstance(table, DTensor):
         normal_rows.normal_rows_(table, std)

@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from flash_moe_dist.dispatch.partition import num_local_experts
 from flash_moe_dist.expert_parallel import ExpertParallelFunc
-from flash_moe_dist.sharding import num_local_experts
 
 
 @dataclass(frozen=True)

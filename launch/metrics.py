@@ -6,7 +6,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from flash_moe_dist.steps import STEPS
+from flash_moe_dist.phases import PHASES
 
 Line = dict[str, Any]
 
@@ -62,7 +62,7 @@ def speed(lines: list[Line]) -> str:
             of_step[both] = of_step.get(both, 0.0) + share
         for name, share in of_step.items():
             shares.setdefault(name, []).append(share)
-    parts = [f"{name} {statistics.median(shares[name]):.1%}" for name in STEPS if name in shares]
+    parts = [f"{name} {statistics.median(shares[name]):.1%}" for name in PHASES if name in shares]
     text = f"median of {rate:,.0f} tokens/s"
     return f"{text}; of a step: {', '.join(parts)}" if parts else text
 

@@ -33,12 +33,12 @@ from flash_moe_dist import (
     clip_grad_norm_,
     count_load,
     materialize,
-    time_steps,
+    time_phases,
 )
 from flash_moe_dist.agreement import gather_objects, same_error_on_all_ranks
 from flash_moe_dist.checkpoint import Checkpointer
-from flash_moe_dist.collectives import all_gather_rows
-from flash_moe_dist.peer_memory import peer_memory_bytes
+from flash_moe_dist.dispatch.collectives import all_gather_rows
+from flash_moe_dist.dispatch.symmetric_memory import symmetric_memory_bytes
 from flash_moe_dist.runtime import DEFAULT_TIMEOUT, Runtime, distributed
 from metrics import Line, MetricsFile, plot_losses, speed
 from model import ModelConfig, Transformer
@@ -205,7 +205,7 @@ def learning_rate_factor(step: int, steps: int) -> float:
 class StepReport:
     """losses: by rank, in nats a token; norm: of the gradient; stop: some rank asks to end.
 
-    layer_seconds: of this rank, if asked for, as `flash_moe_dist.time_steps`.
+    layer_seconds: of this rank, if asked for, as `flash_moe_dist.time_phases`.
     """
 
     losses: list[float]
@@ -252,7 +252,7 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         timed: AbstractContextManager[dict[str, float]] = (
-            time_steps(self.runtime.device) if self.args.time_steps else nullcontext({})
+            time_phases(self.runtime.device) if self.args.time_phases else nullcontext({})
         )
         with timed as layer_seconds:
             loss = self.loss(self.corpus.train, step, self.args.seed)
@@ -363,7 +363,7 @@ def train(
         tokens_per_s = args.batch_size * args.seq_len / seconds
         line: Line = {"step": step, "loss": report.loss, "tokens_per_s": tokens_per_s}
         line |= {"world_size": runtime.world_size, "ep_size": runtime.ep_mesh.size()}
-        if args.time_steps:
+        if args.time_phases:
             line["share_of_step"] = {
                 name: taken / seconds for name, taken in report.layer_seconds.items()
             }
@@ -485,7 +485,7 @@ def peak_memory(device: torch.device) -> str:
     """What this GPU held at most, as the end of a sentence; of a CPU nothing."""
     if device.type != "cuda":
         return ""
-    held = torch.cuda.max_memory_allocated(device) + peer_memory_bytes()
+    held = torch.cuda.max_memory_allocated(device) + symmetric_memory_bytes()
     return f"; at most {held / 1e9:.1f} GB of GPU memory on rank 0"
 
 

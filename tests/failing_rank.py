@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch.distributed.tensor.parallel import parallelize_module
 
 from flash_moe import FlashExperts
-from flash_moe.ops import formulas
+from flash_moe.ops import expert_math
 from flash_moe_dist import ExpertParallel, expert_parallel
 from flash_moe_dist.runtime import distributed
 
@@ -54,7 +54,7 @@ with distributed(timedelta(seconds=float(timeout)), int(ep_size)) as runtime:
         if failing and where == "after combine":
             the_original_error()
         if failing and where == "in the backward pass":
-            formulas.Backward.for_tokens = lambda *_: the_original_error()  # type: ignore
+            expert_math.Backward.for_tokens = lambda *_: the_original_error()  # type: ignore
         if where == "before a collective":
             if failing:
                 the_original_error()

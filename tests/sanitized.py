@@ -11,10 +11,10 @@ import torch
 from cases import make_case
 
 from flash_moe import ragged_flash_expert_func, triton_flash_expert_func
-from flash_moe.ops.arrange import raise_index_errors
 from flash_moe.ops.backends.gather import spmm_into
+from flash_moe.ops.indices import raise_index_errors
+from flash_moe.ops.overlap import OutputChunk
 from flash_moe.ops.pairs import Pairs
-from flash_moe.ops.parts import RowsOut
 
 BACKENDS = ["gather", "hot_cold"]
 if "--no-library-products" not in sys.argv:
@@ -47,8 +47,8 @@ table, values = torch.randn(9, 40, device="cuda"), torch.ones(9, device="cuda")
 first, others = torch.empty(1, 40, device="cuda"), torch.ones(3, 2, 40, device="cuda")
 rest = torch.empty(2, 40, device="cuda", dtype=torch.bfloat16)
 parts = [
-    RowsOut(slice(0, 1), first),
-    RowsOut(slice(1, 3), rest, addends=others, place=1),
+    OutputChunk(slice(0, 1), first),
+    OutputChunk(slice(1, 3), rest, addends=others, place=1),
 ]
 spmm_into(values, table, pairs, parts)
 if not torch.allclose(rest[0], torch.full_like(rest[0], 2)):

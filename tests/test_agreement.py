@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed.tensor.parallel import parallelize_module
 
 from flash_moe import FlashMoE
-from flash_moe.ops import arrange
+from flash_moe.ops import indices
 from flash_moe_dist import ExpertParallel
 from flash_moe_dist.agreement import same_error_on_all_ranks
 from flash_moe_dist.expert_parallel import ExpertParallelFunc
@@ -237,12 +237,12 @@ def backward_after_bad_ids_elsewhere() -> str:
     experts = shard_experts(make_case(1, 12, 23, 1), "all_gather")
     out = experts(case.hidden_states, case.indices, case.routing_weights)
     if dist.get_rank() == 1:
-        record = arrange._record_for(torch.device("cpu"))
+        record = indices._poll_and_get_record(torch.device("cpu"))
         record.found.copy_(torch.tensor([99, 99, 23, -1]))
         record.flag.fill_(1)
     out.backward(case.grad)
     try:
-        arrange.poll_index_errors(torch.device("cpu"))
+        indices.poll_index_errors(torch.device("cpu"))
     except ValueError as error:
         return str(error)
     return ""

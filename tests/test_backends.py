@@ -8,9 +8,10 @@ import torch
 from cases import TOLERANCES, assert_close
 from torch import Tensor
 
-from flash_moe.ops.backends import check_backend, gather, load_backend
+from flash_moe.ops.backend_choice import check_backend
+from flash_moe.ops.backends import gather, load_backend
+from flash_moe.ops.overlap import OutputChunk
 from flash_moe.ops.pairs import Pairs
-from flash_moe.ops.parts import RowsOut
 
 NUM_EXPERTS, HIDDEN_SIZE = 11, 37
 ROW_OFFSETS = [0, 3, 3, 12, 13]
@@ -132,8 +133,8 @@ def test_sums_in_place_among_others(
     rest_XH = torch.empty(3, hidden_size, device=device, dtype=out_dtype)
     told: list[str] = []
     parts = [
-        RowsOut(slice(0, 1), first_TH, lambda: told.append("first")),
-        RowsOut(slice(1, 4), rest_XH, lambda: told.append("rest"), others_PXH, place),
+        OutputChunk(slice(0, 1), first_TH, lambda: told.append("first")),
+        OutputChunk(slice(1, 4), rest_XH, lambda: told.append("rest"), others_PXH, place),
     ]
     gather.spmm_into(values_N, table_EH, pairs, parts)
     assert told == ["first", "rest"]

@@ -7,8 +7,7 @@ from torch import Tensor
 
 from flash_moe import ragged_flash_expert_func, triton_flash_expert_func
 from flash_moe.ops import flash_expert
-from flash_moe.ops.backends import TRITON_BACKENDS
-from flash_moe.ops.cost import LEAST_PAIRS_ASIDE
+from flash_moe.ops.backend_choice import MIN_PAIRS_FOR_SIDE_STREAM, TRITON_BACKENDS
 
 BACKENDS = ("reference", "torch_sparse", "gather")
 PRODUCT_BACKENDS = ("hot_cold", "dense")
@@ -88,7 +87,7 @@ def test_cuda_graph_replays_with_new_values(backend: str, device: torch.device) 
         return triton_flash_expert_func(*args, backend=backend)
 
     # Pairs enough to be sorted by expert on a second stream.
-    shape = (1024, 64, 500, LEAST_PAIRS_ASIDE // 1024)
+    shape = (1024, 64, 500, MIN_PAIRS_FOR_SIDE_STREAM // 1024)
     static = make_case(*shape, torch.bfloat16, device)
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):

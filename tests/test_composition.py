@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from flash_moe import FlashMoE
 from flash_moe_dist import ExpertParallel, clip_grad_norm_
-from flash_moe_dist.collectives import ALL_GATHER, ALL_TO_ALL
+from flash_moe_dist.dispatch.collectives import ALL_GATHER_COLLECTIVE, ALL_TO_ALL_COLLECTIVE
 from flash_moe_dist.runtime import Runtime
 
 NUM_EXPERTS, HIDDEN_SIZE, SLOTS, TOKENS = 30, 12, 4, 10
@@ -131,7 +131,7 @@ def assert_equal(some: list[Tensor], others: list[Tensor]) -> None:
 
 def count_collectives(run: Callable[[], Any]) -> dict[str, int]:
     """How often each collective is called in `run`."""
-    names = (ALL_TO_ALL, ALL_GATHER, "all_gather")
+    names = (ALL_TO_ALL_COLLECTIVE, ALL_GATHER_COLLECTIVE, "all_gather")
     counts = dict.fromkeys(names, 0)
 
     def counted(name: str, collective: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import parallelize_module
 
 from flash_moe import triton_flash_expert_func
-from flash_moe.ops.formulas import Backward
+from flash_moe.ops.expert_math import Backward
 from flash_moe_dist import ExpertParallel, clip_grad_norm_
 from flash_moe_dist.expert_parallel import ExpertParallelFunc
 from flash_moe_dist.runtime import Runtime

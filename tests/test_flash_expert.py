@@ -8,6 +8,7 @@ from cases import INTERPRETED_TOLERANCES, RESULTS, TOLERANCES, Case, assert_clos
 from torch import Tensor
 
 from flash_moe import ragged_flash_expert_func, triton_flash_expert_func
+from flash_moe.ops import indices
 
 BACKENDS = ("reference", "torch_sparse", "gather")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -245,7 +246,7 @@ def test_gradcheck(backend: str) -> None:
 
 
 def test_default_backend_follows_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    from flash_moe.ops.backends import default_backend
+    from flash_moe.ops.backend_choice import default_backend
 
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     monkeypatch.delenv("FLASH_MOE_BACKEND", raising=False)
@@ -417,17 +418,16 @@ def test_bad_offsets_and_ids_are_made_harmless(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What kernels read until the error is reported, which CUDA does late."""
-    from flash_moe.ops import arrange
 
     offsets = torch.tensor([-3, 9, 2, 4], device=device)
     ids = torch.tensor([5, 6, -2, -1], device=device)
     with monkeypatch.context() as patch:
-        patch.setattr(arrange._Record, "poll", lambda record: None)
-        arranged_offsets, arranged_ids = arrange.arrange_ragged(offsets, ids, 6, in_kernels=True)
+        patch.setattr(indices._Record, "poll", lambda record: None)
+        arranged_offsets, arranged_ids = indices.check_ragged(offsets, ids, 6, in_kernels=True)
     assert arranged_offsets.tolist() == [0, 4, 2, 4]
     assert arranged_ids.tolist() == [5, -1, -1, -1]
     with pytest.raises(ValueError, match="row_offsets must ascend"):
-        arrange.raise_index_errors()
+        indices.raise_index_errors()
 
 
 BAD_RAGGED = {
@@ -486,9 +486,8 @@ def test_ids_out_of_range_in_kernels(
     device: torch.device,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from flash_moe.ops import arrange
 
-    monkeypatch.setattr(arrange, "MAX_SORTED_SLOTS", sort_limit)
+    monkeypatch.setattr(indices, "MAX_SORTED_SLOTS", sort_limit)
     monkeypatch.setenv("FLASH_MOE_STRICT_INDICES", "1")
     case = make_case(9, 8, 6, 3, device=device)
     check(case, "gather", TOLERANCES[torch.float32])
@@ -504,12 +503,12 @@ def test_ids_out_of_range_in_kernels(
 
 @pytest.mark.parametrize("num_experts", [50, 2**31 - 1])
 def test_slots_are_sorted_stably(num_experts: int, device: torch.device) -> None:
-    from flash_moe.ops.arrange import arrange_slots
+    from flash_moe.ops.indices import check_and_sort
 
     draw = torch.Generator().manual_seed(0)
     indices_TK = torch.randint(-1, 50, (7, 33), generator=draw)
     indices_TK[3, 5] = num_experts - 1
-    ids, order = arrange_slots(indices_TK.to(device), num_experts, in_kernels=True)
+    ids, order = check_and_sort(indices_TK.to(device), num_experts, in_kernels=True)
     expected, slots = indices_TK.sort(dim=1, stable=True)
     assert torch.equal(ids.cpu().view(7, 33).long(), expected)
     assert torch.equal(order.cpu().view(7, 33) - 33 * torch.arange(7).unsqueeze(1), slots)
@@ -519,7 +518,7 @@ def test_slots_are_sorted_stably(num_experts: int, device: torch.device) -> None
 def test_index_out_of_range_on_cuda_is_reported_and_the_context_survives(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from flash_moe.ops.arrange import raise_index_errors
+    from flash_moe.ops.indices import raise_index_errors
 
     good = make_case(64, 32, 50, 8, device=device)
     bad = make_case(64, 32, 50, 8, device=device)

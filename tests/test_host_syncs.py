@@ -15,7 +15,7 @@ from sharded import shard_experts
 from torch import Tensor
 
 from flash_moe_dist import count_load
-from flash_moe_dist.collectives import ALL_GATHER, ALL_TO_ALL
+from flash_moe_dist.dispatch.collectives import ALL_GATHER_COLLECTIVE, ALL_TO_ALL_COLLECTIVE
 
 
 def host_syncs_of(run: Callable[[], Any]) -> list[str]:
@@ -49,7 +49,7 @@ def host_syncs_of(run: Callable[[], Any]) -> list[str]:
         warnings.simplefilter("always")
         patch.setattr(torch.cuda.Event, "synchronize", waiting)
         if dist.get_backend() == "gloo":
-            for name in (ALL_TO_ALL, ALL_GATHER):
+            for name in (ALL_TO_ALL_COLLECTIVE, ALL_GATHER_COLLECTIVE):
                 patch.setattr(dist, name, uncounted(getattr(dist, name)))
         torch.cuda.set_sync_debug_mode("warn")
         try:

@@ -9,17 +9,17 @@ from cases import INTERPRETED_TOLERANCES, RESULTS, Case, assert_close, make_case
 from torch import Tensor
 
 from flash_moe import triton_flash_expert_func
-from flash_moe.ops import formulas
-from flash_moe.ops.arrange import arrange_slots
+from flash_moe.ops import expert_math
+from flash_moe.ops.backend_choice import cheapest_backend, hot_threshold
 from flash_moe.ops.backends import dense, gather, hot_cold
-from flash_moe.ops.cost import cheapest_backend, hot_threshold
-from flash_moe.ops.hot_pairs import (
+from flash_moe.ops.hot_experts import (
     HotPairs,
     most_hot_experts,
     set_hot_apart,
     workspace_size,
     zero_counts,
 )
+from flash_moe.ops.indices import check_and_sort
 
 NUM_TOKENS, NUM_EXPERTS, SLOTS = 13, 41, 12
 # A value is rounded before its product, and the sum of products once more.
@@ -78,7 +78,7 @@ def test_hot_cold(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Thresholds at which all, some, hardly any and no experts are hot."""
-    monkeypatch.setattr(formulas, "hot_threshold", lambda num_tokens: threshold)
+    monkeypatch.setattr(expert_math, "hot_threshold", lambda num_tokens: threshold)
     ids = ROUTINGS[routing]()
     check(
         make_case(NUM_TOKENS, hidden_size, NUM_EXPERTS, SLOTS, torch.float16, device, indices=ids),
@@ -98,7 +98,7 @@ def test_several_chunks_of_experts(
     backend: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """200 experts in chunks of 128 places, or of 30 experts."""
-    monkeypatch.setattr(formulas, "hot_threshold", lambda num_tokens: 1)
+    monkeypatch.setattr(expert_math, "hot_threshold", lambda num_tokens: 1)
     monkeypatch.setattr(hot_cold, "MATRIX_ELEMENTS", 128 * NUM_TOKENS)
     monkeypatch.setattr(dense, "MATRIX_ELEMENTS", 30 * NUM_TOKENS)
     check(make_case(NUM_TOKENS, 24, 200, 30, torch.float16, device), backend)
@@ -109,7 +109,7 @@ def test_many_repeats_in_blocks(
     backend: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Runs of one expert that go on from block to block, and end with a block."""
-    monkeypatch.setattr(formulas, "hot_threshold", lambda num_tokens: 1)
+    monkeypatch.setattr(expert_math, "hot_threshold", lambda num_tokens: 1)
     monkeypatch.setattr(hot_cold, "REST_BLOCK", 8)
     monkeypatch.setattr(dense, "BLOCK", 8)
     ids = torch.tensor([[3] * 20 + [5] * 9, [1] * 8 + [2] * 16 + [4] * 5, list(range(29))])
@@ -118,7 +118,7 @@ def test_many_repeats_in_blocks(
 
 @pytest.mark.parametrize("backend", ["hot_cold", "dense", "gather"])
 def test_repeatable(backend: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(formulas, "hot_threshold", lambda num_tokens: 4)
+    monkeypatch.setattr(expert_math, "hot_threshold", lambda num_tokens: 4)
     case = make_case(13, 40, 41, 12, torch.float16, device, indices=skewed())
     first = results(case, backend)
     for _ in range(3):
@@ -146,7 +146,7 @@ def test_example_of_the_arrays(device: torch.device) -> None:
     workspace = torch.empty(workspace_size(1, 9, most), device=device, dtype=torch.int32)
     hot = HotPairs.in_workspace(workspace, 1, 9, most)
     counts = zero_counts(hot)
-    ids_N, order_N = arrange_slots(ids, 9, True, counts)
+    ids_N, order_N = check_and_sort(ids, 9, True, counts)
     assert counts.tolist() == [0, 0, 1, 0, 0, 1, 0, 1, 0]
     counts[5] = 0
     set_hot_apart(hot, ids_N, order_N, slots=4, threshold=1)

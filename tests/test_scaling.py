@@ -13,9 +13,9 @@ from small_run import launch
 
 from flash_moe.bench.cases import make_inputs
 from flash_moe.ops.naive import naive_expert_func
-from flash_moe_dist import dispatch
-from flash_moe_dist.sharding import experts_per_rank
-from flash_moe_dist.volume import Load, Widths, bytes_handed
+from flash_moe_dist.dispatch import base
+from flash_moe_dist.dispatch.comm_volume import ElementSizes, PassVolume, bytes_handed
+from flash_moe_dist.dispatch.partition import experts_per_rank
 from scaling import verify as verify_module
 from scaling.arguments import parse, problems_of, variants
 from scaling.conventional import conventional_expert_func
@@ -250,8 +250,8 @@ def sharded_layer(problem: Problem) -> tuple[Layer, tuple[torch.Tensor, ...]]:
 
 def verify_a_wrong_one(where: str, problem: Problem) -> None:
     layer, expected = sharded_layer(problem)
-    patched: Any = dispatch
-    sum_copies = dispatch.sum_copies
+    patched: Any = base
+    sum_copies = base.sum_copies
     calls = 0
 
     def wrong(*args: Any) -> torch.Tensor:
@@ -334,7 +334,7 @@ def dispatcher_of_auto(problem: Problem) -> str:
     layer, _ = sharded_layer(problem)
     layer.choose("auto")
     with pytest.MonkeyPatch.context() as patch:
-        for key, one in dispatch.DISPATCHERS.items():
+        for key, one in base.DISPATCHERS.items():
             rows = one.start_rows
 
             def noted(*args: Any, name: str = key, rows: Any = rows) -> Any:
@@ -371,12 +371,12 @@ def test_traffic_is_what_ranks_send(rank_pools: RankPools) -> None:
 def test_messages_have_the_bytes_of_the_volume_model(name: Any) -> None:
     rows_WW = torch.tensor([[3.0, 5.0, 0.0], [2.0, 2.0, 7.0], [4.0, 0.0, 1.0]])
     pairs_WW = rows_WW * torch.tensor([2.0, 3.0, 1.0])
-    widths = Widths(3, 16, 2, 4, 8)
+    widths = ElementSizes(3, 16, 2, 4, 8)
     found = messages(name, widths, Traffic(rows_WW.double(), pairs_WW.double(), 9))
     for rank in range(3):
         sums = (rows_WW[rank], rows_WW[:, rank], pairs_WW[rank], pairs_WW[:, rank])
         sent, received, pairs_sent, pairs_received = (int(one.sum()) for one in sums)
-        load = Load(sent, received, pairs_sent, pairs_received, most_tokens=9)
+        load = PassVolume(sent, received, pairs_sent, pairs_received, most_tokens=9)
         expected = sum(sum(one.values()) for one in bytes_handed(name, widths, load))
         handed = sum(
             # An all-gather is handed one copy.

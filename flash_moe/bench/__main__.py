@@ -15,7 +15,7 @@ from flash_moe.bench.floors import floors, pairs_of_experts
 from flash_moe.bench.measure import count_launches, measure, one_pass
 from flash_moe.bench.peers import SUBJECT, load_func, variants
 from flash_moe.bench.report import CaseReport, header, table, write_json, write_plot
-from flash_moe.ops.backends import choose_backend
+from flash_moe.ops.backend_choice import choose_backend
 
 # What stands for a shape or routing option that is not given; the names are fields of `Case`.
 DEFAULTS: dict[str, Any] = {

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from flash_moe.ops.activation_kernels import activate_backward_kernel, activate_kernel
-from flash_moe.ops.launch import cdiv, launch
+from flash_moe.ops.triton_launch import cdiv, launch
 
 BLOCK = 1024
 

@@ -4,6 +4,9 @@ N pairs, token by token; the i-th pair stands in slot order[i] of the caller's (
 in slot i where HAS_ORDER is False. Grid (blocks of pairs,).
 """
 
+# Triton's language has no types.
+# mypy: ignore-errors
+
 import triton
 import triton.language as tl
 

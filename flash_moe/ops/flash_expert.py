@@ -1,7 +1,7 @@
 """The expert op: public functions and custom ops with their autograd.
 
 T tokens, H hidden size, E experts, K experts per token, N (token, expert) pairs. The mathematics
-is in `flash_moe.ops.formulas`.
+is in `flash_moe.ops.expert_math`.
 """
 
 from typing import Any
@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
-from flash_moe.ops.arrange import order_dtype, poll_index_errors
-from flash_moe.ops.backends import TRITON_BACKENDS, accumulator_dtype, choose_backend
-from flash_moe.ops.checks import check_expert_inputs, check_ragged_inputs
-from flash_moe.ops.formulas import Backward, forward, size_of_workspace, slots_of
+from flash_moe.ops.backend_choice import TRITON_BACKENDS, choose_backend
+from flash_moe.ops.backends import accumulator_dtype
+from flash_moe.ops.expert_math import Backward, forward, size_of_workspace, slots_of
+from flash_moe.ops.indices import order_dtype, poll_index_errors
+from flash_moe.ops.input_checks import check_expert_inputs, check_ragged_inputs
 
 
 def triton_flash_expert_func(
@@ -41,7 +42,7 @@ def triton_flash_expert_func(
             hidden states and tables of one 16-bit dtype: experts that many tokens use, or all of
             them, by matrix products, with values of pairs rounded to 16 bits before a product),
             "torch_sparse" (CPU tensors) or "reference" (any). If None, chosen by device, and on
-            CUDA by cost from the shapes (`flash_moe.ops.cost`); the environment variable
+            CUDA by cost from the shapes (`flash_moe.ops.backend_choice`); the environment variable
             FLASH_MOE_BACKEND overrides that choice.
 
     Returns:
@@ -65,7 +66,7 @@ def triton_flash_expert_func(
         ValueError: a shape or device does not fit, or an index is out of range. On CUDA the
             ids are never followed out of range, and the error comes without waiting for the
             device: at the next call or backward pass, from
-            `flash_moe.ops.arrange.raise_index_errors` (call it now and then where CUDA graphs
+            `flash_moe.ops.indices.raise_index_errors` (call it now and then where CUDA graphs
             alone are replayed), or at once when FLASH_MOE_STRICT_INDICES=1.
     """
     check_expert_inputs(hidden_states, down_weights, up_weights, indices, routing_weights)

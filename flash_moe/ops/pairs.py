@@ -9,7 +9,7 @@ T tokens, E experts, N pairs. The pattern is ragged: a token may have any number
     expert_offsets  (E+1,) int64   pairs of expert e are
                                    expert_order[expert_offsets[e]:expert_offsets[e+1]]
 
-Pairs of experts that many tokens use may be set apart: see `flash_moe.ops.hot_pairs`.
+Pairs of experts that many tokens use may be set apart: see `flash_moe.ops.hot_experts`.
 """
 
 from collections.abc import Callable
@@ -19,8 +19,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from flash_moe.ops.aside import Aside
-from flash_moe.ops.hot_pairs import HotPairs
+from flash_moe.ops.hot_experts import HotPairs
+from flash_moe.ops.side_stream import SideStream
 
 # Pairs sorted at one time: torch.sort takes fewer than 2^31, and needs memory for each.
 SORT_LIMIT = 2**30
@@ -102,20 +102,20 @@ class Pairs:
     def expert_offsets(self) -> Tensor:
         return self._by_expert[1]
 
-    def sort_aside(self, prepare: "Callable[[Pairs], object] | None" = None) -> Aside:
-        """Start sorting by expert beside what the current stream does until `join_sorted`.
+    def start_expert_sort(self, prepare: "Callable[[Pairs], object] | None" = None) -> SideStream:
+        """Start sorting by expert beside what the current stream does until `wait_expert_sort`.
 
         Nobody may ask for the order before, nor for what `prepare` puts into `kept`.
         """
-        aside = Aside(self.expert_ids.device)
+        aside = SideStream(self.expert_ids.device)
         with aside:
             self._by_expert  # noqa: B018
             if prepare is not None:
                 prepare(self)
         return aside
 
-    def join_sorted(self, aside: Aside) -> None:
-        aside.join(self.expert_order, self.expert_offsets, *self.kept)
+    def wait_expert_sort(self, aside: SideStream) -> None:
+        aside.wait(self.expert_order, self.expert_offsets, *self.kept)
 
     @cached_property
     def _by_expert(self) -> tuple[Tensor, Tensor]:

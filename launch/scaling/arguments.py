@@ -9,8 +9,8 @@ from pathlib import Path
 
 from errors import RaisingParser
 from flash_moe.bench.cases import DTYPES, ROUTINGS
-from flash_moe.ops.launch import cdiv
-from flash_moe_dist.volume import DispatcherName
+from flash_moe.ops.triton_launch import cdiv
+from flash_moe_dist.dispatch.comm_volume import DispatcherName
 from scaling.problems import Problem
 from scaling.results import ALONE, CONVENTIONAL
 

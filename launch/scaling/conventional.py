@@ -8,8 +8,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from flash_moe.ops.flash_expert import ragged_flash_expert_func
-from flash_moe_dist.collectives import all_to_all_rows
-from flash_moe_dist.sharding import experts_per_rank
+from flash_moe_dist.dispatch.collectives import all_to_all_rows
+from flash_moe_dist.dispatch.partition import experts_per_rank
 
 # Buffers with a row for each pair that are there at one time: two, and room for one.
 COPIES = 3

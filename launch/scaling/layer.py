@@ -13,8 +13,8 @@ from torch.distributed.tensor.parallel import parallelize_module
 from flash_moe import FlashExperts
 from flash_moe.bench.cases import Inputs
 from flash_moe_dist import ExpertParallel
+from flash_moe_dist.dispatch.partition import experts_per_rank
 from flash_moe_dist.expert_parallel import ExpertParallelFunc
-from flash_moe_dist.sharding import experts_per_rank
 from scaling.conventional import conventional_expert_func
 from scaling.problems import Tokens
 from scaling.ranks import Ranks

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flash_moe_dist.collectives import all_gather_rows, all_to_all_rows
+from flash_moe_dist.dispatch.collectives import all_gather_rows, all_to_all_rows
 from scaling.predict import Link
 from scaling.ranks import Clock, Ranks
 from scaling.traffic import ALL_GATHER, ALL_TO_ALL

@@ -8,9 +8,9 @@ from functools import partial
 import torch
 
 from flash_moe.bench.measure import peak_bytes, start_of_peak
-from flash_moe_dist import time_steps
-from flash_moe_dist.peer_memory import peer_memory_bytes
-from flash_moe_dist.steps import STEPS
+from flash_moe_dist import time_phases
+from flash_moe_dist.dispatch.symmetric_memory import symmetric_memory_bytes
+from flash_moe_dist.phases import PHASES
 from scaling.layer import Layer
 from scaling.ranks import Clock
 from scaling.results import CONVENTIONAL, Result
@@ -74,11 +74,11 @@ def _loop(layer: Layer, repeats: int) -> None:
 
 
 def _time_steps(layer: Layer, clock: Clock, repeats: int, result: Result) -> None:
-    totals = dict.fromkeys(("total", *STEPS), 0.0)
+    totals = dict.fromkeys(("total", *PHASES), 0.0)
     for _ in range(repeats):
         layer.clear()
         for work in (layer.forward, layer.backward):
-            with time_steps(layer.ranks.device) as seconds:
+            with time_phases(layer.ranks.device) as seconds:
                 ended = clock.start(busy=True)
                 work()
                 totals["total"] += ended() / repeats
@@ -104,5 +104,5 @@ def _weigh(layer: Layer, result: Result) -> None:
         layer.forward()
         layer.backward()
         optimizer.step()
-    held = peak_bytes(layer.ranks.device) + peer_memory_bytes()
+    held = peak_bytes(layer.ranks.device) + symmetric_memory_bytes()
     result.peak_bytes = max(layer.ranks.gather(held))

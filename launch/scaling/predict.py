@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 import torch
 
-from flash_moe_dist.volume import DispatcherName
+from flash_moe_dist.dispatch.comm_volume import DispatcherName
 from scaling.problems import Problem
 from scaling.traffic import ALL_GATHER, ALL_TO_ALL, Message, Traffic, busiest, messages
 

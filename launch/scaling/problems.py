@@ -7,7 +7,7 @@ from torch import Tensor
 
 from flash_moe.bench.cases import DTYPES, Case, Inputs
 from flash_moe.ops.backends import accumulator_dtype
-from flash_moe_dist.volume import DispatcherName, Widths, cheaper_dispatcher
+from flash_moe_dist.dispatch.comm_volume import DispatcherName, ElementSizes, cheaper_dispatcher
 
 Scaling = Literal["weak", "strong"]
 
@@ -41,11 +41,11 @@ class Problem:
     def tokens_per_rank(self, ranks: int) -> int:
         return self.tokens if self.scaling == "weak" else self.tokens // ranks
 
-    def widths(self, ranks: int) -> Widths:
+    def widths(self, ranks: int) -> ElementSizes:
         dtype = DTYPES[self.dtype]
         sum_dtype = accumulator_dtype(dtype, dtype)
         sizes = (dtype.itemsize, sum_dtype.itemsize, dtype.itemsize)
-        return Widths(ranks, self.hidden_size, *sizes)
+        return ElementSizes(ranks, self.hidden_size, *sizes)
 
     def auto(self, ranks: int) -> DispatcherName:
         """The dispatcher that "auto" stands for."""

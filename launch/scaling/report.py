@@ -13,15 +13,15 @@ import torch
 import torch.distributed as dist
 
 from flash_moe.bench.report import device_name, versions
-from flash_moe_dist.peer_memory import peer_memory_bytes
+from flash_moe_dist.dispatch.symmetric_memory import symmetric_memory_bytes
+from flash_moe_dist.phases import PHASES
 from flash_moe_dist.runtime import Runtime
-from flash_moe_dist.steps import STEPS
 from scaling.predict import Network, Prediction
 from scaling.problems import Problem
 from scaling.results import ALONE, CONVENTIONAL, Result
 from scaling.traffic import Traffic
 
-PARTS = (*STEPS, "other")
+PARTS = (*PHASES, "other")
 COLOURS = {"all_to_all": "tab:blue", "all_gather": "tab:orange"}
 
 
@@ -175,7 +175,7 @@ def write_json(
         "versions": versions() | _library_versions(device),
         "device": {"type": device.type, "name": device_name(device)},
         "backend": dist.get_backend(),
-        "ranks_read_each_others_memory": peer_memory_bytes() > 0,
+        "ranks_read_each_others_memory": symmetric_memory_bytes() > 0,
         "world_size": runtime.world_size,
         "ranks_of_a_host": int(os.environ["LOCAL_WORLD_SIZE"]),
         "networks": {ranks: asdict(network) for ranks, network in near.items()},

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flash_moe_dist.routing import Routing
-from flash_moe_dist.volume import COUNTS, DispatcherName, Widths
+from flash_moe_dist.dispatch.comm_volume import COUNTS, DispatcherName, ElementSizes
+from flash_moe_dist.dispatch.message import Routing
 
 ALL_TO_ALL, ALL_GATHER = "all_to_all", "all_gather"
 
@@ -60,8 +60,8 @@ class Message:
     bytes_WW: Tensor
 
 
-def messages(dispatcher: DispatcherName, widths: Widths, traffic: Traffic) -> list[Message]:
-    """Of a forward and a backward pass; bytes as `flash_moe_dist.volume` has them."""
+def messages(dispatcher: DispatcherName, widths: ElementSizes, traffic: Traffic) -> list[Message]:
+    """Of a forward and a backward pass; bytes as `flash_moe_dist.dispatch.comm_volume` has them."""
     rows_WW, pairs_WW = traffic.rows_WW, traffic.pairs_WW
     gathers = dispatcher == "all_gather"
     if gathers:

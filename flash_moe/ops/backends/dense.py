@@ -11,11 +11,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from flash_moe.ops.backend_choice import MATRIX_ELEMENTS
 from flash_moe.ops.backends import spmm_t_in_turn
 from flash_moe.ops.backends.dense_kernels import fill_matrix_kernel, read_pairs_kernel
-from flash_moe.ops.cost import MATRIX_ELEMENTS
-from flash_moe.ops.launch import launch
 from flash_moe.ops.pairs import Pairs
+from flash_moe.ops.triton_launch import launch
 
 BLOCK = 256
 BLOCK_ZEROS = 2048

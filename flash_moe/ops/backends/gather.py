@@ -15,9 +15,9 @@ from flash_moe.ops.backends.gather_kernels import (
     sum_pieces_kernel,
     token_ids_kernel,
 )
-from flash_moe.ops.launch import cdiv, launch, next_power_of_2
+from flash_moe.ops.overlap import InputChunk, OutputChunk
 from flash_moe.ops.pairs import Pairs
-from flash_moe.ops.parts import RowsIn, RowsOut
+from flash_moe.ops.triton_launch import cdiv, launch, next_power_of_2
 
 MAX_GRID_Y = 65_535
 SUM_BLOCK = 1024
@@ -91,7 +91,9 @@ SPMM_LONG = SpmmConfig(block_pairs=32, block_bytes=256)
 SPMM_T = SpmmTConfig()
 
 
-def sddmm(rows_TH: Tensor, table_EH: Tensor, pairs: Pairs, parts: Sequence[RowsIn] = ()) -> Tensor:
+def sddmm(
+    rows_TH: Tensor, table_EH: Tensor, pairs: Pairs, parts: Sequence[InputChunk] = ()
+) -> Tensor:
     """As every backend's; the values of hot pairs are left to others to write.
 
     parts: of ragged rows, in the order in which they are read.
@@ -122,7 +124,7 @@ def sddmm(rows_TH: Tensor, table_EH: Tensor, pairs: Pairs, parts: Sequence[RowsI
         pairs_per_program //= 2
     # Enough programs for a row of average length; a longer row is walked in strides.
     blocks = min(cdiv(mean_pairs, pairs_per_program), MAX_GRID_Y)
-    for part in parts or [RowsIn(slice(0, num_tokens))]:
+    for part in parts or [InputChunk(slice(0, num_tokens))]:
         part.wait()
         of_part_TH = rows_TH[part.rows] if part.source is None else part.source
         of_part_TH = contiguous_rows(of_part_TH)
@@ -161,7 +163,7 @@ def spmm(
     """As every backend's; the sums over hot pairs come from elsewhere, as (P, T, H)."""
     shape = (pairs.num_tokens, table_EH.shape[1])
     out_TH = torch.empty(shape, device=table_EH.device, dtype=out_dtype)
-    whole = [RowsOut(slice(0, pairs.num_tokens), out_TH)]
+    whole = [OutputChunk(slice(0, pairs.num_tokens), out_TH)]
     spmm_into(values_N, table_EH, pairs, whole, hot_sums_PTH)
     return out_TH
 
@@ -170,7 +172,7 @@ def spmm_into(
     values_N: Tensor,
     table_EH: Tensor,
     pairs: Pairs,
-    parts: Sequence[RowsOut],
+    parts: Sequence[OutputChunk],
     hot_sums_PTH: Tensor | None = None,
 ) -> None:
     """`spmm`, of ragged rows if there are several parts, in their order."""
@@ -219,7 +221,7 @@ def spmm_into(
         part.written()
 
 
-def _sum_with_addends(pieces: Tensor, part: RowsOut) -> None:
+def _sum_with_addends(pieces: Tensor, part: OutputChunk) -> None:
     addends, dtype = part.addends, part.out.dtype
     if addends is None:
         sum_pieces(pieces, dtype, part.out)

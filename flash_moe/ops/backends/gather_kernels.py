@@ -14,6 +14,9 @@ a stride is 64 bits wide.
     expert_offsets      (E+1,)   pairs of expert e are expert_order[offsets[e]:offsets[e+1]]
 """
 
+# Triton's language has no types.
+# mypy: ignore-errors
+
 import triton
 import triton.language as tl
 

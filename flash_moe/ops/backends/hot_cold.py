@@ -11,7 +11,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from flash_moe.ops.aside import Aside
+from flash_moe.ops.backend_choice import MATRIX_ELEMENTS
 from flash_moe.ops.backends import gather
 from flash_moe.ops.backends.hot_cold_kernels import (
     fill_matrix_kernel,
@@ -20,10 +20,10 @@ from flash_moe.ops.backends.hot_cold_kernels import (
     hot_spmm_kernel,
     hot_spmm_t_kernel,
 )
-from flash_moe.ops.cost import MATRIX_ELEMENTS
-from flash_moe.ops.hot_pairs import WIDTH, HotPairs
-from flash_moe.ops.launch import cdiv, launch, next_power_of_2
+from flash_moe.ops.hot_experts import WIDTH, HotPairs
 from flash_moe.ops.pairs import Pairs
+from flash_moe.ops.side_stream import SideStream
+from flash_moe.ops.triton_launch import cdiv, launch, next_power_of_2
 
 
 @dataclass(frozen=True)
@@ -166,12 +166,12 @@ def _sum_for_experts(sums: list[tuple[Tensor, Tensor, Tensor]], pairs: Pairs, sc
     """Rows of hot and of cold experts side by side."""
     # Read aside: this stream may not have its memory back before it waits.
     matrix = list(pairs.kept)
-    aside = Aside(sums[0][2].device)
+    aside = SideStream(sums[0][2].device)
     with aside:
         for values_N, rows_TH, out_EH in sums:
             _sum_for_hot_experts(values_N, rows_TH, out_EH, pairs, scale)
     gather.sum_for_experts(sums, pairs, scale)
-    aside.join()
+    aside.wait()
     del matrix
 
 

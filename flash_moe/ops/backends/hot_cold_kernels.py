@@ -1,10 +1,13 @@
 """Triton kernels that do the pairs of hot experts by matrix products.
 
-Tables are read through `experts`, the expert at each place (see `flash_moe.ops.hot_pairs`). Each
+Tables are read through `experts`, the expert at each place (see `flash_moe.ops.hot_experts`). Each
 launch does CHUNK places at most, of which `matrix` (T, CHUNK) holds the values of all pairs, zero
 elsewhere. The number of places taken is on the device: programs stop there. Products are summed
 in float32 in a fixed order.
 """
+
+# Triton's language has no types.
+# mypy: ignore-errors
 
 import triton
 import triton.language as tl

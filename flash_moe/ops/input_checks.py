@@ -1,7 +1,7 @@
 """Every input error of the expert op, in one place.
 
 These checks read shapes, dtypes and devices only, so they cost no device time. The
-range of the ids is data: `flash_moe.ops.arrange` looks after it.
+range of the ids is data: `flash_moe.ops.indices` looks after it.
 """
 
 import torch

@@ -15,12 +15,12 @@ import torch
 from torch.autograd import profiler
 
 # In the order in which they come; of a backward pass with _backward.
-STEPS = ("dispatch", "experts", "combine", "communication")
-# Of the block of `time_steps` that is open. Not of a thread: autograd has threads of its own.
+PHASES = ("dispatch", "experts", "combine", "communication")
+# Of the block of `time_phases` that is open. Not of a thread: autograd has threads of its own.
 _timer: "_Timer | None" = None
 
 
-def step(name: str) -> AbstractContextManager[object]:
+def phase(name: str) -> AbstractContextManager[object]:
     """A part of a layer's pass, as the range `flash_moe::name` of a trace."""
     traced: AbstractContextManager[object] = nullcontext()
     # PyTorch's own flag for this: entering a range takes as long as launching a kernel.
@@ -43,10 +43,10 @@ def _both(
 
 
 @contextmanager
-def time_steps(device: torch.device) -> Iterator[dict[str, float]]:
+def time_phases(device: torch.device) -> Iterator[dict[str, float]]:
     """Seconds that the device spent in each step of all sharded layers in the block.
 
-        with time_steps(device) as seconds:
+        with time_phases(device) as seconds:
             model(tokens).sum().backward()
         print(seconds["experts"], seconds["communication"])
 
@@ -61,7 +61,7 @@ def time_steps(device: torch.device) -> Iterator[dict[str, float]]:
     """
     global _timer
     if _timer is not None:
-        raise RuntimeError("time_steps is timing already: its blocks cannot be nested")
+        raise RuntimeError("time_phases is timing already: its blocks cannot be nested")
     timer = _timer = _Timer(device)
     seconds: dict[str, float] = {}
     try:

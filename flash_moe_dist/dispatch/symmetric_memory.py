@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from flash_moe.ops.aside import Aside, current_stream, side_stream
-from flash_moe.ops.launch import cdiv
+from flash_moe.ops.side_stream import SideStream, current_stream, new_stream
+from flash_moe.ops.triton_launch import cdiv
 from flash_moe_dist.agreement import gather_objects
 
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -59,7 +59,7 @@ class Region:
         self._handle.barrier(0, self._timeout_ms)
 
 
-class PeerMemory:
+class SymmetricBuffers:
     """Regions of the same sizes on all ranks of a group, numbered from 0.
 
     One stream of each rank copies from others: `aside`. Barriers of a region must be met in the
@@ -72,7 +72,7 @@ class PeerMemory:
         self._regions: list[Region] = []
         # Peers, or passes that are under way, may still use these: kept with the process.
         self._outgrown: list[Region] = []
-        self._stream = side_stream(device) if device.type == "cuda" else None
+        self._stream = new_stream(device) if device.type == "cuda" else None
         self._turn = 0
         self._views: dict[object, Tensor] = {}
         # When those of the last pass that had any have been added up.
@@ -183,9 +183,9 @@ class PeerMemory:
         """The current stream goes on when all ranks' streams have come to theirs."""
         self._regions[region].barrier()
 
-    def aside(self) -> Aside:
+    def aside(self) -> SideStream:
         """On a stream of its own, after what the current one has to do so far."""
-        return Aside(self._device, self._stream)
+        return SideStream(self._device, self._stream)
 
     def reached(self) -> torch.Event:
         """What the current stream has to do so far; its `wait` makes another stream wait."""
@@ -205,12 +205,12 @@ class PeerMemory:
         return tensor
 
 
-_of_groups: dict[str, tuple[dist.ProcessGroup, PeerMemory | None]] = {}
+_of_groups: dict[str, tuple[dist.ProcessGroup, SymmetricBuffers | None]] = {}
 
 
 def peer_memory(
     group: dist.ProcessGroup, device: torch.device, sizes: Sequence[int]
-) -> PeerMemory | None:
+) -> SymmetricBuffers | None:
     """Memory of the group with regions of at least these sizes; None if there can be none.
 
     All of a group's layers share it, one pass after the other, as long as the process lives: less
@@ -220,14 +220,14 @@ def peer_memory(
     """
     known, memory = _of_groups.get(group.group_name, (None, None))
     if known is not group:
-        memory = PeerMemory(group, device) if _can_read_each_other(group, device) else None
+        memory = SymmetricBuffers(group, device) if _can_read_each_other(group, device) else None
         _of_groups[group.group_name] = (group, memory)
     if memory is None or not memory.make_room(sizes):
         return None
     return memory
 
 
-def peer_memory_bytes() -> int:
+def symmetric_memory_bytes() -> int:
     """Bytes of this rank that others read or write, in all groups; not in PyTorch's statistics."""
     return sum(memory.num_bytes for _, memory in _of_groups.values() if memory is not None)
 

@@ -9,11 +9,13 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from flash_moe_dist.steps import communication
+from flash_moe_dist.phases import communication
 
-ALL_TO_ALL = "all_to_all_single"
+ALL_TO_ALL_COLLECTIVE = "all_to_all_single"
 # Its name from torch 2.13 on, where the older one warns.
-ALL_GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+ALL_GATHER_COLLECTIVE = (
+    "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+)
 
 
 class Pending:
@@ -67,7 +69,7 @@ def start_all_gather(rows: Tensor, group: dist.ProcessGroup) -> Pending:
     """Rows (T, ...), as many on every rank, of all ranks: (W T, ...), once they are there."""
     rows = rows.contiguous()
     gathered = rows.new_empty(dist.get_world_size(group) * rows.shape[0], *rows.shape[1:])
-    work = getattr(dist, ALL_GATHER)(gathered, rows, group=group, async_op=True)
+    work = getattr(dist, ALL_GATHER_COLLECTIVE)(gathered, rows, group=group, async_op=True)
     return Pending(gathered, rows, work)
 
 

@@ -25,11 +25,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from flash_moe.ops.aside import Aside
-from flash_moe.ops.backends import TRITON_BACKENDS, accumulator_dtype, default_backend
+from flash_moe.ops.backend_choice import TRITON_BACKENDS, default_backend
+from flash_moe.ops.backends import accumulator_dtype
+from flash_moe.ops.side_stream import SideStream
 from flash_moe_dist.agreement import raise_same_error
-from flash_moe_dist.counts import Counts, Input, fail_together
-from flash_moe_dist.dispatch import (
+from flash_moe_dist.dispatch.base import (
     AllGatherDispatcher,
     DispatchMetadata,
     ReceivedTokens,
@@ -37,10 +37,11 @@ from flash_moe_dist.dispatch import (
     TokenDispatcher,
     pairs_per_row,
 )
-from flash_moe_dist.peer_dispatch import PeerDispatcher, bytes_of_regions
-from flash_moe_dist.peer_memory import PeerMemory, peer_memory, timeout_seconds
-from flash_moe_dist.routing import Room, unpack_in_room
-from flash_moe_dist.volume import COUNTS
+from flash_moe_dist.dispatch.comm_volume import COUNTS
+from flash_moe_dist.dispatch.handshake import Counts, Input, raise_on_all_ranks
+from flash_moe_dist.dispatch.message import Room, unpack_in_room
+from flash_moe_dist.dispatch.symmetric import SymmetricDispatcher, bytes_of_regions
+from flash_moe_dist.dispatch.symmetric_memory import SymmetricBuffers, peer_memory, timeout_seconds
 
 # Not where pairs are so uneven that messages would be mostly room.
 MOST_ROOM = 2
@@ -66,7 +67,7 @@ class Reservation:
     hidden_size: int
     hidden_dtype: torch.dtype
     sum_dtype: torch.dtype
-    memory: PeerMemory | None
+    memory: SymmetricBuffers | None
     timeout: float
 
     @classmethod
@@ -91,7 +92,7 @@ class Reservation:
             memory = peer_memory(group, given.settings.device, sizes)
         if memory is not None:
             # Makes what later passes would wait for the device to make.
-            PeerDispatcher(group, memory).exchanged_at(reserved.message_words)
+            SymmetricDispatcher(group, memory).exchanged_at(reserved.message_words)
         return cls(
             reserved,
             given.sizes,
@@ -110,7 +111,7 @@ class Reservation:
     def dispatcher(self, group: dist.ProcessGroup) -> AllGatherDispatcher:
         if self.memory is None:
             return AllGatherDispatcher(group)
-        return PeerDispatcher(group, self.memory)
+        return SymmetricDispatcher(group, self.memory)
 
     def covers(self, counts: Counts) -> bool:
         """Whether all ranks' parts were sent in it, and have the sizes that it is for."""
@@ -231,7 +232,7 @@ class LayerDispatch:
     def fail(self, error: Exception, device: torch.device) -> NoReturn:
         """Raise `error` on every rank, in place of a pass that this rank cannot make."""
         if self.reservation is None:
-            fail_together(error, device, self.group)
+            raise_on_all_ranks(error, device, self.group)
         reservation, self.reservation = self.reservation, None
         self._send_only(reservation, device, tokens=0, checksum=0)
         raise_same_error(error, self.group)
@@ -294,7 +295,7 @@ def _header(words_WL: Tensor) -> Tensor:
 def _to_host(counts_2WC: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
     """A copy that is on its way beside other work, and when it is there."""
     device, read = counts_2WC.device, None
-    with Aside(device):
+    with SideStream(device):
         exchanged_2WC = counts_2WC.to("cpu", non_blocking=True)
         if device.type == "cuda":
             read = torch.cuda.Event()

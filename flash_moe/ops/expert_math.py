@@ -18,18 +18,18 @@ import torch
 from torch import Tensor
 
 from flash_moe.ops.activation import activate, activate_backward
-from flash_moe.ops.arrange import arrange_ragged, arrange_slots
-from flash_moe.ops.backends import TRITON_BACKENDS, gather, load_backend
-from flash_moe.ops.cost import LEAST_PAIRS_ASIDE, hot_threshold
-from flash_moe.ops.hot_pairs import (
+from flash_moe.ops.backend_choice import MIN_PAIRS_FOR_SIDE_STREAM, TRITON_BACKENDS, hot_threshold
+from flash_moe.ops.backends import gather, load_backend
+from flash_moe.ops.hot_experts import (
     HotPairs,
     most_hot_experts,
     set_hot_apart,
     workspace_size,
     zero_counts,
 )
+from flash_moe.ops.indices import check_and_sort, check_ragged
+from flash_moe.ops.overlap import InputChunk, OutputChunk
 from flash_moe.ops.pairs import Pairs
-from flash_moe.ops.parts import RowsIn, RowsOut
 
 # Scores (N,), and what the pattern is made of: ids, their order, row offsets, workspace.
 Kept = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -46,8 +46,8 @@ def forward(
     out_dtype: torch.dtype,
     checked: bool = False,
     mean_pairs: int | None = None,
-    rows_in: Sequence[RowsIn] = (),
-    rows_out: Sequence[RowsOut] = (),
+    rows_in: Sequence[InputChunk] = (),
+    rows_out: Sequence[OutputChunk] = (),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Output (T, H) in `out_dtype`, and after it the five tensors that `Backward` wants kept.
 
@@ -69,7 +69,7 @@ def forward(
         if workspace.shape[0] > 0:
             hot = _hot_pairs(num_tokens, slots, num_experts, workspace)
             counts_E = zero_counts(hot)
-        ids_N, order_N = arrange_slots(ids, num_experts, backend in TRITON_BACKENDS, counts_E)
+        ids_N, order_N = check_and_sort(ids, num_experts, backend in TRITON_BACKENDS, counts_E)
         if hot is not None:
             set_hot_apart(hot, ids_N, order_N, slots, hot_threshold(num_tokens))
         offsets = ids.new_empty(0, dtype=torch.int64)
@@ -78,7 +78,7 @@ def forward(
         offsets, ids_N = row_offsets, ids
         if not checked:
             in_kernels = backend in TRITON_BACKENDS
-            offsets, ids_N = arrange_ragged(row_offsets, ids, num_experts, in_kernels)
+            offsets, ids_N = check_ragged(row_offsets, ids, num_experts, in_kernels)
     pairs = _pairs(ids_N, offsets, num_tokens, slots, num_experts, hot, mean_pairs)
     scores_N = _sddmm(backend, hidden_TH, down_EH, pairs, rows_in)
     activations_N = activate(
@@ -115,7 +115,7 @@ class Backward:
         needed: Sequence[bool],
         backend: str,
         mean_pairs: int | None = None,
-        rows_in: Sequence[RowsIn] = (),
+        rows_in: Sequence[InputChunk] = (),
     ) -> None:
         scores_N, ids_N, order_N, offsets, workspace = kept
         num_tokens, num_experts = hidden_TH.shape[0], down_EH.shape[0]
@@ -130,10 +130,12 @@ class Backward:
         scores_needed = self.hidden_needed or self.down_needed
         # Kernels that leave much of the device unused, beside some that wait for memory.
         by_expert = backend in ("gather", "hot_cold") and (self.down_needed or self.up_needed)
-        sorts_aside = by_expert and self.pairs.num_pairs >= LEAST_PAIRS_ASIDE
+        sorts_aside = by_expert and self.pairs.num_pairs >= MIN_PAIRS_FOR_SIDE_STREAM
         self.sorting = None
         if sorts_aside:
-            self.sorting = self.pairs.sort_aside(gather.tokens_by_expert if slots < 0 else None)
+            self.sorting = self.pairs.start_expert_sort(
+                gather.tokens_by_expert if slots < 0 else None
+            )
         activation_grads_N = None
         if scores_needed or weights_needed:
             activation_grads_N = _sddmm(backend, grad_TH, up_EH, self.pairs, rows_in)
@@ -150,7 +152,7 @@ class Backward:
         self.weights_grad = None if weights_grad_N is None else weights_grad_N.view(weights.shape)
 
     def for_tokens(
-        self, hidden_dtype: torch.dtype, rows_out: Sequence[RowsOut] = ()
+        self, hidden_dtype: torch.dtype, rows_out: Sequence[OutputChunk] = ()
     ) -> Tensor | None:
         """Gradients of hidden states, in that dtype; None if not needed.
 
@@ -165,7 +167,7 @@ class Backward:
     def for_tables(self, scale: float) -> tuple[Tensor | None, Tensor | None]:
         """Gradients of the down and the up table, times `scale`; None if not needed."""
         if self.sorting is not None:
-            self.pairs.join_sorted(self.sorting)
+            self.pairs.wait_expert_sort(self.sorting)
         down_EH, up_EH = self.tables
         hidden_TH, grad_TH = self.rows_2TH
         down_values_N = self.score_grads_N if self.down_needed else None
@@ -188,13 +190,13 @@ class Backward:
         return down_grad, up_grad
 
 
-def _wait(rows_in: Sequence[RowsIn]) -> None:
+def _wait(rows_in: Sequence[InputChunk]) -> None:
     for part in rows_in:
         part.wait()
 
 
 def _sddmm(
-    backend: str, rows_TH: Tensor, table_EH: Tensor, pairs: Pairs, rows_in: Sequence[RowsIn]
+    backend: str, rows_TH: Tensor, table_EH: Tensor, pairs: Pairs, rows_in: Sequence[InputChunk]
 ) -> Tensor:
     if len(rows_in) > 1 and backend == "gather":
         return gather.sddmm(rows_TH, table_EH, pairs, rows_in)
@@ -208,7 +210,7 @@ def _spmm(
     table_EH: Tensor,
     pairs: Pairs,
     out_dtype: torch.dtype,
-    rows_out: Sequence[RowsOut],
+    rows_out: Sequence[OutputChunk],
 ) -> Tensor:
     if not rows_out:
         return load_backend(backend).spmm(values_N, table_EH, pairs, out_dtype)

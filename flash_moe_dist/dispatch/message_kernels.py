@@ -1,6 +1,6 @@
 """Triton kernels that sort a token's pairs by owner and write them into the words to be sent.
 
-T tokens, K slots of each, W ranks that own `local_size` experts each; see `flash_moe_dist.routing`.
+T tokens, K slots of each, W ranks that own `local_size` experts each; see `message.py`.
 
 ids (T, K)            int32 or int64, any values
 sorted_ids, slots     (T*K,) ids in ascending order within each token, -1 for what is no expert, and
@@ -8,10 +8,13 @@ sorted_ids, slots     (T*K,) ids in ascending order within each token, -1 for wh
 begin, pairs (W, T)   where the pairs of a token with a rank begin in sorted_ids, and how many
 """
 
+# Triton's language has no types.
+# mypy: ignore-errors
+
 import triton
 import triton.language as tl
 
-from flash_moe.ops.arrange_kernels import sorted_slots
+from flash_moe.ops.indices_kernels import sorted_slots
 
 
 @triton.jit
@@ -117,7 +120,7 @@ def pack_kernel(
     IN_ROOM: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Words for each rank, as `flash_moe_dist.routing` lays them out; grid (T,).
+    """Words for each rank, as `flash_moe_dist.dispatch.message` lays them out; grid (T,).
 
     pairs_end, rows_end (W*T,) count pairs and rows up to each token's with each rank, inclusive;
     every rank gets rows_of_all rows if ALL_ROWS, else those with pairs. slots_sent (P,),

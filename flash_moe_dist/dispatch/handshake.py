@@ -12,13 +12,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from flash_moe.ops.arrange import poll_index_errors, raise_ids_out_of_range
-from flash_moe.ops.backends import check_backend, default_backend
-from flash_moe.ops.checks import check_routing
+from flash_moe.ops.backend_choice import check_backend, default_backend
+from flash_moe.ops.indices import poll_index_errors, raise_ids_out_of_range
+from flash_moe.ops.input_checks import check_routing
 from flash_moe_dist.agreement import raise_differences, raise_same_error
-from flash_moe_dist.routing import Routing
-from flash_moe_dist.steps import communication
-from flash_moe_dist.volume import COUNTS
+from flash_moe_dist.dispatch.comm_volume import COUNTS
+from flash_moe_dist.dispatch.message import Routing
+from flash_moe_dist.phases import communication
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ class Counts:
     most_pairs: int
 
 
-def agree_on_counts(
+def exchange_counts(
     given: Input, ep_size: int, group: dist.ProcessGroup, count_rows: bool
 ) -> tuple[Routing, Counts, Tensor]:
     """Exchange counts, and be sure that all ranks found their input sound.
@@ -151,8 +151,10 @@ def agree_on_counts(
     return routing, counts, exchanged_2WC[1]
 
 
-def fail_together(error: Exception, device: torch.device, group: dist.ProcessGroup) -> NoReturn:
-    """In place of `agree_on_counts` on a rank without input: raises `error` on every rank."""
+def raise_on_all_ranks(
+    error: Exception, device: torch.device, group: dist.ProcessGroup
+) -> NoReturn:
+    """In place of `exchange_counts` on a rank without input: raises `error` on every rank."""
     _exchange(_zero_counts(device, dist.get_world_size(group)), group)
     raise_same_error(error, group)
     raise AssertionError("an error of this rank was not raised")

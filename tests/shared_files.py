@@ -11,13 +11,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from flash_moe_dist import peer_memory
 from flash_moe_dist.agreement import gather_objects
+from flash_moe_dist.dispatch import symmetric_memory
 
 _numbers = itertools.count()
 
 
-class SharedFiles(peer_memory.Region):
+class SharedFiles(symmetric_memory.Region):
     """A file for each rank. Everything is done at once, so that there is nothing to wait for."""
 
     def __init__(self, device: torch.device, num_bytes: int) -> None:
@@ -60,7 +60,7 @@ class Reached:
 
 def use_shared_files(patch: pytest.MonkeyPatch) -> None:
     """From now on layers of this process, and of its peers, which do the same, use these."""
-    patch.setattr(peer_memory, "_of_groups", {})
-    patch.setattr(peer_memory, "Region", SharedFiles)
-    patch.setattr(peer_memory, "_can_read_each_other", lambda *_: True)
-    patch.setattr(peer_memory.PeerMemory, "reached", lambda _: Reached())
+    patch.setattr(symmetric_memory, "_of_groups", {})
+    patch.setattr(symmetric_memory, "Region", SharedFiles)
+    patch.setattr(symmetric_memory, "_can_read_each_other", lambda *_: True)
+    patch.setattr(symmetric_memory.SymmetricBuffers, "reached", lambda _: Reached())

@@ -7,7 +7,7 @@ Routing is by rank, not by expert. A token's hidden row crosses to a rank once, 
 of that rank's experts it uses, with a list of (local expert id, routing weight); the owner
 returns one partial sum for it, and the token's rank adds these up.
 
-Pairs travel by all-to-all, in words as `flash_moe_dist.routing` says. Two ways for the rows:
+Pairs travel by all-to-all, as messages (`flash_moe_dist.dispatch.message`). Two ways for the rows:
 
     AllToAllDispatcher    a row goes to the ranks that own some of its experts, and only there
     AllGatherDispatcher   every row goes to every rank, and a sum comes back from every rank; rows
@@ -22,19 +22,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from flash_moe.ops.backends import (
-    TRITON_BACKENDS,
-    default_backend,
-    load_backend,
-    ragged_backend,
-)
+from flash_moe.ops.backend_choice import TRITON_BACKENDS, default_backend, ragged_backend
+from flash_moe.ops.backends import load_backend
 from flash_moe.ops.backends.gather import sum_pieces
+from flash_moe.ops.overlap import InputChunk, OutputChunk, nothing
 from flash_moe.ops.pairs import Pairs
-from flash_moe.ops.parts import RowsIn, RowsOut, nothing
-from flash_moe_dist.collectives import Pending, start_all_gather, start_all_to_all
-from flash_moe_dist.counts import Counts, Input, agree_on_counts
-from flash_moe_dist.routing import Room, unpack, words_of_pair
-from flash_moe_dist.volume import DispatcherName
+from flash_moe_dist.dispatch.collectives import Pending, start_all_gather, start_all_to_all
+from flash_moe_dist.dispatch.comm_volume import DispatcherName
+from flash_moe_dist.dispatch.handshake import Counts, Input, exchange_counts
+from flash_moe_dist.dispatch.message import Room, unpack, words_of_pair
 
 
 @dataclass(frozen=True)
@@ -44,7 +40,7 @@ class DispatchMetadata:
     rows_sent, rows_received, pairs_sent, pairs_received (W,): to and from each rank.
     num_tokens, most_tokens: T here, and on the rank that has most.
     shape_TK: of the indices.
-    slots_P (P,), tokens_S (S,), sent_TW (T, W): as `flash_moe_dist.routing.SentPairs`.
+    slots_P (P,), tokens_S (S,), sent_TW (T, W): as `flash_moe_dist.dispatch.message.SentPairs`.
     """
 
     rows_sent: list[int]
@@ -79,7 +75,7 @@ class ReceivedTokens:
     """
 
     hidden_RH: Tensor
-    rows_in: Sequence[RowsIn]
+    rows_in: Sequence[InputChunk]
     row_offsets: Tensor
     expert_ids_M: Tensor
     weights_M: Tensor
@@ -94,13 +90,13 @@ class ArrivingRows:
     """
 
     rows_RH: Tensor
-    parts: Sequence[RowsIn]
+    parts: Sequence[InputChunk]
     fetch: Callable[[], None] = nothing
 
     @classmethod
     def all_at_once(cls, pending: Pending) -> "ArrivingRows":
         rows_RH = pending.received
-        return cls(rows_RH, [RowsIn(slice(0, rows_RH.shape[0]), pending.wait)])
+        return cls(rows_RH, [InputChunk(slice(0, rows_RH.shape[0]), pending.wait)])
 
     def wait(self) -> Tensor:
         self.fetch()
@@ -137,7 +133,7 @@ class Sums(ABC):
         are given to `start`, all at once.
     """
 
-    parts: Sequence[RowsOut] = ()
+    parts: Sequence[OutputChunk] = ()
 
     @abstractmethod
     def start(self, partial_RH: Tensor) -> None:
@@ -185,7 +181,7 @@ class TokenDispatcher(ABC):
                 ranks' settings differ.
         """
         weights_TK = given.weights_TK
-        routing, counts, received_WC = agree_on_counts(
+        routing, counts, received_WC = exchange_counts(
             given, self.ep_size, self.group, count_rows=not self.sends_all_rows
         )
         most_tokens = max(counts.tokens)

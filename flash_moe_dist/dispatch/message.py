@@ -25,13 +25,17 @@ import torch
 import triton
 from torch import Tensor
 
-from flash_moe.ops.arrange import order_dtype
-from flash_moe.ops.backends import TRITON_BACKENDS, default_backend
-from flash_moe.ops.cost import MAX_SORTED_SLOTS
-from flash_moe.ops.launch import cdiv, launch, next_power_of_2
-from flash_moe_dist.routing_kernels import counts_kernel, pack_kernel, route_kernel, unpack_kernel
-from flash_moe_dist.sharding import experts_per_rank
-from flash_moe_dist.volume import COUNTS
+from flash_moe.ops.backend_choice import MAX_SORTED_SLOTS, TRITON_BACKENDS, default_backend
+from flash_moe.ops.indices import order_dtype
+from flash_moe.ops.triton_launch import cdiv, launch, next_power_of_2
+from flash_moe_dist.dispatch.comm_volume import COUNTS
+from flash_moe_dist.dispatch.message_kernels import (
+    counts_kernel,
+    pack_kernel,
+    route_kernel,
+    unpack_kernel,
+)
+from flash_moe_dist.dispatch.partition import experts_per_rank
 
 PACK_BLOCK = 128
 UNPACK_BLOCK, UNPACK_PROGRAMS = 1024, 1056

@@ -30,9 +30,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from flash_moe.ops.parts import RowsIn, RowsOut
-from flash_moe_dist.collectives import Pending
-from flash_moe_dist.dispatch import (
+from flash_moe.ops.overlap import InputChunk, OutputChunk
+from flash_moe_dist.dispatch.base import (
     AllGatherDispatcher,
     ArrivingRows,
     DispatchMetadata,
@@ -40,9 +39,10 @@ from flash_moe_dist.dispatch import (
     Sums,
     filled_up,
 )
-from flash_moe_dist.peer_memory import PeerMemory
-from flash_moe_dist.routing import Room
-from flash_moe_dist.steps import communication
+from flash_moe_dist.dispatch.collectives import Pending
+from flash_moe_dist.dispatch.message import Room
+from flash_moe_dist.dispatch.symmetric_memory import SymmetricBuffers
+from flash_moe_dist.phases import communication
 
 ROWS, WORDS, SUMS = 0, 1, 2
 
@@ -58,10 +58,10 @@ def bytes_of_regions(
     )
 
 
-class PeerDispatcher(AllGatherDispatcher):
+class SymmetricDispatcher(AllGatherDispatcher):
     """Every row goes to every rank, by a copy; sums are written where they are to be added."""
 
-    def __init__(self, group: dist.ProcessGroup, memory: PeerMemory) -> None:
+    def __init__(self, group: dist.ProcessGroup, memory: SymmetricBuffers) -> None:
         super().__init__(group)
         self.memory, self.rank = memory, dist.get_rank(group)
         # The next one first, so that not all read from the same rank.
@@ -71,8 +71,8 @@ class PeerDispatcher(AllGatherDispatcher):
         given_XH = filled_up(rows_TH, metadata.most_tokens)
         num_rows, hidden_size = given_XH.shape
         fetched = _FetchedRows(self, given_XH)
-        own = RowsIn(self.rows_of(self.rank, num_rows), source=given_XH)
-        others = [RowsIn(rows, fetched.wait) for rows in self.rows_of_others(num_rows)]
+        own = InputChunk(self.rows_of(self.rank, num_rows), source=given_XH)
+        others = [InputChunk(rows, fetched.wait) for rows in self.rows_of_others(num_rows)]
         rows_RH = fetched.received_WXH.view(-1, hidden_size)
         return ArrivingRows(rows_RH, [own, *others], fetched.start)
 
@@ -114,7 +114,7 @@ class PeerDispatcher(AllGatherDispatcher):
 class _FetchedRows:
     """Rows (W, X, H) of all ranks, copied aside once it is started."""
 
-    def __init__(self, dispatcher: PeerDispatcher, given_XH: Tensor) -> None:
+    def __init__(self, dispatcher: SymmetricDispatcher, given_XH: Tensor) -> None:
         self.dispatcher, self.given_XH = dispatcher, given_XH
         self.received_WXH = given_XH.new_empty(dispatcher.ep_size, *given_XH.shape)
 
@@ -146,7 +146,7 @@ class _SumsOfPeers(Sums):
 
     def __init__(
         self,
-        dispatcher: PeerDispatcher,
+        dispatcher: SymmetricDispatcher,
         metadata: DispatchMetadata,
         hidden_size: int,
         sum_dtype: torch.dtype,
@@ -159,7 +159,7 @@ class _SumsOfPeers(Sums):
         self.total_XH = received_WXH.new_empty(shape_XH, dtype=out_dtype)
         skipped_bytes = rank * num_rows * hidden_size * sum_dtype.itemsize
         *others, last = (
-            RowsOut(
+            OutputChunk(
                 dispatcher.rows_of(other, num_rows),
                 self.memory.view(other, SUMS, shape_XH, sum_dtype, skipped_bytes),
             )
@@ -169,7 +169,7 @@ class _SumsOfPeers(Sums):
         self.parts = [
             *others,
             replace(last, written=self._meet_others),
-            RowsOut(own_rows, self.total_XH, addends=received_WXH, place=rank),
+            OutputChunk(own_rows, self.total_XH, addends=received_WXH, place=rank),
         ]
 
     def _meet_others(self) -> None:
@@ -184,7 +184,9 @@ class _SumsOfPeers(Sums):
 
 
 class _ReturningAside(ReturningValues):
-    def __init__(self, pending: Pending, metadata: DispatchMetadata, memory: PeerMemory) -> None:
+    def __init__(
+        self, pending: Pending, metadata: DispatchMetadata, memory: SymmetricBuffers
+    ) -> None:
         super().__init__(pending, metadata)
         self.memory = memory
 

@@ -12,18 +12,18 @@ from ranks import RankPools
 from sharded import shard_experts
 from torch import Tensor
 
-from flash_moe_dist.collectives import ALL_GATHER, ALL_TO_ALL
-from flash_moe_dist.dispatch import sum_copies
-from flash_moe_dist.routing import Routing, unpack
-from flash_moe_dist.sharding import experts_per_rank, num_local_experts
-from flash_moe_dist.volume import (
+from flash_moe_dist.dispatch.base import sum_copies
+from flash_moe_dist.dispatch.collectives import ALL_GATHER_COLLECTIVE, ALL_TO_ALL_COLLECTIVE
+from flash_moe_dist.dispatch.comm_volume import (
     COUNTS,
-    Load,
-    Widths,
+    ElementSizes,
+    PassVolume,
     bytes_handed,
     cheaper_dispatcher,
     expected_fan_out,
 )
+from flash_moe_dist.dispatch.message import Routing, unpack
+from flash_moe_dist.dispatch.partition import experts_per_rank, num_local_experts
 
 
 @pytest.mark.parametrize("num_experts", [0, 1, 2, 5, 8, 100])
@@ -59,7 +59,7 @@ def bits(weight: float) -> int:
 
 
 def test_worked_example(routed_on: torch.device) -> None:
-    """The example in the docstring of flash_moe_dist.routing."""
+    """The example in the docstring of flash_moe_dist.dispatch.message."""
     indices_TK = torch.tensor([[3, 0], [1, 0], [2, -1]], device=routed_on)
     weights_TK = torch.tensor([[0.5, 1.5], [2.5, 3.5], [4.5, 5.5]], device=routed_on)
     routing = Routing.of(indices_TK, num_experts=4, ep_size=2)
@@ -153,7 +153,7 @@ class Recorded:
     calls: list[tuple[str, int]] = field(default_factory=list)
 
     def patched(self, patch: pytest.MonkeyPatch) -> None:
-        for name in (ALL_TO_ALL, ALL_GATHER):
+        for name in (ALL_TO_ALL_COLLECTIVE, ALL_GATHER_COLLECTIVE):
             patch.setattr(dist, name, self._recording(name, getattr(dist, name)))
         for name in (
             "reduce_scatter_tensor",
@@ -196,7 +196,7 @@ def count_bytes(dispatcher: str, dtype: torch.dtype) -> tuple[int, int]:
         [[expert // size for expert in row if expert >= 0] for row in case.indices.tolist()]
         for case in cases
     ]
-    load = Load(
+    load = PassVolume(
         rows_sent=sum(len(set(row)) for row in owners[rank]),
         rows_received=sum(rank in row for one in owners for row in one),
         pairs_sent=sum(len(row) for row in owners[rank]),
@@ -204,7 +204,7 @@ def count_bytes(dispatcher: str, dtype: torch.dtype) -> tuple[int, int]:
         most_tokens=max(tokens),
     )
     weight_bytes = cases[0].routing_weights.element_size()
-    widths = Widths(world_size, hidden_size, dtype.itemsize, 4, weight_bytes)
+    widths = ElementSizes(world_size, hidden_size, dtype.itemsize, 4, weight_bytes)
     name = "all_gather" if dispatcher == "all_gather" else "all_to_all"
     expected = bytes_handed(name, widths, load)  # type: ignore[arg-type]
 
@@ -221,20 +221,20 @@ def count_bytes(dispatcher: str, dtype: torch.dtype) -> tuple[int, int]:
                 out.backward(mine.grad)
             patch.undo()
             found.append(recorded.calls)
-    rows = ALL_GATHER if dispatcher == "all_gather" else ALL_TO_ALL
+    rows = ALL_GATHER_COLLECTIVE if dispatcher == "all_gather" else ALL_TO_ALL_COLLECTIVE
     assert sorted(found[0]) == sorted(
         [
-            (ALL_TO_ALL, expected[0]["counts"]),
-            (ALL_TO_ALL, expected[0]["pairs"]),
+            (ALL_TO_ALL_COLLECTIVE, expected[0]["counts"]),
+            (ALL_TO_ALL_COLLECTIVE, expected[0]["pairs"]),
             (rows, expected[0]["rows"]),
-            (ALL_TO_ALL, expected[0]["sums"]),
+            (ALL_TO_ALL_COLLECTIVE, expected[0]["sums"]),
         ]
     )
     assert sorted(found[1]) == sorted(
         [
-            (ALL_TO_ALL, expected[1]["pairs"]),
+            (ALL_TO_ALL_COLLECTIVE, expected[1]["pairs"]),
             (rows, expected[1]["rows"]),
-            (ALL_TO_ALL, expected[1]["sums"]),
+            (ALL_TO_ALL_COLLECTIVE, expected[1]["sums"]),
         ]
     )
     return sum(expected[0].values()), sum(expected[1].values())
@@ -251,8 +251,10 @@ def test_bytes_handed_to_collectives_are_those_of_the_formula(
 
 def test_formula_of_bytes_with_numbers() -> None:
     """By hand: 2 ranks, H = 10, bfloat16; 7 tokens of which 6 go to one rank and 5 to the other."""
-    widths = Widths(ep_size=2, hidden_size=10, hidden_bytes=2, sum_bytes=4, weight_bytes=2)
-    load = Load(rows_sent=11, rows_received=9, pairs_sent=20, pairs_received=18, most_tokens=7)
+    widths = ElementSizes(ep_size=2, hidden_size=10, hidden_bytes=2, sum_bytes=4, weight_bytes=2)
+    load = PassVolume(
+        rows_sent=11, rows_received=9, pairs_sent=20, pairs_received=18, most_tokens=7
+    )
     forward, backward = bytes_handed("all_to_all", widths, load)
     assert forward == {"counts": 96, "pairs": 44 + 160, "rows": 220, "sums": 360}
     assert backward == {"rows": 220, "sums": 360, "pairs": 36}
@@ -271,7 +273,7 @@ def test_expected_fan_out_is_that_of_drawn_experts() -> None:
 
 def test_gathering_is_chosen_where_tokens_use_nearly_all_ranks() -> None:
     def chosen(ep_size: int, slots: int) -> str:
-        return cheaper_dispatcher(Widths(ep_size, 1024, 2, 4, 2), slots)
+        return cheaper_dispatcher(ElementSizes(ep_size, 1024, 2, 4, 2), slots)
 
     assert [chosen(2, slots) for slots in (0, 1, 2, 8, 512)] == ["all_to_all"] * 3 + [
         "all_gather"
@@ -290,7 +292,7 @@ def chosen_by_auto() -> list[str]:
         with pytest.MonkeyPatch.context() as patch:
             recorded.patched(patch)
             experts(case.hidden_states, case.indices, case.routing_weights)
-        gathers = any(name == ALL_GATHER for name, _ in recorded.calls)
+        gathers = any(name == ALL_GATHER_COLLECTIVE for name, _ in recorded.calls)
         names.append("all_gather" if gathers else "all_to_all")
     return names
 

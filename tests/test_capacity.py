@@ -7,9 +7,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from cases import RESULTS, TOLERANCES, Case, assert_close, make_case
-from peers_on_cpu import use_shared_files
 from ranks import KERNELS, Failure, RankPools, rank_device
 from sharded import shard_experts
+from shared_files import use_shared_files
 from test_agreement import BAD_ROWS, KINDS, MESSAGES, SPOILED, bad_input, bad_rows_of_a_layer
 from test_expert_parallel import (
     HIDDEN_SIZE,
@@ -24,10 +24,10 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from flash_moe import FlashExperts
-from flash_moe_dist import reserved
-from flash_moe_dist.collectives import Pending
-from flash_moe_dist.dispatch import AllGatherDispatcher
-from flash_moe_dist.reserved import LayerDispatch
+from flash_moe_dist.dispatch import capacity
+from flash_moe_dist.dispatch.base import AllGatherDispatcher
+from flash_moe_dist.dispatch.capacity import LayerDispatch
+from flash_moe_dist.dispatch.collectives import Pending
 
 PEERS = f"{KERNELS}, ranks reading each other's memory"
 BACKENDS = [
@@ -88,7 +88,7 @@ class Attempts:
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.in_room = self.sent_only = self.counted = 0
-        into_room, counting = reserved._dispatch_into_room, AllGatherDispatcher.dispatch
+        into_room, counting = capacity._dispatch_into_room, AllGatherDispatcher.dispatch
         send_only = LayerDispatch._send_only
 
         def in_room(*args: Any) -> Any:
@@ -103,7 +103,7 @@ class Attempts:
             self.counted += 1
             return counting(*args)
 
-        patch.setattr(reserved, "_dispatch_into_room", in_room)
+        patch.setattr(capacity, "_dispatch_into_room", in_room)
         patch.setattr(LayerDispatch, "_send_only", sent_only)
         patch.setattr(AllGatherDispatcher, "dispatch", counted)
 
@@ -296,7 +296,7 @@ def one_after_the_other(dispatcher: str, num_tokens: int) -> None:
     experts = shard_experts(make_case(1, 64, 300, 1, torch.bfloat16), dispatcher)
     beside = [results(experts, case) for _ in range(3)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("flash_moe_dist.collectives.Pending", Waited)
+        patch.setattr("flash_moe_dist.dispatch.collectives.Pending", Waited)
         waited = results(shard_experts(make_case(1, 64, 300, 1, torch.bfloat16), dispatcher), case)
     for found in beside:
         assert all(map(torch.equal, found, waited))
@@ -384,12 +384,12 @@ class Event:
 
 def test_a_wait_for_counts_ends() -> None:
     event: Any = Event(3)
-    reserved._wait(event, 60.0)
+    capacity._wait(event, 60.0)
     assert event.waited
     never: Any = Event(2**62)
     with pytest.raises(RuntimeError, match=r"within the group's timeout: .* in 0\.05 s"):
-        reserved._wait(never, 0.05)
+        capacity._wait(never, 0.05)
     failing: Any = Event(2, fails=True)
     with pytest.raises(RuntimeError, match="the device failed while") as failed:
-        reserved._wait(failing, 60.0)
+        capacity._wait(failing, 60.0)
     assert str(failed.value.__cause__) == "launch failure"

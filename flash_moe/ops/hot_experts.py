@@ -29,12 +29,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flash_moe.ops.hot_pairs_kernels import (
+from flash_moe.ops.hot_experts_kernels import (
     count_hot_kernel,
     place_hot_kernel,
     set_hot_apart_kernel,
 )
-from flash_moe.ops.launch import cdiv, launch, next_power_of_2
+from flash_moe.ops.triton_launch import cdiv, launch, next_power_of_2
 
 BLOCK_EXPERTS = 1024
 # Places are gone through in blocks of which this is a multiple.
@@ -91,7 +91,7 @@ def set_hot_apart(
     """Fill `hot`, whose `places` hold the tokens of each expert, and reorder the pairs in place.
 
     Args:
-        ids_N, order_N: as `flash_moe.ops.arrange` gives them, sorted within each token.
+        ids_N, order_N: as `flash_moe.ops.indices` gives them, sorted within each token.
     """
     num_experts = hot.places.shape[0]
     blocks = cdiv(num_experts, BLOCK_EXPERTS)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 
-class Aside:
+class SideStream:
     """Inside `with`, work goes to a second stream, after what the current one has to do so far.
 
     What the current stream does after that runs beside it, until `join`. Can be captured in a
@@ -42,22 +42,22 @@ class Aside:
             if self._device_before != self._before.device_index:
                 torch.accelerator.set_device_index(self._device_before)
 
-    def join(self, *made: Tensor) -> None:
+    def wait(self, *tensors: Tensor) -> None:
         """Let the current stream wait; it is going to use the tensors `made` inside."""
         if self._stream is not None:
             current = current_stream(self.device)
             current.wait_stream(self._stream)
-            for tensor in made:
+            for tensor in tensors:
                 tensor.record_stream(current)
 
 
-def side_stream(device: torch.device) -> torch.Stream:
-    """For `Aside`, and nobody else's."""
+def new_stream(device: torch.device) -> torch.Stream:
+    """For `SideStream`, and nobody else's."""
     # Of higher priority, or its blocks would wait until those of the current stream run out.
     return torch.Stream(device, priority=-1)
 
 
-_second_stream = cache(side_stream)
+_second_stream = cache(new_stream)
 
 
 def current_stream(device: torch.device) -> torch.Stream:

@@ -11,7 +11,7 @@ def nothing() -> None:
 
 
 @dataclass(frozen=True)
-class RowsIn:
+class InputChunk:
     """Rows that may be read once `wait` was called; from `source`, if that is given, instead."""
 
     rows: slice
@@ -20,7 +20,7 @@ class RowsIn:
 
 
 @dataclass(frozen=True)
-class RowsOut:
+class OutputChunk:
     """Where sums of these rows go, (rows, H), and what to call when they were written.
 
     addends: (P, rows, H) contiguous. What goes out is the sum over P of these, in order and in

@@ -9,8 +9,8 @@ from cases import make_case
 from ranks import RankPools, rank_device
 from sharded import shard_experts
 
-from flash_moe_dist import time_steps
-from flash_moe_dist.steps import step
+from flash_moe_dist import time_phases
+from flash_moe_dist.phases import phase
 
 ALL = {"dispatch", "experts", "combine"}
 ALL |= {f"{name}_backward" for name in ALL} | {"communication"}
@@ -22,14 +22,14 @@ def timed_passes(dispatcher: str, passes: int) -> tuple[dict[str, float], float,
     case = make_case(6, 8, 5, 3, device=rank_device(), seed=dist.get_rank())
     experts = shard_experts(make_case(1, 8, 5, 1, device=rank_device()), dispatcher)
     begun = time.perf_counter()
-    with time_steps(rank_device()) as seconds:
+    with time_phases(rank_device()) as seconds:
         assert seconds == {}
         for _ in range(passes):
             out = experts(case.hidden_states, case.indices, case.routing_weights)
             out.backward(case.grad)
     elapsed = time.perf_counter() - begun
     experts(case.hidden_states, case.indices, case.routing_weights)
-    with time_steps(rank_device()) as nothing:
+    with time_phases(rank_device()) as nothing:
         pass
     return seconds, elapsed, nothing
 
@@ -87,11 +87,11 @@ def test_waiting_is_communication_and_nothing_else(rank_pools: RankPools) -> Non
 
 def test_blocks_cannot_be_nested() -> None:
     with (
-        time_steps(rank_device()),
+        time_phases(rank_device()),
         pytest.raises(RuntimeError, match="cannot be nested"),
-        time_steps(rank_device()),
+        time_phases(rank_device()),
     ):
         pass
-    with time_steps(rank_device()) as seconds, step("experts"):
+    with time_phases(rank_device()) as seconds, phase("experts"):
         time.sleep(SLEEP)
     assert seconds["experts"] >= SLEEP

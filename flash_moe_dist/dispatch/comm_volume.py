@@ -14,7 +14,7 @@ receives R rows and M pairs. In bytes, it hands to collectives
               sums        R H a                     W X H a
               pairs       g M                       g M
 
-Each is one message; but where room was reserved (`flash_moe_dist.reserved`), counts begin the
+Each is one message; but with static capacity (`flash_moe_dist.dispatch.capacity`), counts begin the
 message of the pairs, in which there is room for more. Of what is handed to an all-to-all the part
 (W - 1) / W leaves the rank, of what is handed to an all-gather W - 1 copies do.
 """
@@ -30,7 +30,7 @@ LINK_TO_MEMORY = 0.04
 
 
 @dataclass(frozen=True)
-class Widths:
+class ElementSizes:
     """W, H, and b, a, g above."""
 
     ep_size: int
@@ -41,7 +41,7 @@ class Widths:
 
 
 @dataclass(frozen=True)
-class Load:
+class PassVolume:
     """S, R, P, M and X above."""
 
     rows_sent: int
@@ -52,7 +52,7 @@ class Load:
 
 
 def bytes_handed(
-    dispatcher: DispatcherName, widths: Widths, load: Load
+    dispatcher: DispatcherName, widths: ElementSizes, load: PassVolume
 ) -> tuple[dict[str, int], dict[str, int]]:
     """The table above, forward and backward, where all gradients are needed."""
     w, h = widths.ep_size, widths.hidden_size
@@ -76,7 +76,7 @@ def expected_fan_out(ep_size: int, slots: int) -> float:
     return ep_size * (1 - (1 - 1 / ep_size) ** slots)
 
 
-def cheaper_dispatcher(widths: Widths, slots: int) -> DispatcherName:
+def cheaper_dispatcher(widths: ElementSizes, slots: int) -> DispatcherName:
     """The dispatcher whose rows and sums take less time, if experts are drawn evenly.
 
     For each token, in bytes over a link: fan-out times H (b + a) + 4, of which (W - 1) / W leaves

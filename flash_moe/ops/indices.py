@@ -13,19 +13,19 @@ import torch
 import triton
 from torch import Tensor
 
-from flash_moe.ops.arrange_kernels import (
+from flash_moe.ops.backend_choice import MAX_SORTED_SLOTS
+from flash_moe.ops.indices_kernels import (
     check_ids_kernel,
     check_offsets_kernel,
     sort_slots_kernel,
 )
-from flash_moe.ops.cost import MAX_SORTED_SLOTS
-from flash_moe.ops.launch import cdiv, launch, next_power_of_2
+from flash_moe.ops.triton_launch import cdiv, launch, next_power_of_2
 
 CHECK_BLOCK = 1024
 NOTHING_FOUND = (2**63 - 1, 1 - 2**63, 0, -1)
 
 
-def arrange_slots(
+def check_and_sort(
     indices_TK: Tensor, num_experts: int, in_kernels: bool, num_tokens_E: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Checked ids of tokens that all have K slots.
@@ -54,7 +54,7 @@ def arrange_slots(
         first_slot_T = torch.arange(len(ids_TK), device=ids_TK.device) * slots
         order_TK = (slot_TK + first_slot_T.unsqueeze(1)).to(order_dtype(ids_N.numel()))
         return ids_TK.view(-1), order_TK.view(-1)
-    record = _record_for(indices_TK.device)
+    record = _poll_and_get_record(indices_TK.device)
     ids_N = torch.empty(indices_TK.numel(), device=indices_TK.device, dtype=torch.int32)
     order_N = torch.empty(
         indices_TK.numel(), device=indices_TK.device, dtype=order_dtype(ids_N.numel())
@@ -91,7 +91,7 @@ def order_dtype(num_pairs: int) -> torch.dtype:
     return torch.int32 if num_pairs < 2**31 else torch.int64
 
 
-def arrange_ragged(
+def check_ragged(
     row_offsets: Tensor, expert_ids_N: Tensor, num_experts: int, in_kernels: bool
 ) -> tuple[Tensor, Tensor]:
     """Checked row offsets (T+1,) int64 in [0, N] and checked ids (N,) int32 in [-1, E).
@@ -121,7 +121,7 @@ def _checked_ids(ids_N: Tensor, num_experts: int, in_kernels: bool) -> Tensor:
     if not in_kernels:
         raise_ids_out_of_range(ids_N, num_experts)
         return checked.copy_(ids_N)
-    record = _record_for(ids_N.device)
+    record = _poll_and_get_record(ids_N.device)
     launch(
         check_ids_kernel,
         (cdiv(ids_N.numel(), CHECK_BLOCK),),
@@ -145,7 +145,7 @@ def _checked_offsets(row_offsets: Tensor, num_pairs: int, in_kernels: bool) -> T
         if not ascending or row_offsets[0] != 0 or row_offsets[-1] != num_pairs:
             raise ValueError(_offsets_message(num_pairs))
         return checked.copy_(row_offsets)
-    record = _record_for(row_offsets.device)
+    record = _poll_and_get_record(row_offsets.device)
     launch(
         check_offsets_kernel,
         (cdiv(num_rows + 1, CHECK_BLOCK),),
@@ -226,7 +226,7 @@ def _offsets_message(num_pairs: int) -> str:
     return f"row_offsets must ascend from 0 to the number of pairs = {num_pairs}, but do not"
 
 
-def _record_for(device: torch.device) -> _Record:
+def _poll_and_get_record(device: torch.device) -> _Record:
     if device not in _records:
         _records[device] = _Record.on(device)
     _records[device].poll()

@@ -10,17 +10,21 @@ import pytest
 import torch
 import torch.distributed as dist
 from cases import Case, make_case
-from peers_on_cpu import SharedFiles, use_shared_files
 from ranks import KERNELS, RankPools, rank_device
 from sharded import shard_experts
+from shared_files import SharedFiles, use_shared_files
+from test_capacity import dispatches, has_room, results
 from test_expert_parallel import needs_gpus
-from test_reserved import dispatches, has_room, results
 
 from flash_moe import FlashExperts
-from flash_moe_dist import peer_memory
-from flash_moe_dist.peer_dispatch import ROWS, SUMS, WORDS
-from flash_moe_dist.peer_memory import ALIGNMENT, PeerMemory, peer_memory_bytes
-from flash_moe_dist.reserved import LayerDispatch
+from flash_moe_dist.dispatch import symmetric_memory
+from flash_moe_dist.dispatch.capacity import LayerDispatch
+from flash_moe_dist.dispatch.symmetric import ROWS, SUMS, WORDS
+from flash_moe_dist.dispatch.symmetric_memory import (
+    ALIGNMENT,
+    SymmetricBuffers,
+    symmetric_memory_bytes,
+)
 
 NUM_EXPERTS, SLOTS = 23, 6
 BACKENDS = [KERNELS, pytest.param("nccl", marks=pytest.mark.gpu)]
@@ -100,10 +104,10 @@ def tables_only_of_two_sizes() -> None:
             for experts, case in ((small, few), (large, many)) * 2:
                 forward(experts, case)
         expected = None
-        barrier = PeerMemory.barrier
+        barrier = SymmetricBuffers.barrier
         for late_by in (0.0, 0.5):
 
-            def late(memory: PeerMemory, region: int, seconds: float = late_by) -> None:
+            def late(memory: SymmetricBuffers, region: int, seconds: float = late_by) -> None:
                 barrier(memory, region)
                 time.sleep(seconds * rank)
 
@@ -113,12 +117,12 @@ def tables_only_of_two_sizes() -> None:
                         forward(small, few)
                 passes = ((large, many), (small, few))
                 outs = [forward(*one) for one in passes]
-                patch.setattr(PeerMemory, "barrier", late)
+                patch.setattr(SymmetricBuffers, "barrier", late)
                 found: list[torch.Tensor] = []
                 for out, (experts, case) in zip(outs, passes, strict=True):
                     grads: Any = torch.autograd.grad(out, list(experts.parameters()), case.grad)
                     found += [grad.to_local() for grad in grads]
-                patch.setattr(PeerMemory, "barrier", barrier)
+                patch.setattr(SymmetricBuffers, "barrier", barrier)
                 expected = expected or found
                 assert all(map(torch.equal, found, expected))
 
@@ -129,17 +133,17 @@ def test_rows_are_not_written_over_while_others_read(rank_pools: RankPools) -> N
 
 def sums_of_a_late_rank() -> list[tuple[str, int]]:
     """Rank 1 offers its rows in time, and then is late with sums for others."""
-    rank, barrier = dist.get_rank(), PeerMemory.barrier
-    wait = PeerMemory.wait_until_sums_are_read
+    rank, barrier = dist.get_rank(), SymmetricBuffers.barrier
+    wait = SymmetricBuffers.wait_until_sums_are_read
     case = make_case(5, 12, NUM_EXPERTS, SLOTS, seed=rank)
     calls: list[tuple[str, int]] = []
 
-    def late(memory: PeerMemory, region: int) -> None:
+    def late(memory: SymmetricBuffers, region: int) -> None:
         calls.append(("barrier", region))
         barrier(memory, region)
         time.sleep(0.5 * rank * (region == ROWS))
 
-    def waits(memory: PeerMemory) -> None:
+    def waits(memory: SymmetricBuffers) -> None:
         calls.append(("wait", SUMS))
         wait(memory)
 
@@ -147,8 +151,8 @@ def sums_of_a_late_rank() -> list[tuple[str, int]]:
         use_shared_files(patch)
         expected, experts = results(layer(12), case), layer(12)
         results(experts, case)
-        patch.setattr(PeerMemory, "barrier", late)
-        patch.setattr(PeerMemory, "wait_until_sums_are_read", waits)
+        patch.setattr(SymmetricBuffers, "barrier", late)
+        patch.setattr(SymmetricBuffers, "wait_until_sums_are_read", waits)
         for found, exact in zip(results(experts, case), expected, strict=True):
             assert torch.equal(found, exact)
     return calls
@@ -186,7 +190,7 @@ def growing() -> tuple[list[int], list[int]]:
     with pytest.MonkeyPatch.context() as patch:
         use_shared_files(patch)
         assert dist.group.WORLD is not None
-        memory = PeerMemory(dist.group.WORLD, torch.device("cpu"))
+        memory = SymmetricBuffers(dist.group.WORLD, torch.device("cpu"))
         held, halves = [], []
         for sizes in ((1, 300), (600, 300), (2048, 1), (1, 700)):
             assert memory.make_room(sizes)
@@ -213,7 +217,7 @@ def refused(on: str) -> tuple[list[str], int, float]:
 
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        peer_memory._warn.cache_clear()
+        symmetric_memory._warn.cache_clear()
         use_shared_files(patch)
         if dist.get_rank() == 1:
             patch.setattr(SharedFiles, on, fail)
@@ -225,7 +229,7 @@ def refused(on: str) -> tuple[list[str], int, float]:
         seconds = time.monotonic() - begun
         assert memory_of(experts) is None
         assert all(torch.equal(*pair) for pair in zip(passes[0], passes[2], strict=True))
-        return [str(one.message) for one in caught], peer_memory_bytes(), seconds
+        return [str(one.message) for one in caught], symmetric_memory_bytes(), seconds
 
 
 @pytest.mark.parametrize("on", ["__init__", "meet"])
@@ -240,7 +244,7 @@ def test_one_rank_without_memory(on: str, rank_pools: RankPools) -> None:
 def views_kept() -> int:
     with pytest.MonkeyPatch.context() as patch:
         use_shared_files(patch)
-        patch.setattr(peer_memory, "MOST_VIEWS", 10)
+        patch.setattr(symmetric_memory, "MOST_VIEWS", 10)
         experts = layer(12)
         with torch.no_grad():
             for tokens in range(1, 12):

@@ -1,0 +1,1 @@
+"""How one pass of a sharded layer travels between ranks."""
