@@ -1,6 +1,6 @@
 """Expert parallelism as a parallel style of torch.distributed.tensor.
 
-T local tokens, K experts per token, H hidden size, e local experts; R rows and M pairs received.
+T local tokens, K experts per token, H hidden size, E experts, e of them on this rank.
 """
 
 from collections.abc import Callable
@@ -17,13 +17,13 @@ from flash_moe.ops.backends import accumulator_dtype
 from flash_moe.ops.flash_expert import triton_flash_expert_func
 from flash_moe_dist.agreement import raise_differences, same_error_on_all_ranks
 from flash_moe_dist.dispatch.autograd import ShardedExperts
-from flash_moe_dist.dispatch.base import DISPATCHERS, TokenDispatcher
-from flash_moe_dist.dispatch.capacity import LayerDispatch
+from flash_moe_dist.dispatch.capacity import DispatchStats, LayerDispatch, Transport
 from flash_moe_dist.dispatch.comm_volume import DispatcherName, ElementSizes, cheaper_dispatcher
-from flash_moe_dist.dispatch.handshake import Settings
+from flash_moe_dist.dispatch.handshake import LayerSettings
 from flash_moe_dist.initialization import init_normal_rows_
 
-Dispatcher = Literal["auto", "all_to_all", "all_gather"]
+DispatcherChoice = Literal["auto", "all_to_all", "all_gather"]
+Capacity = Literal["auto"] | None
 
 
 class ExpertParallel(ParallelStyle):
@@ -44,28 +44,41 @@ class ExpertParallel(ParallelStyle):
     `fully_shard` over the other axis to the module too: it averages over that.
 
     A model that cannot call the module on a rank, because its own checks or router failed, can
-    have the error raised on all ranks by `module.expert_func.fail(error)`.
+    have the error raised on all ranks by `module.expert_func.fail(error)`. How often each way to
+    dispatch ran is in `module.expert_func.stats`.
+
+    A sharded layer cannot be captured in a CUDA graph: with exact counts the host waits for the
+    counts, with static capacity it confirms the pass after launching it.
 
     Args:
-        dispatcher: how rows travel. "all_to_all" sends a token's row to the ranks that own some
-            of its experts; "all_gather" sends every row to every rank, which is as much where
+        dispatcher: which rows travel. "all_to_all" sends a token's row to the ranks that own some
+            of its experts; "all_gather" sends every row to every rank, which moves as much where
             tokens use nearly all ranks, in static shapes; "auto" takes the cheaper by
             `flash_moe_dist.dispatch.comm_volume.cheaper_dispatcher`, from shapes alone.
+        transport: what carries rows and sums. "nccl": collectives of torch.distributed, by the
+            backend of the process group, which is gloo on CPUs. "symmetric_memory": ranks read and
+            write each other's memory; takes part in passes with static capacity, and implies
+            "all_gather". "auto": symmetric memory where the ranks can have it.
+        capacity: "auto" makes passes by all_gather with static capacity, learned from a pass with
+            exact counts, where Triton kernels run; a pass that does not fit is noticed and runs
+            again with exact counts, so no pair is ever dropped. None: exact counts in every pass.
 
     Raises:
-        ValueError: there is no such dispatcher. When applied, on every rank: the mesh has more
-            than one dimension, the module's parameters are not tables of one shape, or the ranks
-            differ in shapes, dtypes or dispatcher.
+        ValueError: an option is none of these, or two of them exclude each other. When applied, on
+            every rank: the mesh has more than one dimension, the module's parameters are not
+            tables of one shape, or the ranks differ in shapes, dtypes or options.
         TypeError: when applied, on every rank: the module has no `expert_func`.
     """
 
-    def __init__(self, dispatcher: Dispatcher = "auto") -> None:
+    def __init__(
+        self,
+        dispatcher: DispatcherChoice = "auto",
+        transport: Transport = "auto",
+        capacity: Capacity = "auto",
+    ) -> None:
         super().__init__()
-        if dispatcher not in get_args(Dispatcher):
-            raise ValueError(
-                f"dispatcher must be one of {', '.join(get_args(Dispatcher))}, got {dispatcher!r}"
-            )
-        self.dispatcher = dispatcher
+        _check_options(dispatcher, transport, capacity)
+        self.dispatcher, self.transport, self.capacity = dispatcher, transport, capacity
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         if device_mesh.ndim != 1:
@@ -79,7 +92,12 @@ class ExpertParallel(ParallelStyle):
             name: (tuple(table.shape), table.dtype, "meta" if table.is_meta else "with values")
             for name, table in tables.items()
         }
-        raise_differences({"tables": described, "dispatcher": self.dispatcher}, group)
+        options = {
+            "dispatcher": self.dispatcher,
+            "transport": self.transport,
+            "capacity": self.capacity,
+        }
+        raise_differences({"tables": described, **options}, group)
         # One table may have two names.
         parameters: dict[Tensor, nn.Parameter] = {}
         for name, table in tables.items():
@@ -90,10 +108,28 @@ class ExpertParallel(ParallelStyle):
                 parameters[table] = nn.Parameter(sharded, requires_grad=table.requires_grad)
             module.register_parameter(name, parameters[table])
         hooked: Any = module
-        hooked.expert_func = ExpertParallelFunc(device_mesh, self.dispatcher)
+        hooked.expert_func = ExpertParallelFunc(
+            device_mesh, self.dispatcher, self.transport, self.capacity
+        )
         if hasattr(module, "normal_rows_"):
             hooked.normal_rows_ = init_normal_rows_
         return module
+
+
+def _check_options(dispatcher: DispatcherChoice, transport: Transport, capacity: Capacity) -> None:
+    given = {
+        "dispatcher": (dispatcher, get_args(DispatcherChoice)),
+        "transport": (transport, get_args(Transport)),
+        "capacity": (capacity, ("auto", None)),
+    }
+    for name, (value, allowed) in given.items():
+        if value not in allowed:
+            raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, got {value!r}")
+    if transport == "symmetric_memory" and (dispatcher == "all_to_all" or capacity is None):
+        raise ValueError(
+            "transport 'symmetric_memory' needs dispatcher 'all_gather' or 'auto' and capacity "
+            f"'auto', got dispatcher {dispatcher!r} and capacity {capacity!r}"
+        )
 
 
 def _tables_of(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -116,27 +152,46 @@ def _tables_of(module: nn.Module) -> dict[str, nn.Parameter]:
 class ExpertParallelFunc:
     """`triton_flash_expert_func` over tables that are sharded on dim 0 over `ep_mesh`.
 
-    counters: each is called with the local ids of every forward pass
-        (`flash_moe_dist.count_load`).
+    Args:
+        ep_mesh: the ranks that own the experts.
+        dispatcher, transport, capacity: as `ExpertParallel`.
+
+    Attributes:
+        counters: each is called with the local ids of every forward pass
+            (`flash_moe_dist.count_load`).
     """
 
-    def __init__(self, ep_mesh: DeviceMesh, dispatcher: Dispatcher = "auto") -> None:
+    def __init__(
+        self,
+        ep_mesh: DeviceMesh,
+        dispatcher: DispatcherChoice = "auto",
+        transport: Transport = "auto",
+        capacity: Capacity = "auto",
+    ) -> None:
+        _check_options(dispatcher, transport, capacity)
         self.ep_mesh, self.ep_size = ep_mesh, ep_mesh.size()
-        self.dispatcher = dispatcher
+        self.dispatcher, self.transport, self.capacity = dispatcher, transport, capacity
         self.counters: list[Callable[[Tensor], None]] = []
 
     @cached_property
-    def _dispatch(self) -> LayerDispatch:
-        # Not before it is needed: a saved model is loaded where there are no process groups yet.
-        return LayerDispatch(self.ep_mesh.get_group())
+    def _layer(self) -> LayerDispatch:
+        # Made at the first pass: a saved model is loaded where there are no process groups yet.
+        has_capacity = self.capacity is not None
+        return LayerDispatch(self.ep_mesh.get_group(), self.transport, has_capacity)
+
+    @property
+    def stats(self) -> DispatchStats:
+        """How often each way to dispatch ran on this rank; all zero on a mesh of one rank."""
+        return self._layer.stats
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # A saved model leaves counters, and what past passes have taught, to the process.
-        return ExpertParallelFunc, (self.ep_mesh, self.dispatcher)
+        # Pickling drops load counters, statistics and the learned capacity plan.
+        options = (self.ep_mesh, self.dispatcher, self.transport, self.capacity)
+        return ExpertParallelFunc, options
 
     def __deepcopy__(self, memo: dict[int, object]) -> "ExpertParallelFunc":
-        # A copied model (an average of weights, say) talks over the same process group.
-        return ExpertParallelFunc(self.ep_mesh, self.dispatcher)
+        # A copied model (an average of weights, say) uses the same process group.
+        return ExpertParallelFunc(self.ep_mesh, self.dispatcher, self.transport, self.capacity)
 
     @torch.compiler.disable
     def fail(self, error: Exception) -> NoReturn:
@@ -145,10 +200,10 @@ class ExpertParallelFunc:
         The other ranks raise it from their calls.
         """
         if self.ep_size > 1:
-            self._dispatch.fail(error, torch.device(self.ep_mesh.device_type))
+            self._layer.fail(error, torch.device(self.ep_mesh.device_type))
         raise error
 
-    # Collectives of sizes known at run time: compiled graphs end before and begin after.
+    # The host reads the counts of each pass, so compiled graphs end before and begin after it.
     @torch.compiler.disable
     def __call__(
         self,
@@ -164,8 +219,8 @@ class ExpertParallelFunc:
 
         Raises:
             TypeError, ValueError: on every rank, if any rank's input is wrong.
-            RuntimeError: on every rank, if the tables have no values yet; or if a second
-                derivative is asked for.
+            RuntimeError: on every rank, if the tables have no values yet, or if symmetric memory is
+                asked for and cannot be had; or if a second derivative is asked for.
         """
         try:
             down_eH, up_eH = self._local_rows(down_weights), self._local_rows(up_weights)
@@ -178,16 +233,18 @@ class ExpertParallelFunc:
                 count(indices)
             return out
         inputs = (hidden_states, down_eH, up_eH, routing_weights)
-        grads = torch.is_grad_enabled()
-        needed = [grads and isinstance(one, Tensor) and one.requires_grad for one in inputs]
+        is_grad_enabled = torch.is_grad_enabled()
+        hidden, down, up, weights = (
+            is_grad_enabled and isinstance(one, Tensor) and one.requires_grad for one in inputs
+        )
         dispatcher = self._dispatcher_for(hidden_states, indices, routing_weights, down_eH)
-        settings = Settings(
-            num_experts,
-            hidden_size,
-            (down_eH.dtype, up_eH.dtype),
-            down_eH.device,
-            dispatcher.name,
-            needed,
+        settings = LayerSettings(
+            num_experts=num_experts,
+            hidden_size=hidden_size,
+            table_dtypes=(down_eH.dtype, up_eH.dtype),
+            device=down_eH.device,
+            dispatcher=dispatcher,
+            needs_grad=(hidden, down, up, weights),
         )
         out_TH: Tensor = ShardedExperts.apply(
             hidden_states,
@@ -195,7 +252,7 @@ class ExpertParallelFunc:
             up_eH,
             indices,
             routing_weights,
-            self._dispatch,
+            self._layer,
             dispatcher,
             settings,
             tuple(self.counters),
@@ -204,25 +261,23 @@ class ExpertParallelFunc:
 
     def _dispatcher_for(
         self, hidden_TH: Tensor, indices_TK: Tensor, weights_TK: Tensor, down_eH: Tensor
-    ) -> TokenDispatcher:
-        name: DispatcherName
-        rows = (hidden_TH, indices_TK, weights_TK)
+    ) -> DispatcherName:
+        if self.transport == "symmetric_memory":
+            return "all_gather"
         if self.dispatcher != "auto":
-            name = self.dispatcher
-        elif not all(isinstance(one, Tensor) and one.ndim == 2 for one in rows):
-            # Refused by whichever is asked to dispatch it.
-            name = "all_to_all"
-        else:
-            sum_dtype = accumulator_dtype(hidden_TH.dtype, down_eH.dtype)
-            widths = ElementSizes(
-                self.ep_size,
-                hidden_TH.shape[1],
-                hidden_TH.element_size(),
-                sum_dtype.itemsize,
-                weights_TK.element_size(),
-            )
-            name = cheaper_dispatcher(widths, indices_TK.shape[1])
-        return DISPATCHERS[name](self.ep_mesh.get_group())
+            return self.dispatcher
+        inputs = (hidden_TH, indices_TK, weights_TK)
+        if not all(isinstance(one, Tensor) and one.ndim == 2 for one in inputs):
+            # Wrong input, which every dispatcher refuses.
+            return "all_to_all"
+        sizes = ElementSizes(
+            ep_size=self.ep_size,
+            hidden_size=hidden_TH.shape[1],
+            hidden_bytes=hidden_TH.element_size(),
+            sum_bytes=accumulator_dtype(hidden_TH.dtype, down_eH.dtype).itemsize,
+            weight_bytes=weights_TK.element_size(),
+        )
+        return cheaper_dispatcher(sizes, indices_TK.shape[1])
 
     def _local_rows(self, table: Tensor) -> Tensor:
         if not isinstance(table, DTensor):

@@ -22,7 +22,7 @@ from typing import Any
 import torch.distributed.checkpoint.filesystem as filesystem
 
 import train
-from flash_moe_dist.dispatch import base
+from flash_moe_dist.dispatch import exact
 
 fault = json.loads(os.environ["FAULT"])
 step_now = 0
@@ -87,7 +87,7 @@ def faulty_loss(run: Any, stream: Any, step: int, seed: int) -> Any:
 loss = train.Run.loss
 patched: Any = train.Run
 patched.loss = faulty_loss
-patched = base
+patched = exact
 patched.start_all_to_all = before("in dispatch", patched.start_all_to_all)
 patched = filesystem.FileSystemWriter
 # The files of the other ranks, and perhaps some of this one's, are there by then.

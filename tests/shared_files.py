@@ -23,7 +23,7 @@ class SharedFiles(symmetric_memory.Region):
     def __init__(self, device: torch.device, num_bytes: int) -> None:
         self.num_bytes = num_bytes
 
-    def meet(self, group: dist.ProcessGroup) -> None:
+    def rendezvous(self, group: dist.ProcessGroup) -> None:
         self._group = group
         rank, size = dist.get_rank(group), dist.get_world_size(group)
         folder = Path(gather_objects(tempfile.gettempdir(), group)[0])
@@ -39,15 +39,15 @@ class SharedFiles(symmetric_memory.Region):
         paths[rank].unlink()
 
     def view(
-        self, rank: int, shape: Sequence[int], dtype: torch.dtype, skipped_bytes: int
+        self, rank: int, shape: Sequence[int], dtype: torch.dtype, offset_bytes: int
     ) -> Tensor:
         count = torch.Size(shape).numel()
-        assert skipped_bytes + count * dtype.itemsize <= self.num_bytes
+        assert offset_bytes + count * dtype.itemsize <= self.num_bytes
         if count == 0:
             return torch.empty(tuple(shape), dtype=dtype)
         memory = self._of_ranks[rank]
         # A tensor of its own, as on a GPU: no view of another.
-        whole = torch.frombuffer(memory, dtype=dtype, count=count, offset=skipped_bytes)
+        whole = torch.frombuffer(memory, dtype=dtype, count=count, offset=offset_bytes)
         return whole.view(tuple(shape))
 
     def barrier(self) -> None:
@@ -60,7 +60,7 @@ class Reached:
 
 def use_shared_files(patch: pytest.MonkeyPatch) -> None:
     """From now on layers of this process, and of its peers, which do the same, use these."""
-    patch.setattr(symmetric_memory, "_of_groups", {})
+    patch.setattr(symmetric_memory, "_buffers_of_groups", {})
     patch.setattr(symmetric_memory, "Region", SharedFiles)
-    patch.setattr(symmetric_memory, "_can_read_each_other", lambda *_: True)
-    patch.setattr(symmetric_memory.SymmetricBuffers, "reached", lambda _: Reached())
+    patch.setattr(symmetric_memory, "_share_one_host", lambda *_: True)
+    patch.setattr(symmetric_memory.SymmetricBuffers, "record_event", lambda _: Reached())

@@ -1,6 +1,7 @@
-"""Forward passes in room that was reserved for them are, to the bit, those that count first."""
+"""Forward passes with static capacity give the same bits as passes with exact counts."""
 
 from collections.abc import Callable
+from copy import copy
 from typing import Any
 
 import pytest
@@ -24,15 +25,13 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from flash_moe import FlashExperts
-from flash_moe_dist.dispatch import capacity
-from flash_moe_dist.dispatch.base import AllGatherDispatcher
-from flash_moe_dist.dispatch.capacity import LayerDispatch
+from flash_moe_dist.dispatch.capacity import DispatchStats, LayerDispatch, wait_for_event
 from flash_moe_dist.dispatch.collectives import Pending
 
-PEERS = f"{KERNELS}, ranks reading each other's memory"
+SYMMETRIC = f"{KERNELS}, symmetric memory"
 BACKENDS = [
     pytest.param(KERNELS, id="interpreted"),
-    pytest.param(PEERS, id="interpreted peers"),
+    pytest.param(SYMMETRIC, id="interpreted, symmetric memory"),
     pytest.param("nccl", marks=pytest.mark.gpu),
     pytest.param("gloo on cuda", marks=pytest.mark.gpu),
 ]
@@ -45,13 +44,14 @@ def run(
     if not backend.startswith(KERNELS):
         needs_gpus(backend)
         return pools.outcomes(world_size, function, *args, backend=backend)
-    peers = backend == PEERS
-    return pools.outcomes(world_size, with_peers, peers, function, *args, backend=KERNELS)
+    symmetric = backend == SYMMETRIC
+    arguments = (symmetric, function, *args)
+    return pools.outcomes(world_size, with_symmetric_memory, *arguments, backend=KERNELS)
 
 
-def with_peers(peers: bool, function: Callable[..., Any], *args: Any) -> Any:
+def with_symmetric_memory(symmetric: bool, function: Callable[..., Any], *args: Any) -> Any:
     with pytest.MonkeyPatch.context() as patch:
-        if peers:
+        if symmetric:
             use_shared_files(patch)
         return function(*args)
 
@@ -74,38 +74,29 @@ def results(experts: FlashExperts, case: Case) -> list[Tensor]:
     return [out.detach(), *(g.to_local() if isinstance(g, DTensor) else g for g in grads)]
 
 
-def dispatches(experts: FlashExperts) -> Any:
+def layer_of(experts: FlashExperts) -> LayerDispatch:
     func: Any = experts.expert_func
-    return func._dispatch
+    layer: LayerDispatch = func._layer
+    return layer
 
 
-def has_room(experts: FlashExperts) -> bool:
-    return dispatches(experts).reservation is not None
+def has_plan(experts: FlashExperts) -> bool:
+    return layer_of(experts).plan is not None
 
 
-class Attempts:
-    """Counts dispatches into room and after counts."""
+def stats_of(experts: FlashExperts) -> DispatchStats:
+    func: Any = experts.expert_func
+    stats: DispatchStats = func.stats
+    return stats
 
-    def __init__(self, patch: pytest.MonkeyPatch) -> None:
-        self.in_room = self.sent_only = self.counted = 0
-        into_room, counting = capacity._dispatch_into_room, AllGatherDispatcher.dispatch
-        send_only = LayerDispatch._send_only
 
-        def in_room(*args: Any) -> Any:
-            self.in_room += 1
-            return into_room(*args)
+def attempts(before: DispatchStats, after: DispatchStats) -> tuple[int, int]:
+    """Dispatches of this rank's tokens with static capacity and with exact counts in between."""
 
-        def sent_only(*args: Any, **kwargs: Any) -> Any:
-            self.sent_only += 1
-            return send_only(*args, **kwargs)
+    def count(stats: DispatchStats) -> int:
+        return stats.capacity + stats.retried
 
-        def counted(*args: Any) -> Any:
-            self.counted += 1
-            return counting(*args)
-
-        patch.setattr(capacity, "_dispatch_into_room", in_room)
-        patch.setattr(LayerDispatch, "_send_only", sent_only)
-        patch.setattr(AllGatherDispatcher, "dispatch", counted)
+    return count(after) - count(before), after.exact - before.exact
 
 
 def of_scenario(scenario: str, dtype: torch.dtype) -> None:
@@ -129,13 +120,13 @@ def of_scenario(scenario: str, dtype: torch.dtype) -> None:
     [("uniform", torch.float64), *((scenario, torch.bfloat16) for scenario in SCENARIOS)],
     ids=str,
 )
-def test_passes_in_room_are_those_that_count_first(
+def test_static_capacity_gives_the_bits_of_exact_counts(
     scenario: str, dtype: torch.dtype, backend: str, rank_pools: RankPools
 ) -> None:
     sound(run(rank_pools, 2, backend, of_scenario, scenario, dtype))
 
 
-@pytest.mark.parametrize("backend", [KERNELS, PEERS])
+@pytest.mark.parametrize("backend", [KERNELS, SYMMETRIC])
 @pytest.mark.parametrize("world_size", [3, 4])
 def test_any_number_of_ranks(world_size: int, backend: str, rank_pools: RankPools) -> None:
     sound(run(rank_pools, world_size, backend, of_scenario, "empty slots", torch.float32))
@@ -147,8 +138,7 @@ CHANGES = ("more pairs", "more tokens", "fewer tokens", "no tokens", "other slot
 def changing(change: str) -> tuple[list[tuple[int, int]], bool]:
     """Passes with and without a change of input, each against a layer of its own.
 
-    Returns how often each was dispatched into room and after counts, and whether there is room in
-    the end.
+    Returns the `attempts` of each, and whether there is a plan in the end.
     """
     rank = dist.get_rank()
     tables = make_case(1, HIDDEN_SIZE, NUM_EXPERTS, 1)
@@ -162,22 +152,23 @@ def changing(change: str) -> tuple[list[tuple[int, int]], bool]:
         tokens = {"more tokens": 13, "fewer tokens": 11, "no tokens": 0}[change]
         changed = make_case(tokens, HIDDEN_SIZE, NUM_EXPERTS, 6, seed=rank)
     experts = shard_experts(tables, "all_gather")
-    attempts = []
+    made = []
     for case in (usual, usual, changed, usual, usual):
-        with pytest.MonkeyPatch.context() as patch:
-            made = Attempts(patch)
-            found = results(experts, case)
-            attempts.append((made.in_room, made.counted))
+        before = copy(stats_of(experts))
+        found = results(experts, case)
+        made.append(attempts(before, stats_of(experts)))
         fresh = results(shard_experts(tables, "all_gather"), case)
         assert all(map(torch.equal, found, fresh))
-    return attempts, has_room(experts)
+    return made, has_plan(experts)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("change", CHANGES)
-def test_what_does_not_fit_is_counted(change: str, backend: str, rank_pools: RankPools) -> None:
+def test_a_pass_that_does_not_fit_runs_again_with_exact_counts(
+    change: str, backend: str, rank_pools: RankPools
+) -> None:
     outcomes = sound(run(rank_pools, 2, backend, changing, change))
-    for rank, (attempts, room) in enumerate(outcomes):
+    for rank, (made, has_plan_now) in enumerate(outcomes):
         again = [(1, 1), (0, 1), (1, 0)]
         if change in ("fewer tokens", "no tokens"):
             # As long as some rank has as many.
@@ -185,41 +176,45 @@ def test_what_does_not_fit_is_counted(change: str, backend: str, rank_pools: Ran
         elif change == "other slots on all ranks" or (change == "more tokens" and rank == 0):
             # Whose own do not fit, does not compute them.
             again = [(0, 1), (0, 1), (1, 0)]
-        assert attempts == [(0, 1), (1, 0), *again]
-        assert room
+        assert made == [(0, 1), (1, 0), *again]
+        assert has_plan_now
 
 
-def by_turns() -> tuple[list[int], int]:
-    """Two sizes of passes, and how many were made in room by then, after each; the same uneven."""
+def alternating() -> tuple[DispatchStats, DispatchStats]:
+    """Passes of two sizes in turn; then passes of one size, which is not the same on all ranks."""
     rank = dist.get_rank()
     experts = shard_experts(make_case(1, HIDDEN_SIZE, NUM_EXPERTS, 1), "all_gather")
     small, large = (make_case(tokens, HIDDEN_SIZE, NUM_EXPERTS, 6, seed=rank) for tokens in (3, 5))
-    in_room = []
-    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        made = Attempts(patch)
+    with torch.no_grad():
         for case in [small, large] * 30:
             experts(case.hidden_states, case.indices, case.routing_weights)
-            in_room.append(made.in_room + made.sent_only)
+    alternated = stats_of(experts)
     experts = shard_experts(make_case(1, HIDDEN_SIZE, NUM_EXPERTS, 1), "all_gather")
     uneven = make_case(5 - 2 * rank, HIDDEN_SIZE, NUM_EXPERTS, 6, seed=rank)
-    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        made = Attempts(patch)
+    with torch.no_grad():
         for _ in range(5):
             experts(uneven.hidden_states, uneven.indices, uneven.routing_weights)
-    return in_room, made.in_room
+    return alternated, stats_of(experts)
 
 
-@pytest.mark.parametrize("backend", [KERNELS, PEERS])
-def test_room_that_is_seldom_used_is_seldom_reserved(backend: str, rank_pools: RankPools) -> None:
-    for in_room, uneven in sound(run(rank_pools, 2, backend, by_turns)):
-        # Reserved after 1, 2, 4, 8 ... passes that were counted.
-        assert in_room[-1] <= 6
-        assert uneven == 4
+@pytest.mark.parametrize("backend", [KERNELS, SYMMETRIC])
+def test_a_plan_that_is_seldom_confirmed_is_seldom_made(
+    backend: str, rank_pools: RankPools
+) -> None:
+    for alternated, uneven in sound(run(rank_pools, 2, backend, alternating)):
+        # A plan is made after 1, 2, 4, 8 ... exact passes.
+        assert alternated.retried + alternated.stood_in + alternated.capacity <= 6
+        assert alternated.exact + alternated.capacity == 60
+        assert (uneven.exact, uneven.capacity) == (1, 4)
+        transport = "symmetric_memory" if backend == SYMMETRIC else "gloo"
+        assert uneven.transports[transport] == (4 if backend == SYMMETRIC else 5)
 
 
-@pytest.mark.parametrize("backend", [KERNELS, PEERS])
+@pytest.mark.parametrize("backend", [KERNELS, SYMMETRIC])
 @pytest.mark.parametrize("spoil", SPOILED)
-def test_bad_input_of_one_rank_in_room(spoil: str, backend: str, rank_pools: RankPools) -> None:
+def test_bad_input_of_one_rank_with_static_capacity(
+    spoil: str, backend: str, rank_pools: RankPools
+) -> None:
     outcomes = run(rank_pools, 3, backend, bad_input, spoil, "all_gather", 2)
     for outcome in outcomes:
         assert isinstance(outcome, Failure)
@@ -228,9 +223,11 @@ def test_bad_input_of_one_rank_in_room(spoil: str, backend: str, rank_pools: Ran
     assert len({outcome.message for outcome in outcomes}) == 1
 
 
-@pytest.mark.parametrize("backend", [KERNELS, PEERS])
+@pytest.mark.parametrize("backend", [KERNELS, SYMMETRIC])
 @pytest.mark.parametrize("spoil", BAD_ROWS)
-def test_bad_rows_of_a_whole_layer_in_room(spoil: str, backend: str, rank_pools: RankPools) -> None:
+def test_bad_rows_of_a_whole_layer_with_static_capacity(
+    spoil: str, backend: str, rank_pools: RankPools
+) -> None:
     _, kind, message = BAD_ROWS[spoil]
     outcomes = run(rank_pools, 3, backend, bad_rows_of_a_layer, spoil, 2)
     for outcome in outcomes:
@@ -239,40 +236,40 @@ def test_bad_rows_of_a_whole_layer_in_room(spoil: str, backend: str, rank_pools:
     assert len({outcome.message for outcome in outcomes}) == 1
 
 
-def recomputed(use_reentrant: bool) -> list[int]:
-    """A layer whose first pass counts, and is recomputed in room."""
+def recomputed(use_reentrant: bool) -> list[tuple[int, int]]:
+    """A layer whose first pass has exact counts, and is recomputed with static capacity."""
     case = make_case(9, HIDDEN_SIZE, NUM_EXPERTS, 5, seed=dist.get_rank())
     experts = shard_experts(make_case(1, HIDDEN_SIZE, NUM_EXPERTS, 1), "all_gather")
     expected = results(experts, case)
-    attempts = []
+    made = []
     for _ in range(2):
         experts = shard_experts(make_case(1, HIDDEN_SIZE, NUM_EXPERTS, 1), "all_gather")
         hidden_states = case.hidden_states.detach().requires_grad_()
-        with pytest.MonkeyPatch.context() as patch:
-            made = Attempts(patch)
-            out: Any = checkpoint(
-                experts,
-                hidden_states,
-                case.indices,
-                case.routing_weights,
-                use_reentrant=use_reentrant,
-            )
-            out.backward(case.grad)
-            attempts.append(10 * made.in_room + made.counted)
+        out: Any = checkpoint(
+            experts,
+            hidden_states,
+            case.indices,
+            case.routing_weights,
+            use_reentrant=use_reentrant,
+        )
+        out.backward(case.grad)
+        made.append(attempts(DispatchStats(), stats_of(experts)))
         assert torch.equal(out, expected[0])
         assert hidden_states.grad is not None
         assert torch.equal(hidden_states.grad, expected[1])
         for table, grad in zip(experts.parameters(), expected[2:4], strict=True):
             tensor: Any = table.grad
             assert torch.equal(tensor.to_local(), grad)
-    return attempts
+    return made
 
 
-@pytest.mark.parametrize("backend", [KERNELS, PEERS])
+@pytest.mark.parametrize("backend", [KERNELS, SYMMETRIC])
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_recomputed_in_room(use_reentrant: bool, backend: str, rank_pools: RankPools) -> None:
-    for attempts in sound(run(rank_pools, 2, backend, recomputed, use_reentrant)):
-        assert attempts == [11, 11]
+def test_recomputed_with_static_capacity(
+    use_reentrant: bool, backend: str, rank_pools: RankPools
+) -> None:
+    for made in sound(run(rank_pools, 2, backend, recomputed, use_reentrant)):
+        assert made == [(1, 1), (1, 1)]
 
 
 class Waited(Pending):
@@ -319,7 +316,7 @@ def with_other_tables(change: str, on: tuple[int, ...]) -> None:
     experts = shard_experts(make_case(1, HIDDEN_SIZE, NUM_EXPERTS, 1), "all_gather")
     for _ in range(2):
         results(experts, case)
-    assert has_room(experts)
+    assert has_plan(experts)
     wider = shard_experts(make_case(1, 2 * HIDDEN_SIZE, NUM_EXPERTS, 1), "all_gather")
     if rank in on and change == "dtype":
         experts.double()
@@ -328,19 +325,18 @@ def with_other_tables(change: str, on: tuple[int, ...]) -> None:
             experts.register_parameter(name, torch.nn.Parameter(table.detach()))
     case = other if rank in on and change == "hidden size" else case
     expected = results(experts, case)
-    func: Any = experts.expert_func
-    func._dispatch.reservation = None
+    layer_of(experts).plan = None
     for found, exact in zip(results(experts, case), expected, strict=True):
         assert torch.equal(found, exact)
 
 
-@pytest.mark.parametrize("backend", [KERNELS, PEERS])
+@pytest.mark.parametrize("backend", [KERNELS, SYMMETRIC])
 @pytest.mark.parametrize("change", ["dtype", "hidden size"])
 def test_other_tables(change: str, backend: str, rank_pools: RankPools) -> None:
     sound(run(rank_pools, 2, backend, with_other_tables, change, (0, 1)))
 
 
-@pytest.mark.parametrize("backend", [KERNELS, PEERS])
+@pytest.mark.parametrize("backend", [KERNELS, SYMMETRIC])
 @pytest.mark.parametrize("change", ["dtype", "hidden size"])
 def test_other_tables_on_one_rank(change: str, backend: str, rank_pools: RankPools) -> None:
     for outcome in run(rank_pools, 2, backend, with_other_tables, change, (1,)):
@@ -356,12 +352,12 @@ def with_another_backend() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FLASH_MOE_BACKEND", "reference")
         found = results(experts, case)
-    assert not has_room(experts)
+    assert not has_plan(experts)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other)
 
 
-@pytest.mark.parametrize("backend", [KERNELS, PEERS])
+@pytest.mark.parametrize("backend", [KERNELS, SYMMETRIC])
 def test_another_backend(backend: str, rank_pools: RankPools) -> None:
     sound(run(rank_pools, 2, backend, with_another_backend))
 
@@ -384,12 +380,12 @@ class Event:
 
 def test_a_wait_for_counts_ends() -> None:
     event: Any = Event(3)
-    capacity._wait(event, 60.0)
+    wait_for_event(event, 60.0)
     assert event.waited
     never: Any = Event(2**62)
     with pytest.raises(RuntimeError, match=r"within the group's timeout: .* in 0\.05 s"):
-        capacity._wait(never, 0.05)
+        wait_for_event(never, 0.05)
     failing: Any = Event(2, fails=True)
     with pytest.raises(RuntimeError, match="the device failed while") as failed:
-        capacity._wait(failing, 60.0)
+        wait_for_event(failing, 60.0)
     assert str(failed.value.__cause__) == "launch failure"

@@ -12,18 +12,19 @@ from ranks import RankPools
 from sharded import shard_experts
 from torch import Tensor
 
-from flash_moe_dist.dispatch.base import sum_copies
 from flash_moe_dist.dispatch.collectives import ALL_GATHER_COLLECTIVE, ALL_TO_ALL_COLLECTIVE
 from flash_moe_dist.dispatch.comm_volume import (
-    COUNTS,
     ElementSizes,
     PassVolume,
     bytes_handed,
     cheaper_dispatcher,
     expected_fan_out,
 )
-from flash_moe_dist.dispatch.message import Routing, unpack
+from flash_moe_dist.dispatch.exact import sum_row_copies
+from flash_moe_dist.dispatch.header import Header
+from flash_moe_dist.dispatch.message import ExactLayout, pack, unpack
 from flash_moe_dist.dispatch.partition import experts_per_rank, num_local_experts
+from flash_moe_dist.dispatch.routing import Routing
 
 
 @pytest.mark.parametrize("num_experts", [0, 1, 2, 5, 8, 100])
@@ -38,51 +39,47 @@ def test_owners_are_those_of_chunk(num_experts: int, ep_size: int) -> None:
         assert all(expert // size == rank for expert in experts.tolist())
 
 
-@pytest.fixture(params=["in kernels", "in torch"])
-def routed_on(
-    request: pytest.FixtureRequest, device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> torch.device:
-    if request.param == "in torch":
-        monkeypatch.setenv("FLASH_MOE_BACKEND", "reference")
-    return device
+IN_KERNELS = pytest.mark.parametrize("in_kernels", [True, False], ids=["in kernels", "in torch"])
 
 
-def counts_of(routing: Routing) -> Tensor:
-    counts_WC = torch.zeros(len(routing.pairs_WT), COUNTS, dtype=torch.int64)
-    counts_WC = counts_WC.to(routing.ids_N.device)
-    routing.write_counts(counts_WC, checksum=17)
-    return counts_WC
+def header_of(routing: Routing) -> Tensor:
+    header_WF = torch.zeros(len(routing.pairs_WT), len(Header), dtype=torch.int64)
+    header_WF = header_WF.to(routing.ids_N.device)
+    routing.write_header(header_WF, checksum=17)
+    return header_WF
 
 
 def bits(weight: float) -> int:
     return int(torch.tensor(weight).view(torch.int32))
 
 
-def test_worked_example(routed_on: torch.device) -> None:
+@IN_KERNELS
+def test_worked_example(in_kernels: bool, device: torch.device) -> None:
     """The example in the docstring of flash_moe_dist.dispatch.message."""
-    indices_TK = torch.tensor([[3, 0], [1, 0], [2, -1]], device=routed_on)
-    weights_TK = torch.tensor([[0.5, 1.5], [2.5, 3.5], [4.5, 5.5]], device=routed_on)
-    routing = Routing.of(indices_TK, num_experts=4, ep_size=2)
-    counts_WC = counts_of(routing)
-    assert counts_WC.tolist() == [[2, 3, 0, 3, 17, 3], [2, 2, 0, 3, 17, 3]]
-    sent = routing.pack(weights_TK, [2, 2], [3, 2])
+    indices_TK = torch.tensor([[3, 0], [1, 0], [2, -1]], device=device)
+    weights_TK = torch.tensor([[0.5, 1.5], [2.5, 3.5], [4.5, 5.5]], device=device)
+    routing = Routing.from_indices(indices_TK, num_experts=4, ep_size=2, in_kernels=in_kernels)
+    header_WF = header_of(routing)
+    assert header_WF.tolist() == [[2, 3, 0, 3, 17, 3], [2, 2, 0, 3, 17, 3]]
+    layout = ExactLayout([2, 2], [3, 2], torch.float32, all_rows=False)
+    sent = pack(routing, weights_TK, layout)
     first = [1, 3, 0, 0, 1, bits(1.5), bits(3.5), bits(2.5)]
     second = [1, 2, 1, 0, bits(0.5), bits(4.5)]
-    assert sent.words.tolist() == first + second
-    assert sent.splits == [8, 6]
+    assert sent.message.tolist() == first + second
+    assert layout.splits == [8, 6]
     assert sent.slots_P.tolist() == [1, 3, 2, 0, 4]
     assert sent.tokens_S is not None
     assert sent.tokens_S.tolist() == [0, 1, 0, 2]
     assert sent.sent_TW is not None
     assert sent.sent_TW.tolist() == [[0, 2], [1, -1], [-1, 3]]
-    offsets, ids, weights = unpack(sent.words, counts_WC, [2, 2], [3, 2], torch.float32)
+    offsets, ids, weights = unpack(sent.message, header_WF, layout, in_kernels)
     assert offsets.tolist() == [0, 1, 3, 4, 5]
     assert ids.tolist() == [0, 0, 1, 1, 0]
     assert weights.tolist() == [1.5, 3.5, 2.5, 0.5, 4.5]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("rows_of_all", [0, 9], ids=["chosen rows", "all rows"])
+@pytest.mark.parametrize("all_rows", [False, True], ids=["chosen rows", "all rows"])
 @pytest.mark.parametrize(
     ("slots", "ep_size"),
     # None at all; more than one block of pairs, more ranks than experts, three ranks.
@@ -91,30 +88,30 @@ def test_worked_example(routed_on: torch.device) -> None:
 def test_kernels_pack_as_torch_does(
     slots: int,
     ep_size: int,
-    rows_of_all: int,
+    all_rows: bool,
     dtype: torch.dtype,
     device: torch.device,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     case = make_case(6, 4, 41, slots, dtype, device)
     case.indices[:, ::3] = -1
     case.indices[1] = 40
     found = []
-    for backend in ("gather", "reference"):
-        monkeypatch.setenv("FLASH_MOE_BACKEND", backend)
-        routing = Routing.of(case.indices, 41, ep_size)
-        counts_WC = counts_of(routing)
-        rows, pairs, *_ = counts_WC.t().tolist()
-        sent = routing.pack(case.routing_weights.detach(), rows, pairs, rows_of_all)
-        # Back from the words, as if each rank had sent this one's.
-        received = unpack(sent.words, counts_WC, rows, pairs, dtype, rows_of_all)
-        found.append((counts_WC, sent, received))
-    (counts_WC, one, received), (other_counts_WC, other, other_received) = found
-    assert torch.equal(counts_WC, other_counts_WC)
+    for in_kernels in (True, False):
+        routing = Routing.from_indices(case.indices, 41, ep_size, in_kernels)
+        header_WF = header_of(routing)
+        rows, pairs, *_ = header_WF.t().tolist()
+        rows = [9] * ep_size if all_rows else rows
+        layout = ExactLayout(rows, pairs, dtype, all_rows)
+        sent = pack(routing, case.routing_weights.detach(), layout)
+        # Back from the message, as if each rank had sent this one's.
+        received = unpack(sent.message, header_WF, layout, in_kernels)
+        found.append((header_WF, sent, received))
+    (header_WF, one, received), (other_header_WF, other, other_received) = found
+    assert torch.equal(header_WF, other_header_WF)
     assert all(map(torch.equal, received, other_received))
-    assert one.splits == other.splits
+    assert one.message.shape == other.message.shape
     # What is sent for rows that there are not does not matter.
-    names = ("slots_P", "tokens_S", "sent_TW", *(() if rows_of_all else ("words",)))
+    names = ("slots_P", "tokens_S", "sent_TW", *(() if all_rows else ("message",)))
     for name in names:
         tensor, expected = getattr(one, name), getattr(other, name)
         assert (tensor is None) == (expected is None)
@@ -136,14 +133,17 @@ def test_sum_of_returned_rows_with_any_triton_backend(
     monkeypatch.setenv("FLASH_MOE_BACKEND", backend)
     sent_TW = torch.tensor([[0, 2], [1, -1], [-1, 3]], device=device)
     rows_SH = torch.randn(4, 6, device=device)
-    sums_TH = sum_copies(rows_SH, sent_TW, torch.float32)
+    sums_TH = sum_row_copies(rows_SH, sent_TW, torch.float32)
     assert torch.equal(sums_TH, torch.stack([rows_SH[0] + rows_SH[2], rows_SH[1], rows_SH[3]]))
 
 
-def test_ids_out_of_range_are_counted_and_sent_nowhere(routed_on: torch.device) -> None:
-    indices_TK = torch.tensor([[4, 0], [-2, 3]], device=routed_on)
-    routing = Routing.of(indices_TK, num_experts=4, ep_size=3)
-    assert counts_of(routing)[:, :3].tolist() == [[1, 1, 2], [1, 1, 2], [0, 0, 2]]
+@IN_KERNELS
+def test_ids_out_of_range_are_counted_and_sent_nowhere(
+    in_kernels: bool, device: torch.device
+) -> None:
+    indices_TK = torch.tensor([[4, 0], [-2, 3]], device=device)
+    routing = Routing.from_indices(indices_TK, num_experts=4, ep_size=3, in_kernels=in_kernels)
+    assert header_of(routing)[:, :3].tolist() == [[1, 1, 2], [1, 1, 2], [0, 0, 2]]
 
 
 @dataclass
@@ -201,7 +201,7 @@ def count_bytes(dispatcher: str, dtype: torch.dtype) -> tuple[int, int]:
         rows_received=sum(rank in row for one in owners for row in one),
         pairs_sent=sum(len(row) for row in owners[rank]),
         pairs_received=sum(row.count(rank) for one in owners for row in one),
-        most_tokens=max(tokens),
+        max_tokens=max(tokens),
     )
     weight_bytes = cases[0].routing_weights.element_size()
     widths = ElementSizes(world_size, hidden_size, dtype.itemsize, 4, weight_bytes)
@@ -224,7 +224,7 @@ def count_bytes(dispatcher: str, dtype: torch.dtype) -> tuple[int, int]:
     rows = ALL_GATHER_COLLECTIVE if dispatcher == "all_gather" else ALL_TO_ALL_COLLECTIVE
     assert sorted(found[0]) == sorted(
         [
-            (ALL_TO_ALL_COLLECTIVE, expected[0]["counts"]),
+            (ALL_TO_ALL_COLLECTIVE, expected[0]["headers"]),
             (ALL_TO_ALL_COLLECTIVE, expected[0]["pairs"]),
             (rows, expected[0]["rows"]),
             (ALL_TO_ALL_COLLECTIVE, expected[0]["sums"]),
@@ -252,14 +252,12 @@ def test_bytes_handed_to_collectives_are_those_of_the_formula(
 def test_formula_of_bytes_with_numbers() -> None:
     """By hand: 2 ranks, H = 10, bfloat16; 7 tokens of which 6 go to one rank and 5 to the other."""
     widths = ElementSizes(ep_size=2, hidden_size=10, hidden_bytes=2, sum_bytes=4, weight_bytes=2)
-    load = PassVolume(
-        rows_sent=11, rows_received=9, pairs_sent=20, pairs_received=18, most_tokens=7
-    )
+    load = PassVolume(rows_sent=11, rows_received=9, pairs_sent=20, pairs_received=18, max_tokens=7)
     forward, backward = bytes_handed("all_to_all", widths, load)
-    assert forward == {"counts": 96, "pairs": 44 + 160, "rows": 220, "sums": 360}
+    assert forward == {"headers": 96, "pairs": 44 + 160, "rows": 220, "sums": 360}
     assert backward == {"rows": 220, "sums": 360, "pairs": 36}
     forward, backward = bytes_handed("all_gather", widths, load)
-    assert forward == {"counts": 96, "pairs": 56 + 160, "rows": 140, "sums": 560}
+    assert forward == {"headers": 96, "pairs": 56 + 160, "rows": 140, "sums": 560}
     assert backward == {"rows": 140, "sums": 560, "pairs": 36}
 
 

@@ -13,7 +13,7 @@ from small_run import launch
 
 from flash_moe.bench.cases import make_inputs
 from flash_moe.ops.naive import naive_expert_func
-from flash_moe_dist.dispatch import base
+from flash_moe_dist.dispatch import exact
 from flash_moe_dist.dispatch.comm_volume import ElementSizes, PassVolume, bytes_handed
 from flash_moe_dist.dispatch.partition import experts_per_rank
 from scaling import verify as verify_module
@@ -250,8 +250,8 @@ def sharded_layer(problem: Problem) -> tuple[Layer, tuple[torch.Tensor, ...]]:
 
 def verify_a_wrong_one(where: str, problem: Problem) -> None:
     layer, expected = sharded_layer(problem)
-    patched: Any = base
-    sum_copies = base.sum_copies
+    patched: Any = exact
+    sum_copies = exact.sum_row_copies
     calls = 0
 
     def wrong(*args: Any) -> torch.Tensor:
@@ -265,11 +265,11 @@ def verify_a_wrong_one(where: str, problem: Problem) -> None:
             sums_TH[3] = 0
         return sums_TH
 
-    patched.sum_copies = wrong
+    patched.sum_row_copies = wrong
     try:
         verify(layer, expected, "all_to_all")
     finally:
-        patched.sum_copies = sum_copies
+        patched.sum_row_copies = sum_copies
 
 
 @pytest.mark.parametrize(
@@ -334,14 +334,14 @@ def dispatcher_of_auto(problem: Problem) -> str:
     layer, _ = sharded_layer(problem)
     layer.choose("auto")
     with pytest.MonkeyPatch.context() as patch:
-        for key, one in base.DISPATCHERS.items():
-            rows = one.start_rows
+        for key, one in exact.DISPATCHERS.items():
+            rows = one.send_rows
 
             def noted(*args: Any, name: str = key, rows: Any = rows) -> Any:
                 used.append(name)
                 return rows(*args)
 
-            patch.setattr(one, "start_rows", noted)
+            patch.setattr(one, "send_rows", noted)
         layer.forward()
     (name,) = used
     return name
@@ -376,7 +376,7 @@ def test_messages_have_the_bytes_of_the_volume_model(name: Any) -> None:
     for rank in range(3):
         sums = (rows_WW[rank], rows_WW[:, rank], pairs_WW[rank], pairs_WW[:, rank])
         sent, received, pairs_sent, pairs_received = (int(one.sum()) for one in sums)
-        load = PassVolume(sent, received, pairs_sent, pairs_received, most_tokens=9)
+        load = PassVolume(sent, received, pairs_sent, pairs_received, max_tokens=9)
         expected = sum(sum(one.values()) for one in bytes_handed(name, widths, load))
         handed = sum(
             # An all-gather is handed one copy.

@@ -13,13 +13,13 @@ from cases import Case, make_case
 from ranks import KERNELS, RankPools, rank_device
 from sharded import shard_experts
 from shared_files import SharedFiles, use_shared_files
-from test_capacity import dispatches, has_room, results
+from test_capacity import has_plan, layer_of, results, stats_of
 from test_expert_parallel import needs_gpus
 
 from flash_moe import FlashExperts
 from flash_moe_dist.dispatch import symmetric_memory
 from flash_moe_dist.dispatch.capacity import LayerDispatch
-from flash_moe_dist.dispatch.symmetric import ROWS, SUMS, WORDS
+from flash_moe_dist.dispatch.symmetric import MESSAGES, ROWS, SUMS
 from flash_moe_dist.dispatch.symmetric_memory import (
     ALIGNMENT,
     SymmetricBuffers,
@@ -40,8 +40,10 @@ def use_memory(patch: pytest.MonkeyPatch) -> None:
         use_shared_files(patch)
 
 
-def memory_of(experts: FlashExperts) -> Any:
-    return dispatches(experts).reservation.memory
+def buffers_of(experts: FlashExperts) -> Any:
+    plan = layer_of(experts).plan
+    assert plan is not None
+    return getattr(plan.dispatcher, "buffers", None)
 
 
 def random_passes(seed: int) -> None:
@@ -73,8 +75,7 @@ def random_passes(seed: int) -> None:
                 expected = results(layer(sizes[place], place), case)
                 for found, exact in zip([out, *local], expected, strict=True):
                     assert torch.equal(found, exact)
-        memories = {id(memory_of(one)) for one in layers if has_room(one)}
-        assert len(memories) <= 1
+        assert len({id(buffers_of(one)) for one in layers if has_plan(one)}) <= 1
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -134,7 +135,7 @@ def test_rows_are_not_written_over_while_others_read(rank_pools: RankPools) -> N
 def sums_of_a_late_rank() -> list[tuple[str, int]]:
     """Rank 1 offers its rows in time, and then is late with sums for others."""
     rank, barrier = dist.get_rank(), SymmetricBuffers.barrier
-    wait = SymmetricBuffers.wait_until_sums_are_read
+    wait = SymmetricBuffers.wait_until_sums_are_consumed
     case = make_case(5, 12, NUM_EXPERTS, SLOTS, seed=rank)
     calls: list[tuple[str, int]] = []
 
@@ -152,7 +153,7 @@ def sums_of_a_late_rank() -> list[tuple[str, int]]:
         expected, experts = results(layer(12), case), layer(12)
         results(experts, case)
         patch.setattr(SymmetricBuffers, "barrier", late)
-        patch.setattr(SymmetricBuffers, "wait_until_sums_are_read", waits)
+        patch.setattr(SymmetricBuffers, "wait_until_sums_are_consumed", waits)
         for found, exact in zip(results(experts, case), expected, strict=True):
             assert torch.equal(found, exact)
     return calls
@@ -160,7 +161,7 @@ def sums_of_a_late_rank() -> list[tuple[str, int]]:
 
 def test_sums_are_added_when_all_have_come(rank_pools: RankPools) -> None:
     waited = ("wait", SUMS)
-    forward = [waited, ("barrier", WORDS), waited, ("barrier", ROWS), ("barrier", SUMS)]
+    forward = [waited, ("barrier", MESSAGES), waited, ("barrier", ROWS), ("barrier", SUMS)]
     for calls in rank_pools.run(2, sums_of_a_late_rank, backend=KERNELS):
         assert calls == [*forward, waited, ("barrier", ROWS), ("barrier", SUMS)]
 
@@ -174,7 +175,7 @@ def inference_first() -> None:
         with torch.inference_mode():
             for _ in range(3):
                 experts(case.hidden_states, case.indices, case.routing_weights)
-        assert has_room(experts)
+        assert has_plan(experts)
         for found, exact in zip(results(experts, case), results(layer(12), case), strict=True):
             assert torch.equal(found, exact)
 
@@ -193,9 +194,9 @@ def growing() -> tuple[list[int], list[int]]:
         memory = SymmetricBuffers(dist.group.WORLD, torch.device("cpu"))
         held, halves = [], []
         for sizes in ((1, 300), (600, 300), (2048, 1), (1, 700)):
-            assert memory.make_room(sizes)
+            assert memory.ensure_size(sizes)
             held.append(memory.num_bytes)
-            halves.append(memory.next_half(0))
+            halves.append(memory.next_buffer_offset(0))
         return held, halves
 
 
@@ -217,22 +218,22 @@ def refused(on: str) -> tuple[list[str], int, float]:
 
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        symmetric_memory._warn.cache_clear()
+        symmetric_memory._warn_of_fallback.cache_clear()
         use_shared_files(patch)
         if dist.get_rank() == 1:
             patch.setattr(SharedFiles, on, fail)
-        elif on == "meet":
+        elif on == "rendezvous":
             # What a rank waits for that one does not come to is PyTorch's to end.
             patch.setattr(SharedFiles, on, lambda *_: None)
         experts, begun = layer(12), time.monotonic()
         passes = [results(experts, case) for _ in range(3)]
         seconds = time.monotonic() - begun
-        assert memory_of(experts) is None
+        assert stats_of(experts).transports == {dist.get_backend(): 3}
         assert all(torch.equal(*pair) for pair in zip(passes[0], passes[2], strict=True))
         return [str(one.message) for one in caught], symmetric_memory_bytes(), seconds
 
 
-@pytest.mark.parametrize("on", ["__init__", "meet"])
+@pytest.mark.parametrize("on", ["__init__", "rendezvous"])
 def test_one_rank_without_memory(on: str, rank_pools: RankPools) -> None:
     for messages, held, seconds in rank_pools.run(2, refused, on, backend=KERNELS):
         (message,) = [one for one in messages if "cannot read each other's memory" in one]
@@ -244,16 +245,16 @@ def test_one_rank_without_memory(on: str, rank_pools: RankPools) -> None:
 def views_kept() -> int:
     with pytest.MonkeyPatch.context() as patch:
         use_shared_files(patch)
-        patch.setattr(symmetric_memory, "MOST_VIEWS", 10)
+        patch.setattr(symmetric_memory, "MAX_CACHED_VIEWS", 10)
         experts = layer(12)
         with torch.no_grad():
             for tokens in range(1, 12):
                 case = make_case(tokens, 12, NUM_EXPERTS, SLOTS)
                 for _ in range(2):
-                    dispatch: LayerDispatch = dispatches(experts)
-                    dispatch._pause = 0
+                    dispatch: LayerDispatch = layer_of(experts)
+                    dispatch._backoff = 0
                     experts(case.hidden_states, case.indices, case.routing_weights)
-        return len(memory_of(experts)._views)
+        return len(buffers_of(experts)._views)
 
 
 def test_views_do_not_become_ever_more(rank_pools: RankPools) -> None:

@@ -30,6 +30,6 @@ class OutputChunk:
 
     rows: slice
     out: Tensor
-    written: Callable[[], object] = nothing
-    addends: Tensor | None = None
-    place: int = 0
+    on_written: Callable[[], object] = nothing
+    accumulate_with: Tensor | None = None
+    own_index: int = 0

@@ -1,344 +1,426 @@
-"""Dispatch of a layer's forward passes: counts first, or into room that was reserved for them.
+"""Dispatch with static capacity: try a pass in buffers of known sizes, confirm, else exact counts.
 
-W ranks, T local tokens, K experts per token, H hidden size, X tokens of the rank that has most.
+W ranks, T local tokens, K experts per token, H hidden size, X most tokens of any rank, F header
+fields.
 
-A rank has to know how many pairs it gets before it can receive them. The first pass exchanges
-counts, and the host waits for them before it launches anything else. Where every rank gets all rows
-(`AllGatherDispatcher`), the next pass takes messages of the same sizes, with room to spare for
-pairs. Counts then travel in front of the pairs, and the host reads them when it has launched all of
-the pass. If they show that the room does not do, for more pairs or another X, the pass is done
-again, with counts first. Another X would do as long as it is smaller, but kernels that sum in
-another order where rows are few would not give the same bits.
+A rank must know how many pairs it gets before it can receive them. The first pass of a layer
+exchanges counts, and the host waits for them before it launches anything else. Where every rank
+gets all rows, the next pass takes buffers of the same sizes, with space for an eighth more pairs
+than the busiest rank sent. Headers then travel in front of the pairs, and the host reads them after
+it has launched the whole pass. If they show that the pass fits, it is confirmed. Otherwise its
+result is thrown away and the pass runs again with exact counts: no pair is ever dropped.
 
-All ranks have the same room, as it comes from counts that all have seen, and messages have its
-sizes whatever is wrong with a rank's input: such a rank sends nothing in them but that.
+A plan also stops to fit when X shrinks. The buffers would hold such a pass, but kernels choose
+their tiles by X, so its result would not be bitwise equal to that with exact counts.
 
-What a pass in room keeps for the backward pass lies in memory of the room's size: for pairs an
-eighth more than the busiest ranks need, MOST_ROOM times as much where load is uneven.
+All ranks have the same plan, as it follows from counts that all have seen. A rank whose own input
+does not fit the plan, or is wrong, takes the same path with no tokens: it stands in, so that
+no rank waits for it, and its header tells the others why.
+
+What a confirmed pass saves for the backward pass has the size of the capacity: for pairs an eighth
+more than the busiest rank needs, up to MAX_PADDING times as much where the load is uneven.
 """
 
 import time
-from dataclasses import dataclass, replace
-from typing import Any, NoReturn
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, NamedTuple, NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from flash_moe.ops.backend_choice import TRITON_BACKENDS, default_backend
-from flash_moe.ops.backends import accumulator_dtype
+from flash_moe.ops.overlap import OutputChunk
 from flash_moe.ops.side_stream import SideStream
-from flash_moe_dist.agreement import raise_same_error
 from flash_moe_dist.dispatch.base import (
-    AllGatherDispatcher,
+    Dispatched,
+    Dispatcher,
     DispatchMetadata,
+    MetadataTensors,
     ReceivedTokens,
-    Sums,
-    TokenDispatcher,
-    pairs_per_row,
+    expected_pairs_per_row,
 )
-from flash_moe_dist.dispatch.comm_volume import COUNTS
-from flash_moe_dist.dispatch.handshake import Counts, Input, raise_on_all_ranks
-from flash_moe_dist.dispatch.message import Room, unpack_in_room
-from flash_moe_dist.dispatch.symmetric import SymmetricDispatcher, bytes_of_regions
-from flash_moe_dist.dispatch.symmetric_memory import SymmetricBuffers, peer_memory, timeout_seconds
+from flash_moe_dist.dispatch.comm_volume import DispatcherName
+from flash_moe_dist.dispatch.exact import DISPATCHERS, AllGatherDispatcher, ExactDispatcher
+from flash_moe_dist.dispatch.handshake import PassCounts, RankInput, Splits
+from flash_moe_dist.dispatch.header import TOKENS_DO_NOT_FIT, Header
+from flash_moe_dist.dispatch.message import CapacityLayout, header_of, pack_into, unpack_from
+from flash_moe_dist.dispatch.symmetric import SymmetricDispatcher, buffer_bytes
+from flash_moe_dist.dispatch.symmetric_memory import symmetric_buffers, timeout_seconds
+from flash_moe_dist.phases import phase
 
-# Not where pairs are so uneven that messages would be mostly room.
-MOST_ROOM = 2
-# A pass that has to be done again takes as long as this many save.
-HITS_OF_A_MISS = 4
-MOST_PAUSE = 63
-# Tokens of a rank that the room does not suit.
-NO_NUMBER = -1
+Transport = Literal["auto", "nccl", "symmetric_memory"]
+# No plan where the load is so uneven that messages would be mostly padding.
+MAX_PADDING = 2
+# A pass that runs twice takes as long as this many confirmed passes save.
+MIN_HITS_TO_AMORTIZE_RETRY = 4
+MAX_BACKOFF_PASSES = 63
+
+
+@dataclass
+class DispatchStats:
+    """Forward passes of a layer on this rank, by the way they took.
+
+    exact: passes with exact counts, retries included.
+    capacity: passes with static capacity that were confirmed.
+    retried: passes with static capacity that were thrown away, as some rank's part did not fit.
+    stood_in: passes with static capacity in which this rank took part without tokens, as its own
+        input did not fit or was wrong.
+    transports: passes in `exact` and `capacity` by what carried their rows: the backend of the
+        process group ("nccl", "gloo") or "symmetric_memory".
+    """
+
+    exact: int = 0
+    capacity: int = 0
+    retried: int = 0
+    stood_in: int = 0
+    transports: Counter[str] = field(default_factory=Counter)
 
 
 @dataclass(frozen=True)
-class Reservation:
-    """Room, and all that it depends on: a pass of other settings needs another.
+class CapacityPlan:
+    """Sizes of the buffers of a pass, and all that they depend on.
 
-    sizes: `Input.sizes` of that pass; slots: K; sum_dtype: of partial sums;
+    layout: of the messages.
+    sizes: `SharedSettings.sizes` of the passes that it is for.
+    top_k, hidden_size, hidden_dtype: of the passes.
+    sum_dtype: of partial sums.
+    dispatcher: what sends the buffers.
     timeout: of a collective, in seconds.
-    memory: in which ranks read and write directly; None: all is sent.
     """
 
-    room: Room
+    layout: CapacityLayout
     sizes: dict[str, Any]
-    slots: int
+    top_k: int
     hidden_size: int
     hidden_dtype: torch.dtype
     sum_dtype: torch.dtype
-    memory: SymmetricBuffers | None
+    dispatcher: AllGatherDispatcher
     timeout: float
 
     @classmethod
-    def after(
-        cls, given: Input, counts: Counts, group: dist.ProcessGroup, sum_dtype: torch.dtype
-    ) -> "Reservation | None":
-        """For passes like this one; None if there should be none. Collective."""
+    def from_counts(
+        cls, inp: RankInput, counts: PassCounts, group: dist.ProcessGroup, transport: Transport
+    ) -> "CapacityPlan | None":
+        """Plan for passes like the one that was just counted; None if static capacity does not pay.
+
+        Collective.
+
+        Raises:
+            RuntimeError: on every rank alike, if `transport` asks for symmetric memory and the
+                ranks cannot have it.
+        """
+        assert inp.shared is not None
         ep_size = dist.get_world_size(group)
-        hidden_size, slots = given.hidden_TH.shape[1], given.indices_TK.shape[1]
-        most_tokens = max(counts.tokens)
-        possible = most_tokens * slots
-        room = min(possible, counts.most_pairs + counts.most_pairs // 8 + 16)
-        in_kernels = default_backend(given.settings.device) in TRITON_BACKENDS
-        if not in_kernels or possible == 0 or ep_size * room > MOST_ROOM * possible:
+        hidden_size, top_k = inp.hidden_TH.shape[1], inp.indices_TK.shape[1]
+        possible_pairs = counts.max_tokens * top_k
+        max_pairs = min(possible_pairs, counts.max_pairs + counts.max_pairs // 8 + 16)
+        if not inp.in_kernels:
+            if transport == "symmetric_memory":
+                raise RuntimeError(
+                    "transport 'symmetric_memory' needs a Triton backend, got backend "
+                    f"{inp.shared.sizes['backend']!r}"
+                )
             return None
-        reserved = Room(most_tokens, room, given.weights_TK.dtype)
-        hidden_bytes = hidden_size * given.hidden_TH.dtype.itemsize
-        sum_bytes = hidden_size * sum_dtype.itemsize
-        memory = None
-        if hidden_size > 0:
-            sizes = bytes_of_regions(reserved, ep_size, hidden_bytes, sum_bytes)
-            memory = peer_memory(group, given.settings.device, sizes)
-        if memory is not None:
-            # Makes what later passes would wait for the device to make.
-            SymmetricDispatcher(group, memory).exchanged_at(reserved.message_words)
+        if possible_pairs == 0 or ep_size * max_pairs > MAX_PADDING * possible_pairs:
+            return None
+        layout = CapacityLayout(counts.max_tokens, max_pairs, inp.weights_TK.dtype)
+        dispatcher = AllGatherDispatcher(group)
+        if hidden_size > 0 and transport != "nccl":
+            row_bytes = hidden_size * inp.hidden_TH.dtype.itemsize
+            sum_bytes = hidden_size * inp.sum_dtype.itemsize
+            sizes = buffer_bytes(layout, ep_size, row_bytes, sum_bytes)
+            required = transport == "symmetric_memory"
+            buffers = symmetric_buffers(group, inp.device, sizes, required)
+            if buffers is not None:
+                dispatcher = SymmetricDispatcher(group, buffers)
+                dispatcher.message_pointers(layout.message_stride)
         return cls(
-            reserved,
-            given.sizes,
-            slots,
-            hidden_size,
-            given.hidden_TH.dtype,
-            sum_dtype,
-            memory,
-            timeout_seconds(group, given.settings.device),
+            layout=layout,
+            sizes=inp.shared.sizes,
+            top_k=top_k,
+            hidden_size=hidden_size,
+            hidden_dtype=inp.hidden_TH.dtype,
+            sum_dtype=inp.sum_dtype,
+            dispatcher=dispatcher,
+            timeout=timeout_seconds(group, inp.device),
         )
 
-    def fits(self, given: Input) -> bool:
-        """Whether this rank's part may be sent in it."""
-        return given.sizes == self.sizes and given.hidden_TH.shape[0] <= self.room.rows
-
-    def dispatcher(self, group: dist.ProcessGroup) -> AllGatherDispatcher:
-        if self.memory is None:
-            return AllGatherDispatcher(group)
-        return SymmetricDispatcher(group, self.memory)
-
-    def covers(self, counts: Counts) -> bool:
-        """Whether all ranks' parts were sent in it, and have the sizes that it is for."""
+    def accepts(self, inp: RankInput) -> bool:
+        """Whether this rank's part of a pass fits, as far as this rank can know."""
         return (
-            counts.most_pairs <= self.room.pairs
-            and max(counts.tokens) == self.room.rows
-            and NO_NUMBER not in counts.tokens
+            inp.shared is not None
+            and inp.shared.sizes == self.sizes
+            and inp.hidden_TH.shape[0] <= self.layout.padded_tokens
+        )
+
+    def covers(self, counts: PassCounts) -> bool:
+        """Whether all ranks' parts fit, and X is the one that the plan is for."""
+        return (
+            counts.all_fit
+            and counts.max_pairs <= self.layout.max_pairs
+            and counts.max_tokens == self.layout.padded_tokens
+        )
+
+    def dispatch(self, inp: RankInput) -> "ProvisionalPass":
+        """Dispatch in buffers of static capacity; with no tokens if the plan does not accept `inp`.
+
+        No host sync: the headers of all ranks are on their way to the host.
+        """
+        layout, dispatcher, device = self.layout, self.dispatcher, inp.device
+        stands_in = not self.accepts(inp)
+        sent = self._without_tokens(inp) if stands_in else inp
+        ep_size = dispatcher.ep_size
+        rows_of_each = [layout.padded_tokens] * ep_size
+        metadata = DispatchMetadata(
+            rows=Splits(rows_of_each, rows_of_each),
+            pairs=None,
+            num_tokens=sent.hidden_TH.shape[0],
+            max_tokens=layout.padded_tokens,
+            shape_TK=sent.indices_TK.shape,
+        )
+        # With NCCL these travel while pairs are sorted and packed.
+        rows = dispatcher.send_rows(sent.hidden_TH, metadata)
+        message_WL = dispatcher.message_buffer(layout, device)
+        header_2WF = torch.empty(2, ep_size, len(Header), device=device, dtype=torch.int64)
+        routing = sent.routing(ep_size)
+        routing.write_header(
+            header_2WF[0], sent.checksum, count_rows=False, copy_WF=header_of(message_WL)
+        )
+        if stands_in and inp.error is None:
+            for header_WF in (header_2WF[0], header_of(message_WL)):
+                header_WF[:, Header.TOKENS] = TOKENS_DO_NOT_FIT
+        packed = pack_into(message_WL, routing, sent.weights_TK, layout)
+        messages = dispatcher.exchange_messages(message_WL)
+        unpacked = unpack_from(messages, header_2WF[1], layout)
+        rows.start_transfer()
+        tile_pairs = expected_pairs_per_row(self.top_k, ep_size)
+        received = ReceivedTokens(rows.rows_RH, rows.chunks, *unpacked, tile_pairs)
+        metadata = metadata.with_tensors(MetadataTensors(packed.slots_P))
+        return ProvisionalPass(
+            dispatched=Dispatched(received, metadata, dispatcher),
+            plan=self,
+            stands_in=stands_in,
+            header_2WF=header_2WF,
+            host=_copy_to_host(header_2WF),
+        )
+
+    def _without_tokens(self, inp: RankInput) -> RankInput:
+        """Input of no tokens in the shapes and dtypes of the plan, with the checksum of `inp`."""
+        return replace(
+            inp,
+            hidden_TH=torch.empty(0, self.hidden_size, device=inp.device, dtype=self.hidden_dtype),
+            indices_TK=torch.empty(0, self.top_k, device=inp.device, dtype=torch.int64),
+            weights_TK=torch.empty(
+                0, self.top_k, device=inp.device, dtype=self.layout.weight_dtype
+            ),
+            num_experts=self.sizes["num_experts"],
+            in_kernels=True,
         )
 
 
-@dataclass(frozen=True)
-class Dispatched:
-    """A dispatch that is under way; `in_room`: how it will be known whether it can stay."""
+class _HeadersOnHost(NamedTuple):
+    """Headers (2, W, F), sent and received; in host memory once `copied` is reached."""
 
-    received: ReceivedTokens
-    metadata: DispatchMetadata
-    dispatcher: TokenDispatcher
-    in_room: "InRoom | None" = None
-
-    def sums(self, dtype: torch.dtype) -> Sums:
-        """For partial sums in that dtype."""
-        rows_RH = self.received.hidden_RH
-        return self.dispatcher.sums(self.metadata, rows_RH.shape[1], dtype, rows_RH.dtype)
+    header_2WF: Tensor
+    copied: torch.cuda.Event | None
 
 
 @dataclass(frozen=True)
-class InRoom:
-    """Counts (2, W, COUNTS) sent and received, in host memory when `read` has been reached.
+class ProvisionalPass:
+    """A dispatch whose result counts only once the headers of all ranks confirm it.
 
-    counts_2WC: the same on the device, which must live until then.
+    stands_in: this rank took part without tokens.
+    header_2WF: headers sent and received, on the device; held until they are copied to the host.
     """
 
-    reservation: Reservation
-    counts_2WC: Tensor
-    exchanged_2WC: Tensor
-    read: torch.cuda.Event | None
+    dispatched: Dispatched
+    plan: CapacityPlan
+    stands_in: bool
+    header_2WF: Tensor
+    host: _HeadersOnHost
 
-    def counts(self) -> tuple[list[list[int]], list[list[int]]]:
-        """Waits for them."""
-        if self.read is not None:
-            _wait(self.read, self.reservation.timeout)
-        sent, received = self.exchanged_2WC.tolist()
-        return sent, received
+    def wait_for_headers(self) -> tuple[list[list[int]], list[list[int]]]:
+        """Headers sent and received, (W, F) each. A host sync."""
+        if self.host.copied is not None:
+            wait_for_event(self.host.copied, self.plan.timeout)
+        sent_WF, received_WF = self.host.header_2WF.tolist()
+        return sent_WF, received_WF
+
+
+class CompletedPass(NamedTuple):
+    """Output (T, H) of a forward pass, and what its backward pass needs.
+
+    saved: what the experts returned.
+    """
+
+    out_TH: Tensor
+    saved: Any
+    received: ReceivedTokens
+    metadata: DispatchMetadata
+    dispatcher: Dispatcher
+
+
+# Computes the experts of the tokens received into the output chunks, and returns what to save.
+Experts = Callable[[ReceivedTokens, Callable[[], Sequence[OutputChunk]]], Any]
 
 
 class LayerDispatch:
-    """Dispatches one layer's passes over the ranks of `group`.
+    """Runs the forward passes of one layer over the ranks of `group`.
 
-    All ranks decide alike when to reserve room, from what all have seen. Where rooms are seldom
-    used, because sizes change all the time, ever more passes are counted before the next.
+    All ranks decide alike when to make a plan, from counts that all have seen. Where plans are
+    seldom confirmed, because sizes change all the time, ever more passes go by before the next.
     """
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        self.group = group
-        self.reservation: Reservation | None = None
-        # Passes to count before room is reserved, those counted, and passes in the present room.
-        self._pause = self._counted = self._hits = 0
+    def __init__(
+        self, group: dist.ProcessGroup, transport: Transport = "auto", has_capacity: bool = True
+    ) -> None:
+        self.group, self.transport, self.has_capacity = group, transport, has_capacity
+        self.stats = DispatchStats()
+        self.plan: CapacityPlan | None = None
+        # Exact passes to make before the next plan, those made, and confirmed passes of this plan.
+        self._backoff = self._exact_passes = self._hits = 0
+        self._dispatchers: dict[DispatcherName, ExactDispatcher] = {}
 
-    def dispatch(self, given: Input, dispatcher: TokenDispatcher) -> Dispatched:
-        """By `dispatcher`; into room where there is some, to be done again if `settle` says so.
+    def run(self, inp: RankInput, name: DispatcherName, experts: Experts) -> CompletedPass:
+        """Dispatch, run the experts, and combine: with static capacity if that is confirmed.
 
-        Raises:
-            TypeError, ValueError: as `TokenDispatcher.dispatch`.
-            RuntimeError: as `settle`.
-        """
-        reservation = self.reservation
-        if reservation is not None and reservation.fits(given):
-            return _dispatch_into_room(reservation, given, reservation.dispatcher(self.group))
-        if reservation is not None:
-            # No number of tokens: everybody does the pass again, unless someone's input is wrong.
-            tokens, checksum = (NO_NUMBER, given.checksum) if given.error is None else (0, 0)
-            in_room = self._send_only(reservation, given.settings.device, tokens, checksum)
-            self._agree(given, in_room)
-        received, metadata, counts = dispatcher.dispatch(given)
-        if dispatcher.sends_all_rows:
-            if self._counted >= self._pause:
-                sum_dtype = accumulator_dtype(given.hidden_TH.dtype, given.settings.table_dtypes[0])
-                self.reservation = Reservation.after(given, counts, self.group, sum_dtype)
-                self._hits = 0
-            self._counted += 1
-        return Dispatched(received, metadata, dispatcher)
+        Collective; at most two attempts. A rank with wrong input takes part without tokens.
 
-    def settle(self, given: Input, dispatched: Dispatched) -> DispatchMetadata | None:
-        """Wait for the counts; None if the pass has to be done again.
+        Args:
+            inp: this rank's part.
+            name: the dispatcher of a pass with exact counts.
+            experts: called once for each attempt in which this rank takes part with its tokens.
 
         Raises:
-            TypeError, ValueError: as `TokenDispatcher.dispatch`.
-            RuntimeError: the device failed, maybe as a rank did not come in time.
+            TypeError, ValueError: on every rank alike, if any rank's input is wrong or the ranks'
+                settings differ.
+            RuntimeError: the device failed, perhaps because a rank did not come in time.
         """
-        metadata = dispatched.metadata
-        if dispatched.in_room is None:
-            return metadata
-        counts = self._agree(given, dispatched.in_room)
-        if counts is None:
-            return None
-        assert metadata.slots_P is not None
-        return replace(
-            metadata,
-            pairs_sent=counts.pairs_sent,
-            pairs_received=counts.pairs_received,
-            slots_P=metadata.slots_P[: sum(counts.pairs_sent)],
-        )
-
-    def _agree(self, given: Input, in_room: InRoom) -> Counts | None:
-        """The counts if all ranks' parts are in the room, which is else given up."""
-        # If this raises, all ranks lose it alike.
-        self.reservation = None
-        counts = given.counts(*in_room.counts(), self.group)
-        if in_room.reservation.covers(counts):
-            self.reservation = in_room.reservation
-            self._hits += 1
-            return counts
-        seldom = self._hits < HITS_OF_A_MISS
-        self._pause = min(2 * self._pause + 1, MOST_PAUSE) if seldom else 0
-        self._counted = 0
-        return None
+        if self.plan is not None:
+            with phase("dispatch"):
+                attempt = self.plan.dispatch(inp)
+            attempted = _write_zeros if attempt.stands_in else experts
+            out_TH, saved = _compute(attempt.dispatched, self.plan.sum_dtype, attempted)
+            metadata = self._confirm(inp, attempt)
+            if metadata is not None:
+                return _completed(out_TH, saved, replace(attempt.dispatched, metadata=metadata))
+        with phase("dispatch"):
+            dispatcher = self._dispatcher(name)
+            dispatched, counts = dispatcher.dispatch(inp)
+            self.stats.exact += 1
+            self.stats.transports[dispatcher.transport] += 1
+            self._plan_next_passes(inp, counts, dispatcher)
+        out_TH, saved = _compute(dispatched, inp.sum_dtype, experts)
+        return _completed(out_TH, saved, dispatched)
 
     def fail(self, error: Exception, device: torch.device) -> NoReturn:
         """Raise `error` on every rank, in place of a pass that this rank cannot make."""
-        if self.reservation is None:
-            raise_on_all_ranks(error, device, self.group)
-        reservation, self.reservation = self.reservation, None
-        self._send_only(reservation, device, tokens=0, checksum=0)
-        raise_same_error(error, self.group)
+        self.run(RankInput(device, error), "all_to_all", _write_zeros)
         raise AssertionError("an error of this rank was not raised")
 
-    def _send_only(
-        self, reservation: Reservation, device: torch.device, tokens: int, checksum: int
-    ) -> InRoom:
-        """A rank's part in a forward pass of others: no pairs, and no experts of its own."""
-        dispatcher, room = reservation.dispatcher(self.group), reservation.room
-        metadata = _metadata_in_room(reservation, dispatcher.ep_size, torch.Size((0, 0)))
-        shape_XH = (room.rows, reservation.hidden_size)
-        zeros_XH = torch.zeros(shape_XH, device=device, dtype=reservation.hidden_dtype)
-        rows = dispatcher.start_rows(zeros_XH, metadata)
-        words_WL = dispatcher.words_to_fill(room, device)
-        sent_C = torch.tensor([0, 0, 0, tokens, checksum, 0])
-        counts_2WC = sent_C.to(device).expand(2, dispatcher.ep_size, COUNTS).contiguous()
-        _header(words_WL).copy_(counts_2WC[0])
-        messages = dispatcher.exchange_words(words_WL)
-        unpack_in_room(messages, counts_2WC[1], room)
-        partial_RH = torch.zeros_like(rows.wait(), dtype=reservation.sum_dtype)
-        dtypes = (reservation.sum_dtype, reservation.hidden_dtype)
-        sums = dispatcher.sums(metadata, reservation.hidden_size, *dtypes)
-        for part in sums.parts:
-            part.out.zero_()
-            part.written()
-        sums.start(partial_RH)
-        sums.collect()
-        return InRoom(reservation, counts_2WC, *_to_host(counts_2WC))
+    def _dispatcher(self, name: DispatcherName) -> ExactDispatcher:
+        if name not in self._dispatchers:
+            self._dispatchers[name] = DISPATCHERS[name](self.group)
+        return self._dispatchers[name]
+
+    def _confirm(self, inp: RankInput, attempt: ProvisionalPass) -> DispatchMetadata | None:
+        """Wait for the headers of all ranks; the complete metadata, or None if any does not fit.
+
+        Gives the plan up in the latter case.
+        """
+        self.stats.stood_in += attempt.stands_in
+        # If this raises, all ranks lose the plan alike.
+        self.plan = None
+        counts = inp.agreed_counts(*attempt.wait_for_headers(), self.group)
+        if not attempt.plan.covers(counts):
+            self.stats.retried += not attempt.stands_in
+            seldom = self._hits < MIN_HITS_TO_AMORTIZE_RETRY
+            self._backoff = min(2 * self._backoff + 1, MAX_BACKOFF_PASSES) if seldom else 0
+            self._exact_passes = 0
+            return None
+        self.plan = attempt.plan
+        self._hits += 1
+        self.stats.capacity += 1
+        self.stats.transports[attempt.plan.dispatcher.transport] += 1
+        metadata = attempt.dispatched.metadata
+        slots_N = metadata.tensors.slots_P
+        assert slots_N is not None
+        slots_P = slots_N[: sum(counts.pairs.sent)]
+        return replace(metadata, pairs=counts.pairs, tensors=MetadataTensors(slots_P))
+
+    def _plan_next_passes(self, inp: RankInput, counts: PassCounts, dispatcher: Dispatcher) -> None:
+        if not dispatcher.sends_all_rows or not self.has_capacity:
+            return
+        if self._exact_passes >= self._backoff:
+            self.plan = CapacityPlan.from_counts(inp, counts, self.group, self.transport)
+            self._hits = 0
+        self._exact_passes += 1
 
 
-def _wait(read: torch.cuda.Event, timeout: float) -> None:
-    """Raises RuntimeError after so many seconds, or if the device failed.
+def _compute(
+    dispatched: Dispatched, sum_dtype: torch.dtype, experts: Experts
+) -> tuple[Tensor, Any]:
+    """Output (T, H) of the experts of all ranks, and what to save of this rank's."""
+    with phase("experts"):
+        combine = dispatched.combine(sum_dtype)
+        saved = experts(dispatched.received, combine.outputs)
+    with phase("combine"):
+        return combine.result(), saved
 
-    Not in the driver: where another collective fails before, what this pass waits for begins only
-    then to wait as long.
+
+def _write_zeros(received: ReceivedTokens, outputs: Callable[[], Sequence[OutputChunk]]) -> None:
+    """Stand in for the experts: a rank without tokens still sends and adds up partial sums."""
+    for arriving in received.inputs:
+        arriving.wait()
+    for chunk in outputs():
+        chunk.out.zero_()
+        chunk.on_written()
+
+
+def _completed(out_TH: Tensor, saved: Any, dispatched: Dispatched) -> CompletedPass:
+    return CompletedPass(
+        out_TH=out_TH,
+        saved=saved,
+        received=dispatched.received,
+        metadata=dispatched.metadata,
+        dispatcher=dispatched.dispatcher,
+    )
+
+
+def _copy_to_host(header_2WF: Tensor) -> _HeadersOnHost:
+    """Start the copy on a side stream, so that it does not wait for the experts."""
+    device, copied = header_2WF.device, None
+    with SideStream(device):
+        on_host = header_2WF.to("cpu", non_blocking=True)
+        if device.type == "cuda":
+            copied = torch.cuda.Event()
+            copied.record(torch.cuda.current_stream(device))
+    return _HeadersOnHost(on_host, copied)
+
+
+def wait_for_event(event: torch.cuda.Event, timeout: float) -> None:
+    """Wait on the host until the device reaches `event`.
+
+    Polls, as blocking in the driver could last twice as long: where another collective failed
+    before, the kernel that is waited for here starts its own timeout only then.
+
+    Raises:
+        RuntimeError: the event is not reached within `timeout` seconds, or the device failed.
     """
     end = time.monotonic() + timeout
     try:
-        while not read.query() and time.monotonic() < end:
+        while not event.query() and time.monotonic() < end:
             time.sleep(0)
-        if read.query():
-            return read.synchronize()
+        if event.query():
+            return event.synchronize()
     except RuntimeError as error:
-        # A barrier that no rank comes to in time ends like any kernel that fails.
+        # A barrier that some rank does not reach in time ends like any kernel that fails.
         raise RuntimeError(
             "the device failed while this rank waited for the counts of others: a kernel "
             "failed before, or a rank did not come within the group's timeout"
         ) from error
     raise RuntimeError(
         f"a rank did not come within the group's timeout: no counts of others in {timeout:g} s"
-    )
-
-
-def _header(words_WL: Tensor) -> Tensor:
-    """(W, COUNTS) int64: what messages begin with."""
-    return words_WL.view(torch.int64)[:, :COUNTS]
-
-
-def _to_host(counts_2WC: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
-    """A copy that is on its way beside other work, and when it is there."""
-    device, read = counts_2WC.device, None
-    with SideStream(device):
-        exchanged_2WC = counts_2WC.to("cpu", non_blocking=True)
-        if device.type == "cuda":
-            read = torch.cuda.Event()
-            read.record(torch.cuda.current_stream(device))
-    return exchanged_2WC, read
-
-
-def _dispatch_into_room(
-    reservation: Reservation, given: Input, dispatcher: AllGatherDispatcher
-) -> Dispatched:
-    room, ep_size, device = reservation.room, dispatcher.ep_size, given.settings.device
-    metadata = _metadata_in_room(reservation, ep_size, given.indices_TK.shape)
-    # Without peer memory these travel while pairs are sorted and packed.
-    rows = dispatcher.start_rows(given.hidden_TH, metadata)
-    words_WL = dispatcher.words_to_fill(room, device)
-    counts_2WC = torch.empty(2, ep_size, COUNTS, device=device, dtype=torch.int64)
-    routing = given.routing(ep_size)
-    routing.write_counts(
-        counts_2WC[0], given.checksum, count_rows=False, copies_WC=_header(words_WL)
-    )
-    slots_P = routing.pack_in_room(given.weights_TK, words_WL, room)
-    messages = dispatcher.exchange_words(words_WL)
-    row_offsets, ids_M, weights_M = unpack_in_room(messages, counts_2WC[1], room)
-    rows.fetch()
-    mean_pairs = pairs_per_row(reservation.slots, ep_size)
-    return Dispatched(
-        ReceivedTokens(rows.rows_RH, rows.parts, row_offsets, ids_M, weights_M, mean_pairs),
-        metadata.with_tensors(slots_P, None, None),
-        dispatcher,
-        InRoom(reservation, counts_2WC, *_to_host(counts_2WC)),
-    )
-
-
-def _metadata_in_room(
-    reservation: Reservation, ep_size: int, shape_TK: torch.Size
-) -> DispatchMetadata:
-    rows = reservation.room.rows
-    return DispatchMetadata(
-        rows_sent=[rows] * ep_size,
-        rows_received=[rows] * ep_size,
-        pairs_sent=[],
-        pairs_received=[],
-        num_tokens=shape_TK[0],
-        most_tokens=rows,
-        shape_TK=shape_TK,
     )

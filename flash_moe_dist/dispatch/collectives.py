@@ -1,7 +1,7 @@
-"""Collectives over rows of tensors: every byte that the expert layer sends goes through here.
+"""Collectives over rows of tensors: every byte that a sharded layer hands to torch.distributed.
 
-W ranks of the group. All of them must call alike. Autograd does not see through these: see
-`flash_moe_dist.expert_parallel` for the backward pass.
+W ranks of the group, which must all make the same calls. Autograd does not see through them:
+`autograd.py` has the backward pass.
 """
 
 from typing import Any
@@ -11,44 +11,46 @@ from torch import Tensor
 
 from flash_moe_dist.phases import communication
 
+# Names of functions of torch.distributed.
 ALL_TO_ALL_COLLECTIVE = "all_to_all_single"
-# Its name from torch 2.13 on, where the older one warns.
+# torch 2.13 renames it, and warns about the old name.
 ALL_GATHER_COLLECTIVE = (
     "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
 )
 
 
 class Pending:
-    """Rows on their way, beside whatever the device does until `wait`.
+    """A collective under way, concurrent with what the device does until `wait`.
 
-    received: where they will be.
+    received: where the rows will be.
     """
 
     def __init__(self, received: Tensor, sent: Tensor, work: Any) -> None:
+        # The sent rows must stay in memory until they have left.
         self.received, self._sent, self._work = received, sent, work
 
     def wait(self) -> Tensor:
-        """The rows received; what the device does next comes after them."""
+        """Rows received; the current stream waits for them."""
         with communication():
-            self.join()
+            self.wait_uncounted()
         return self.received
 
-    def join(self) -> None:
-        """`wait`, on a stream whose time is nobody's."""
+    def wait_uncounted(self) -> None:
+        """Wait without counting it as exposed communication: for a side stream."""
         self._work.wait()
 
 
 def start_all_to_all(
     rows: Tensor, input_splits: list[int], output_splits: list[int], group: dist.ProcessGroup
 ) -> Pending:
-    """Send consecutive runs of rows to the ranks of `group` and receive theirs.
+    """Start to send consecutive ranges of rows to the ranks of `group`, and to receive theirs.
 
     Args:
         rows: (sum(input_splits), ...); the first input_splits[0] rows go to rank 0, and so on.
         input_splits, output_splits: (W,) rows sent to, received from each rank.
 
     Returns:
-        (sum(output_splits), ...), in the order of the ranks that sent, once they are there.
+        (sum(output_splits), ...), in the order of the ranks that sent, when it has arrived.
     """
     rows = rows.contiguous()
     received = rows.new_empty(sum(output_splits), *rows.shape[1:])
@@ -66,7 +68,7 @@ def all_to_all_rows(
 
 
 def start_all_gather(rows: Tensor, group: dist.ProcessGroup) -> Pending:
-    """Rows (T, ...), as many on every rank, of all ranks: (W T, ...), once they are there."""
+    """Start to gather rows (T, ...), the same number on every rank: (W T, ...) by rank."""
     rows = rows.contiguous()
     gathered = rows.new_empty(dist.get_world_size(group) * rows.shape[0], *rows.shape[1:])
     work = getattr(dist, ALL_GATHER_COLLECTIVE)(gathered, rows, group=group, async_op=True)

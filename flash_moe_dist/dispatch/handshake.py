@@ -1,32 +1,40 @@
-"""The exchange of counts that begins a dispatch, and what all ranks must agree on in it.
+"""What ranks tell each other at the start of a forward pass, and how they agree on errors.
 
-W ranks, T tokens and K experts per token on this rank. What a rank tells another: rows and pairs
-it will send there, bad ids it found, tokens it has, and a checksum of its settings.
+W ranks, F header fields, T tokens and K experts per token on this rank. Each rank sends a `Header`
+to every other: rows and pairs to come, bad ids, tokens, and a checksum of the settings that all
+ranks must share. A rank with wrong input sends INVALID_INPUT instead, so that all ranks notice in
+the same exchange and then raise the same error.
 """
 
 import zlib
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from functools import lru_cache
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from flash_moe.ops.backend_choice import check_backend, default_backend
+from flash_moe.ops.backend_choice import TRITON_BACKENDS, check_backend, default_backend
+from flash_moe.ops.backends import accumulator_dtype
 from flash_moe.ops.indices import poll_index_errors, raise_ids_out_of_range
 from flash_moe.ops.input_checks import check_routing
 from flash_moe_dist.agreement import raise_differences, raise_same_error
-from flash_moe_dist.dispatch.comm_volume import COUNTS
-from flash_moe_dist.dispatch.message import Routing
+from flash_moe_dist.dispatch.header import INVALID_INPUT, TOKENS_DO_NOT_FIT, Header
+from flash_moe_dist.dispatch.routing import Routing
 from flash_moe_dist.phases import communication
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What a forward pass takes from its module, the same on all ranks.
+class LayerSettings:
+    """What a forward pass takes from its layer; must be the same on all ranks.
 
-    num_experts: E, over all ranks; hidden_size, table_dtypes, device: of the tables; dispatcher:
-    its name; needed: which of hidden states, tables and routing weights need gradients.
+    num_experts: E, over all ranks.
+    hidden_size: H, of the tables.
+    table_dtypes: of the down and the up table.
+    device: of the tables.
+    dispatcher: name of the dispatcher.
+    needs_grad: whether hidden states, down table, up table, routing weights need gradients.
     """
 
     num_experts: int
@@ -34,149 +42,223 @@ class Settings:
     table_dtypes: tuple[torch.dtype, torch.dtype]
     device: torch.device
     dispatcher: str
-    needed: list[bool]
+    needs_grad: tuple[bool, bool, bool, bool]
 
 
 @dataclass(frozen=True)
-class Input:
-    """A rank's part of a forward pass, checked.
+class SharedSettings:
+    """Settings that all ranks must share, by the names that an error gives them.
 
-    error: what is wrong with it; sizes, needed: what all ranks must agree on, empty if it is wrong,
-    `sizes` being what the sizes of messages follow from.
+    sizes: what the sizes of messages follow from.
+    needs_grad: which gradients are needed.
+    checksum: of both, in 31 bits; never INVALID_INPUT.
     """
 
-    hidden_TH: Tensor
-    indices_TK: Tensor
-    weights_TK: Tensor
-    settings: Settings
-    error: Exception | None
     sizes: dict[str, Any]
-    needed: dict[str, Any]
+    needs_grad: dict[str, Any]
+    checksum: int
+
+
+# Described once for each kind of pass: a dictionary and its checksum cost as much as a launch.
+@lru_cache(maxsize=256)
+def _shared_settings(
+    settings: LayerSettings,
+    top_k: int,
+    hidden_dtype: torch.dtype,
+    weight_dtype: torch.dtype,
+    backend: str,
+) -> SharedSettings:
+    sizes = {
+        "num_experts": settings.num_experts,
+        "hidden_size": settings.hidden_size,
+        "num_experts_per_tok": top_k,
+        "dtype of hidden_states": hidden_dtype,
+        "dtype of routing_weights": weight_dtype,
+        "dtypes of the tables": settings.table_dtypes,
+        "dispatcher": settings.dispatcher,
+        "backend": backend,
+    }
+    gradients = "which of hidden states, tables, routing weights need gradients"
+    needs_grad = {gradients: list(settings.needs_grad)}
+    checksum = 1 + zlib.crc32(repr((sizes, needs_grad)).encode()) % (2**31 - 1)
+    return SharedSettings(sizes, needs_grad, checksum)
+
+
+NO_TENSOR = torch.empty(0)
+
+
+@dataclass(frozen=True)
+class RankInput:
+    """One rank's part of a forward pass, or the error that is wrong with it.
+
+    hidden_TH, indices_TK, weights_TK: the tokens and their routing.
+    num_experts: E, over all ranks.
+    sum_dtype: of partial sums.
+    shared: settings that all ranks must share.
+    in_kernels: whether Triton kernels run on the device.
+
+    With an error, only `device` and `error` are set.
+    """
+
+    device: torch.device
+    error: Exception | None = None
+    hidden_TH: Tensor = NO_TENSOR
+    indices_TK: Tensor = NO_TENSOR
+    weights_TK: Tensor = NO_TENSOR
+    num_experts: int = 0
+    sum_dtype: torch.dtype = torch.float32
+    shared: SharedSettings | None = None
+    in_kernels: bool = False
 
     @classmethod
-    def of(
-        cls, hidden_TH: Tensor, indices_TK: Tensor, weights_TK: Tensor, settings: Settings
-    ) -> "Input":
-        error = _input_error(hidden_TH, indices_TK, weights_TK, settings)
-        sizes: dict[str, Any] = {}
-        needed: dict[str, Any] = {}
-        if error is None:
-            sizes = {
-                "num_experts": settings.num_experts,
-                "hidden_size": settings.hidden_size,
-                "num_experts_per_tok": indices_TK.shape[1],
-                "dtype of hidden_states": hidden_TH.dtype,
-                "dtype of routing_weights": weights_TK.dtype,
-                "dtypes of the tables": settings.table_dtypes,
-                "dispatcher": settings.dispatcher,
-                "backend": default_backend(settings.device),
-            }
-            gradients = "which of hidden states, tables, routing weights need gradients"
-            needed = {gradients: settings.needed}
-        return cls(hidden_TH, indices_TK, weights_TK, settings, error, sizes, needed)
-
-    def routing(self, ep_size: int) -> Routing:
-        return Routing.of(self.indices_TK, self.settings.num_experts, ep_size)
+    def check(
+        cls, hidden_TH: Tensor, indices_TK: Tensor, weights_TK: Tensor, settings: LayerSettings
+    ) -> "RankInput":
+        """Check shapes, dtypes and devices; does not raise, as the other ranks must hear of it."""
+        backend = default_backend(settings.device)
+        error = _input_error(hidden_TH, indices_TK, weights_TK, settings, backend)
+        if error is not None:
+            return cls(settings.device, error)
+        shared = _shared_settings(
+            settings, indices_TK.shape[1], hidden_TH.dtype, weights_TK.dtype, backend
+        )
+        return cls(
+            device=settings.device,
+            hidden_TH=hidden_TH,
+            indices_TK=indices_TK,
+            weights_TK=weights_TK,
+            num_experts=settings.num_experts,
+            sum_dtype=accumulator_dtype(hidden_TH.dtype, settings.table_dtypes[0]),
+            shared=shared,
+            in_kernels=backend in TRITON_BACKENDS,
+        )
 
     @property
     def checksum(self) -> int:
-        """Of what must be agreed on, in 31 bits; not 0, which stands for a rank with bad input."""
-        return 1 + zlib.crc32(repr((self.sizes, self.needed)).encode()) % (2**31 - 1)
+        return INVALID_INPUT if self.shared is None else self.shared.checksum
 
-    def counts(
-        self, sent: list[list[int]], received: list[list[int]], group: dist.ProcessGroup
-    ) -> "Counts":
-        """What was exchanged, (W, COUNTS) on the host.
+    def routing(self, ep_size: int) -> Routing:
+        return Routing.from_indices(self.indices_TK, self.num_experts, ep_size, self.in_kernels)
+
+    def agreed_counts(
+        self, sent_WF: list[list[int]], received_WF: list[list[int]], group: dist.ProcessGroup
+    ) -> "PassCounts":
+        """Counts of a pass, if the headers show that every rank's input is right.
 
         Raises:
-            TypeError, ValueError: on every rank alike, if any rank's input is wrong or they
-                disagree.
+            TypeError, ValueError: on every rank alike, if any rank's input is wrong or the ranks'
+                settings differ.
         """
-        rows, pairs, *_ = zip(*sent, strict=True)
-        rows_in, pairs_in, bad_ids, tokens, checksums, most = zip(*received, strict=True)
-        if any(bad_ids) or len(set(checksums)) > 1 or not all(checksums):
-            self._raise_together(group)
-            raise AssertionError("bad counts without an error on any rank")
-        return Counts(list(rows), list(rows_in), list(pairs), list(pairs_in), tokens, max(most))
+        sent = _Columns.of(sent_WF)
+        received = _Columns.of(received_WF)
+        if any(received.bad_ids) or len(set(received.checksum)) > 1 or not all(received.checksum):
+            self._raise_on_all_ranks(group)
+        return PassCounts(
+            rows=Splits(sent.rows, received.rows),
+            pairs=Splits(sent.pairs, received.pairs),
+            tokens=received.tokens,
+            max_pairs=max(received.max_pairs),
+        )
 
-    def _raise_together(self, group: dist.ProcessGroup) -> None:
+    def _raise_on_all_ranks(self, group: dist.ProcessGroup) -> NoReturn:
         error = self.error
         if error is None:
             try:
-                raise_ids_out_of_range(self.indices_TK, self.settings.num_experts)
+                raise_ids_out_of_range(self.indices_TK, self.num_experts)
             except ValueError as out_of_range:
                 error = out_of_range
         raise_same_error(error, group)
-        raise_differences({**self.sizes, **self.needed}, group)
+        assert self.shared is not None
+        raise_differences({**self.shared.sizes, **self.shared.needs_grad}, group)
+        raise AssertionError("headers showed an error that no rank reports")
+
+
+class Splits(NamedTuple):
+    """Rows, or pairs, that this rank sends to and receives from each rank: (W,) on the host."""
+
+    sent: list[int]
+    received: list[int]
+
+
+class _Columns(NamedTuple):
+    """Headers (W, F) by field, in the order of `Header`."""
+
+    rows: list[int]
+    pairs: list[int]
+    bad_ids: list[int]
+    tokens: list[int]
+    checksum: list[int]
+    max_pairs: list[int]
+
+    @classmethod
+    def of(cls, header_WF: list[list[int]]) -> "_Columns":
+        return cls(*([row[field] for row in header_WF] for field in Header))
 
 
 @dataclass(frozen=True)
-class Counts:
-    """Rows and pairs sent to and received from each rank, tokens of each rank.
+class PassCounts:
+    """Rows and pairs that travel in a pass, tokens of each rank (W,).
 
-    most_pairs: that any rank sends to any other.
+    max_pairs: the most pairs that any rank sends to any other.
     """
 
-    rows_sent: list[int]
-    rows_received: list[int]
-    pairs_sent: list[int]
-    pairs_received: list[int]
-    tokens: tuple[int, ...]
-    most_pairs: int
+    rows: Splits
+    pairs: Splits
+    tokens: list[int]
+    max_pairs: int
+
+    @property
+    def max_tokens(self) -> int:
+        return max(self.tokens)
+
+    @property
+    def all_fit(self) -> bool:
+        """Whether no rank said that its tokens exceed the static capacity."""
+        return TOKENS_DO_NOT_FIT not in self.tokens
+
+
+class ExactCounts(NamedTuple):
+    """This rank's pairs by owner, the counts of all ranks, and the headers received (W, F)."""
+
+    routing: Routing
+    counts: PassCounts
+    header_WF: Tensor
 
 
 def exchange_counts(
-    given: Input, ep_size: int, group: dist.ProcessGroup, count_rows: bool
-) -> tuple[Routing, Counts, Tensor]:
-    """Exchange counts, and be sure that all ranks found their input sound.
-
-    One exchange, which the host waits for. With it travel the number of bad ids and a checksum
-    of the settings, so that a rank with bad input is known to all.
-
-    Returns:
-        Also the counts received, (W, COUNTS) on the device.
+    inp: RankInput, ep_size: int, group: dist.ProcessGroup, count_rows: bool
+) -> ExactCounts:
+    """Exchange headers and wait for them on the host: the one host sync of a forward pass.
 
     Raises:
-        TypeError, ValueError: on every rank alike.
+        TypeError, ValueError: on every rank alike, if any rank's input is wrong or the ranks'
+            settings differ.
     """
-    exchanged_2WC = _zero_counts(given.settings.device, ep_size)
+    header_2WF = torch.zeros(2, ep_size, len(Header), dtype=torch.int64, device=inp.device)
+    sent_WF, received_WF = header_2WF
     routing = None
-    if given.error is None:
-        routing = given.routing(ep_size)
-        routing.write_counts(exchanged_2WC[0], given.checksum, count_rows)
-    _exchange(exchanged_2WC, group)
-    sent, received = exchanged_2WC.tolist()
-    counts = given.counts(sent, received, group)
-    assert routing is not None
-    return routing, counts, exchanged_2WC[1]
-
-
-def raise_on_all_ranks(
-    error: Exception, device: torch.device, group: dist.ProcessGroup
-) -> NoReturn:
-    """In place of `exchange_counts` on a rank without input: raises `error` on every rank."""
-    _exchange(_zero_counts(device, dist.get_world_size(group)), group)
-    raise_same_error(error, group)
-    raise AssertionError("an error of this rank was not raised")
-
-
-def _zero_counts(device: torch.device, ep_size: int) -> Tensor:
-    """Counts sent and received: those of a rank with bad input."""
-    return torch.zeros(2, ep_size, COUNTS, dtype=torch.int64, device=device)
-
-
-def _exchange(exchanged_2WC: Tensor, group: dist.ProcessGroup) -> None:
-    sent_WC, received_WC = exchanged_2WC
+    # A header of zeros has the checksum INVALID_INPUT.
+    if inp.error is None:
+        routing = inp.routing(ep_size)
+        routing.write_header(sent_WF, inp.checksum, count_rows)
     with communication():
-        dist.all_to_all_single(received_WC, sent_WC, group=group)
+        dist.all_to_all_single(received_WF, sent_WF, group=group)
+    sent, received = header_2WF.tolist()
+    counts = inp.agreed_counts(sent, received, group)
+    assert routing is not None
+    return ExactCounts(routing, counts, received_WF)
 
 
 def _input_error(
-    hidden_TH: Tensor, indices_TK: Tensor, weights_TK: Tensor, settings: Settings
+    hidden_TH: Tensor,
+    indices_TK: Tensor,
+    weights_TK: Tensor,
+    settings: LayerSettings,
+    backend: str,
 ) -> Exception | None:
     device, hidden_size = settings.device, settings.hidden_size
     try:
-        check_backend(default_backend(device), device)
+        check_backend(backend, device)
         # Reported here, where all ranks hear of it, and not in the middle of an exchange.
         poll_index_errors(device)
         check_routing(hidden_TH, indices_TK, weights_TK)

@@ -9,14 +9,14 @@ the last ranks may own fewer experts than the others, or none.
 
 
 def experts_per_rank(num_experts: int, ep_size: int) -> int:
-    """Experts that each rank owns, but for the last ranks; 1 if there are none at all.
+    """Number of experts that each rank but the last ones owns; 1 if there are no experts.
 
-    The owner of an expert is then expert_id // experts_per_rank.
+    The owner of an expert is expert_id // experts_per_rank.
     """
     return max(1, -(-num_experts // ep_size))
 
 
 def num_local_experts(num_experts: int, ep_size: int, ep_rank: int) -> int:
-    """Experts that rank `ep_rank` owns."""
+    """Number of experts that rank `ep_rank` owns."""
     size = experts_per_rank(num_experts, ep_size)
     return max(0, min(size, num_experts - ep_rank * size))

@@ -1,27 +1,27 @@
-"""The dispatcher that gathers all rows, for ranks that read and write each other's memory.
+"""Dispatch with static capacity between ranks that read and write each other's memory.
 
-W ranks, X tokens of each, H hidden size, L words of a message. Each rank has three regions of
-memory that the others read or write. Between writing and reading one, all meet at its barrier:
+W ranks, X rows of each, H hidden size, L words of a message. Each rank has three buffers that the
+others read or write. Between writing and reading one, all ranks meet at its barrier:
 
-    region                written                         read
-    rows      2 (X, H)    aside: of its tokens            aside: copied by the others, beside what
-                                                          is computed of their own
-    words     (W, L)      messages, as they are packed    by the others where they are, when they
-                                                          unpack pairs
-    sums      (W, X, H)   by the others, partial sums     when sums for its own tokens are computed,
-                          for its tokens, as they are     to which these are added
-                          computed
+    buffer                  written                       read
+    ROWS      2 (X, H)      side stream: own tokens       side stream: copied by the others, while
+                                                          they compute with their own rows
+    MESSAGES  (W, L)        main stream: packed pairs     main stream: unpacked by the others, in
+                                                          place
+    SUMS      (W, X, H)     main stream: partial sums     main stream: when partial sums for own
+                            by the others, as they are    tokens are computed, to which these are
+                            computed                      added
 
-"Aside" is one stream of a rank, the rest is done on the layer's. A region may be written again when
-it has been read, which follows from the barriers that ranks came to since:
+The side stream is one per rank, shared by all layers of a group; the main stream is the layer's.
+A buffer may be written again once it has been read, which follows from barriers passed since:
 
-    rows      one half and the other by turns: whoever comes to the barrier of a pass's rows has
-              read those of the pass before, as both are read aside. The halves begin where they do
-              whatever the sizes of a pass are.
-    words     whoever comes to the barrier of a forward pass's sums has unpacked its words. A pass
-              on another stream than the one before waits for that.
-    sums      whoever comes to the barrier of the next rows has read these, for which that barrier
-              waits. Nobody writes sums before all rows have come.
+    ROWS      double buffer: a rank that reaches the barrier of one pass has read the rows of the
+              pass before, as both are read on its side stream. The halves begin at the same bytes
+              whatever the sizes of a pass.
+    MESSAGES  a rank that reaches the barrier of the sums of a forward pass has unpacked its
+              messages. A pass on another stream than the one before waits for that explicitly.
+    SUMS      a rank that reaches the barrier of the next rows has read these sums, as that barrier
+              waits for it; and no rank writes sums before all rows have arrived.
 """
 
 from dataclasses import replace
@@ -32,117 +32,133 @@ from torch import Tensor
 
 from flash_moe.ops.overlap import InputChunk, OutputChunk
 from flash_moe_dist.dispatch.base import (
-    AllGatherDispatcher,
     ArrivingRows,
+    Combine,
     DispatchMetadata,
     ReturningValues,
-    Sums,
-    filled_up,
 )
 from flash_moe_dist.dispatch.collectives import Pending
-from flash_moe_dist.dispatch.message import Room
+from flash_moe_dist.dispatch.exact import AllGatherDispatcher, pad_rows
+from flash_moe_dist.dispatch.message import WORD_BYTES, CapacityLayout
 from flash_moe_dist.dispatch.symmetric_memory import SymmetricBuffers
 from flash_moe_dist.phases import communication
 
-ROWS, WORDS, SUMS = 0, 1, 2
+ROWS, MESSAGES, SUMS = 0, 1, 2
 
 
-def bytes_of_regions(
-    room: Room, ep_size: int, row_bytes: int, sum_bytes: int
+def buffer_bytes(
+    layout: CapacityLayout, ep_size: int, row_bytes: int, sum_bytes: int
 ) -> tuple[int, int, int]:
-    """Of rows, words and sums; `row_bytes` and `sum_bytes` of one row of each."""
+    """Bytes of the buffers ROWS, MESSAGES and SUMS.
+
+    Args:
+        layout: of the messages.
+        ep_size: W.
+        row_bytes, sum_bytes: bytes of one hidden row, and of one partial sum.
+    """
     return (
-        2 * room.rows * row_bytes,
-        4 * ep_size * room.message_words,
-        ep_size * room.rows * sum_bytes,
+        2 * layout.padded_tokens * row_bytes,
+        ep_size * layout.message_stride * WORD_BYTES,
+        ep_size * layout.padded_tokens * sum_bytes,
     )
 
 
 class SymmetricDispatcher(AllGatherDispatcher):
-    """Every row goes to every rank, by a copy; sums are written where they are to be added."""
+    """Every row goes to every rank by the copy engines; partial sums are written where they go."""
 
-    def __init__(self, group: dist.ProcessGroup, memory: SymmetricBuffers) -> None:
+    def __init__(self, group: dist.ProcessGroup, buffers: SymmetricBuffers) -> None:
         super().__init__(group)
-        self.memory, self.rank = memory, dist.get_rank(group)
-        # The next one first, so that not all read from the same rank.
+        self.buffers, self.rank = buffers, dist.get_rank(group)
+        # Starts with the next rank, so that not all read from the same one.
         self.others = [(self.rank + step) % self.ep_size for step in range(1, self.ep_size)]
 
-    def start_rows(self, rows_TH: Tensor, metadata: DispatchMetadata) -> ArrivingRows:
-        given_XH = filled_up(rows_TH, metadata.most_tokens)
-        num_rows, hidden_size = given_XH.shape
-        fetched = _FetchedRows(self, given_XH)
-        own = InputChunk(self.rows_of(self.rank, num_rows), source=given_XH)
-        others = [InputChunk(rows, fetched.wait) for rows in self.rows_of_others(num_rows)]
-        rows_RH = fetched.received_WXH.view(-1, hidden_size)
-        return ArrivingRows(rows_RH, [own, *others], fetched.start)
+    @property
+    def transport(self) -> str:
+        return "symmetric_memory"
 
-    def words_to_fill(self, room: Room, device: torch.device) -> Tensor:
-        self.memory.wait_until_sums_are_read()
-        return self.memory.view(self.rank, WORDS, (self.ep_size, room.message_words), torch.int32)
+    def send_rows(self, rows_TH: Tensor, metadata: DispatchMetadata) -> ArrivingRows:
+        own_XH = pad_rows(rows_TH, metadata.max_tokens)
+        num_rows, hidden_size = own_XH.shape
+        copies = _CopiedRows(self, own_XH)
+        own = InputChunk(self.rows_of(self.rank, num_rows), source=own_XH)
+        others = [InputChunk(rows, copies.wait) for rows in self.rows_of_others(num_rows)]
+        rows_RH = copies.received_WXH.view(-1, hidden_size)
+        return ArrivingRows(rows_RH, [own, *others], copies.start)
 
-    def exchange_words(self, words_WL: Tensor) -> Tensor:
+    def message_buffer(self, layout: CapacityLayout, device: torch.device) -> Tensor:
+        self.buffers.wait_until_sums_are_consumed()
+        shape = (self.ep_size, layout.message_stride)
+        return self.buffers.view(self.rank, MESSAGES, shape, torch.int32)
+
+    def exchange_messages(self, message_WL: Tensor) -> Tensor:
         with communication():
-            self.memory.barrier(WORDS)
-        return self.exchanged_at(words_WL.shape[1])
+            self.buffers.barrier(MESSAGES)
+        return self.message_pointers(message_WL.shape[1])
 
-    def exchanged_at(self, message_words: int) -> Tensor:
-        """(W,) addresses of all ranks' messages to this one."""
-        return self.memory.addresses(WORDS, 4 * self.rank * message_words)
+    def message_pointers(self, message_stride: int) -> Tensor:
+        """(W,) int64: pointers to the messages of all ranks to this one."""
+        return self.buffers.pointers(MESSAGES, WORD_BYTES * self.rank * message_stride)
 
-    def start_return(self, values_M: Tensor, metadata: DispatchMetadata) -> ReturningValues:
-        return _ReturningAside(self._send_back(values_M, metadata), metadata, self.memory)
+    def return_values(self, values_M: Tensor, metadata: DispatchMetadata) -> ReturningValues:
+        returning = super().return_values(values_M, metadata)
+        return _ReturningOnSideStream(returning.pending, metadata, self.buffers)
 
-    def sums(
+    def combine(
         self,
         metadata: DispatchMetadata,
         hidden_size: int,
         sum_dtype: torch.dtype,
         out_dtype: torch.dtype,
-    ) -> Sums:
-        return _SumsOfPeers(self, metadata, hidden_size, sum_dtype, out_dtype)
+    ) -> Combine:
+        return _SymmetricCombine(self, metadata, hidden_size, sum_dtype, out_dtype)
 
     def rows_of(self, rank: int, num_rows: int) -> slice:
-        """Among the rows of all."""
+        """Range of a rank's rows among the rows of all ranks, with `num_rows` of each."""
         return slice(rank * num_rows, (rank + 1) * num_rows)
 
     def rows_of_others(self, num_rows: int) -> list[slice]:
+        """Ranges of rows before and after this rank's, without empty ones."""
         own = self.rows_of(self.rank, num_rows)
         around = (slice(0, own.start), slice(own.stop, self.ep_size * num_rows))
         return [rows for rows in around if rows.stop > rows.start]
 
 
-class _FetchedRows:
-    """Rows (W, X, H) of all ranks, copied aside once it is started."""
+class _CopiedRows:
+    """Rows (W, X, H) of all ranks, copied on the side stream once `start` is called."""
 
-    def __init__(self, dispatcher: SymmetricDispatcher, given_XH: Tensor) -> None:
-        self.dispatcher, self.given_XH = dispatcher, given_XH
-        self.received_WXH = given_XH.new_empty(dispatcher.ep_size, *given_XH.shape)
+    def __init__(self, dispatcher: SymmetricDispatcher, own_XH: Tensor) -> None:
+        self.dispatcher, self.own_XH = dispatcher, own_XH
+        self.received_WXH = own_XH.new_empty(dispatcher.ep_size, *own_XH.shape)
 
     def start(self) -> None:
-        memory, rank = self.dispatcher.memory, self.dispatcher.rank
-        skipped_bytes = memory.next_half(ROWS)
+        buffers, rank = self.dispatcher.buffers, self.dispatcher.rank
+        offset_bytes = buffers.next_buffer_offset(ROWS)
 
-        def offered_by(peer: int) -> Tensor:
-            shape, dtype = self.given_XH.shape, self.given_XH.dtype
-            return memory.view(peer, ROWS, shape, dtype, skipped_bytes)
+        def offered_by(other: int) -> Tensor:
+            shape, dtype = self.own_XH.shape, self.own_XH.dtype
+            return buffers.view(other, ROWS, shape, dtype, offset_bytes)
 
-        with memory.aside():
-            offered_by(rank).copy_(self.given_XH)
-            memory.wait_until_sums_are_read()
-            memory.barrier(ROWS)
+        with buffers.side_stream():
+            offered_by(rank).copy_(self.own_XH)
+            buffers.wait_until_sums_are_consumed()
+            buffers.barrier(ROWS)
             for other in self.dispatcher.others:
                 self.received_WXH[other].copy_(offered_by(other))
-            # No hurry, as scores of own rows are computed from where they were given.
-            self.received_WXH[rank].copy_(self.given_XH)
-            self.fetched = memory.reached()
+            # Last, as scores of own rows are computed from `own_XH`.
+            self.received_WXH[rank].copy_(self.own_XH)
+            self.copied = buffers.record_event()
 
     def wait(self) -> None:
         with communication():
-            self.fetched.wait()
+            self.copied.wait()
 
 
-class _SumsOfPeers(Sums):
-    """Those for other ranks come first; this rank's own are computed and added in one."""
+class _SymmetricCombine(Combine):
+    """Partial sums for other ranks first, written into their memory; own sums computed and added.
+
+    Partial sums of other ranks are in this rank's memory by then: its own, the last to be
+    computed, are added to them by the same kernel.
+    """
 
     def __init__(
         self,
@@ -152,51 +168,56 @@ class _SumsOfPeers(Sums):
         sum_dtype: torch.dtype,
         out_dtype: torch.dtype,
     ) -> None:
-        self.memory, self.num_tokens = dispatcher.memory, metadata.num_tokens
-        num_rows, rank = metadata.most_tokens, dispatcher.rank
-        shape_XH = (num_rows, hidden_size)
-        received_WXH = self.memory.view(rank, SUMS, (dispatcher.ep_size, *shape_XH), sum_dtype)
-        self.total_XH = received_WXH.new_empty(shape_XH, dtype=out_dtype)
-        skipped_bytes = rank * num_rows * hidden_size * sum_dtype.itemsize
+        self.dispatcher, self.metadata = dispatcher, metadata
+        self.hidden_size, self.sum_dtype, self.out_dtype = hidden_size, sum_dtype, out_dtype
+
+    def outputs(self) -> list[OutputChunk]:
+        dispatcher, buffers, rank = self.dispatcher, self.dispatcher.buffers, self.dispatcher.rank
+        num_rows, dtype = self.metadata.max_tokens, self.sum_dtype
+        shape_XH = (num_rows, self.hidden_size)
+        received_WXH = buffers.view(rank, SUMS, (dispatcher.ep_size, *shape_XH), dtype)
+        self.total_XH = received_WXH.new_empty(shape_XH, dtype=self.out_dtype)
+        offset_bytes = rank * num_rows * self.hidden_size * dtype.itemsize
         *others, last = (
             OutputChunk(
                 dispatcher.rows_of(other, num_rows),
-                self.memory.view(other, SUMS, shape_XH, sum_dtype, skipped_bytes),
+                buffers.view(other, SUMS, shape_XH, dtype, offset_bytes),
             )
             for other in dispatcher.others
         )
-        own_rows = dispatcher.rows_of(rank, num_rows)
-        self.parts = [
-            *others,
-            replace(last, written=self._meet_others),
-            OutputChunk(own_rows, self.total_XH, addends=received_WXH, place=rank),
-        ]
+        own = OutputChunk(
+            dispatcher.rows_of(rank, num_rows),
+            self.total_XH,
+            on_written=buffers.record_sums_consumed,
+            accumulate_with=received_WXH,
+            own_index=rank,
+        )
+        return [*others, replace(last, on_written=self._wait_for_partial_sums), own]
 
-    def _meet_others(self) -> None:
+    def _wait_for_partial_sums(self) -> None:
         with communication():
-            self.memory.barrier(SUMS)
+            self.dispatcher.buffers.barrier(SUMS)
 
-    def start(self, partial_RH: Tensor) -> None:
-        self.memory.sums_read = self.memory.reached()
-
-    def collect(self) -> Tensor:
-        return self.total_XH[: self.num_tokens]
+    def result(self) -> Tensor:
+        return self.total_XH[: self.metadata.num_tokens]
 
 
-class _ReturningAside(ReturningValues):
+class _ReturningOnSideStream(ReturningValues):
+    """Values that are scattered on the side stream while the main stream goes on."""
+
     def __init__(
-        self, pending: Pending, metadata: DispatchMetadata, memory: SymmetricBuffers
+        self, pending: Pending, metadata: DispatchMetadata, buffers: SymmetricBuffers
     ) -> None:
         super().__init__(pending, metadata)
-        self.memory = memory
+        self.buffers = buffers
 
-    def arrange(self) -> None:
-        with self.memory.aside():
-            self.pending.join()
-            self.values_TK = self.in_places()
-            self.arranged = self.memory.reached()
+    def scatter_on_side_stream(self) -> None:
+        with self.buffers.side_stream():
+            self.pending.wait_uncounted()
+            self.values_TK = self.scattered()
+            self.scattering = self.buffers.record_event()
 
-    def collect(self) -> Tensor:
+    def result(self) -> Tensor:
         with communication():
-            self.arranged.wait()
-        return self.memory.used_here(self.values_TK)
+            self.scattering.wait()
+        return self.buffers.record_stream(self.values_TK)

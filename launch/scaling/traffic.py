@@ -8,8 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flash_moe_dist.dispatch.comm_volume import COUNTS, DispatcherName, ElementSizes
-from flash_moe_dist.dispatch.message import Routing
+from flash_moe.ops.backend_choice import TRITON_BACKENDS, default_backend
+from flash_moe_dist.dispatch.comm_volume import DispatcherName, ElementSizes
+from flash_moe_dist.dispatch.header import HEADER_BYTES, Header
+from flash_moe_dist.dispatch.routing import Routing
 
 ALL_TO_ALL, ALL_GATHER = "all_to_all", "all_gather"
 
@@ -41,10 +43,12 @@ class Traffic:
 
 def sent_by_one_rank(indices_TK: Tensor, num_experts: int, ranks: int) -> tuple[Tensor, Tensor]:
     """Rows and pairs (W,) to each rank; waits for the device."""
-    counts_WC = torch.zeros(ranks, COUNTS, device=indices_TK.device, dtype=torch.int64)
-    Routing.of(indices_TK, num_experts, ranks).write_counts(counts_WC, checksum=0)
-    rows_W, pairs_W, *_ = counts_WC.t().double().cpu()
-    return rows_W, pairs_W
+    header_WF = torch.zeros(ranks, len(Header), device=indices_TK.device, dtype=torch.int64)
+    in_kernels = default_backend(indices_TK.device) in TRITON_BACKENDS
+    routing = Routing.from_indices(indices_TK, num_experts, ranks, in_kernels)
+    routing.write_header(header_WF, checksum=0)
+    header_WF = header_WF.double().cpu()
+    return header_WF[:, Header.ROWS], header_WF[:, Header.PAIRS]
 
 
 def busiest(sent_WW: Tensor) -> float:
@@ -69,7 +73,7 @@ def messages(dispatcher: DispatcherName, widths: ElementSizes, traffic: Traffic)
     row_bytes = widths.hidden_size * widths.hidden_bytes
     rows = Message(ALL_GATHER if gathers else ALL_TO_ALL, rows_WW * row_bytes)
     sums = Message(ALL_TO_ALL, rows_WW.t() * widths.hidden_size * widths.sum_bytes)
-    counts = Message(ALL_TO_ALL, torch.full_like(rows_WW, 8 * COUNTS))
+    counts = Message(ALL_TO_ALL, torch.full_like(rows_WW, HEADER_BYTES))
     pair_bytes = 4 + max(4, widths.weight_bytes)
     pairs = Message(ALL_TO_ALL, 4 * rows_WW + pair_bytes * pairs_WW)
     weights = Message(ALL_TO_ALL, widths.weight_bytes * pairs_WW.t())

@@ -188,7 +188,7 @@ def spmm_into(
     values_N = values_N.to(accumulator).contiguous()
     table_EH = contiguous_rows(table_EH)
     for part in parts:
-        out, addends = part.out, part.addends
+        out, addends = part.out, part.accumulate_with
         if pieces > 1:
             out = torch.empty((pieces, *out.shape), device=out.device, dtype=accumulator)
             addends = None
@@ -213,20 +213,20 @@ def spmm_into(
                 PIECES=pieces,
                 HOT_PIECES=0 if hot_sums_PTH is None else hot_sums_PTH.shape[0],
                 ADDENDS=0 if addends is None else len(addends),
-                PLACE=0 if addends is None else part.place,
+                PLACE=0 if addends is None else part.own_index,
                 num_warps=config.num_warps,
             )
             if pieces > 1:
                 _sum_with_addends(out, part)
-        part.written()
+        part.on_written()
 
 
 def _sum_with_addends(pieces: Tensor, part: OutputChunk) -> None:
-    addends, dtype = part.addends, part.out.dtype
+    addends, dtype = part.accumulate_with, part.out.dtype
     if addends is None:
         sum_pieces(pieces, dtype, part.out)
         return
-    sum_pieces(pieces, addends.dtype, addends[part.place])
+    sum_pieces(pieces, addends.dtype, addends[part.own_index])
     sum_pieces(addends, dtype, part.out)
 
 
