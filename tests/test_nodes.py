@@ -17,7 +17,7 @@ README = Path(__file__).parent.parent / "launch" / "README.md"
 
 
 def documented(port: int) -> tuple[tuple[str, ...], dict[str, str]]:
-    """Launcher options and environment variables of launch/README.md, for two agents on this machine."""
+    """Launcher options and variables of launch/README.md, for two agents on this machine."""
     form = re.search(r'TORCHRUN_ARGS="(--nnodes [^"]*)"', README.read_text())
     assert form
     options = form[1].replace("HOST:PORT", f"127.0.0.1:{port}").split()
