@@ -13,11 +13,11 @@ import torch
 from processes import assert_nothing_left, free_port, wait_for_listener
 from small_run import assert_same_run, start_slow, steps_done, workers_of
 
-README = Path(__file__).parent.parent / "README.md"
+README = Path(__file__).parent.parent / "launch" / "README.md"
 
 
 def documented(port: int) -> tuple[tuple[str, ...], dict[str, str]]:
-    """Launcher options and environment variables of the README, for two agents on this machine."""
+    """Launcher options and variables of launch/README.md, for two agents on this machine."""
     form = re.search(r'TORCHRUN_ARGS="(--nnodes [^"]*)"', README.read_text())
     assert form
     options = form[1].replace("HOST:PORT", f"127.0.0.1:{port}").split()

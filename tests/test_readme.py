@@ -1,74 +1,242 @@
-"""The examples of the README do what it says."""
+"""The READMEs: every example runs, and commands, files, messages and variables are as they say."""
 
 import os
 import re
+import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.run import get_args_parser
 
 REPOSITORY = Path(__file__).parent.parent
-OP_EXAMPLE, SHARD_EXAMPLE, MODEL_EXAMPLE, SAVE_EXAMPLE = re.findall(
-    r"```python\n(.*?)```", (REPOSITORY / "README.md").read_text(), flags=re.DOTALL
-)
+READMES = ("README.md", "flash_moe_dist/README.md", "launch/README.md")
+MAX_BYTES = 9000
+
+OP = "# op.py"
+LAYER = "# layer.py"
+SHARD = "# torchrun --standalone --nproc-per-node 2 shard.py"
+MODEL = "# torchrun --standalone --nproc-per-node 4 model.py"
+SAVE = "# torchrun --standalone --nproc-per-node 2 save.py"
+ONE_BY_ONE = """import runpy, sys
+for script in sys.argv[1:]:
+    runpy.run_path(script, run_name="__main__")
+"""
 
 
-def run_script(path: Path, *launcher: str, folder: Path | None = None) -> str:
+def text_of(readme: str) -> str:
+    return (REPOSITORY / readme).read_text()
+
+
+def blocks(language: str) -> list[str]:
+    """Code blocks of all READMEs in that language."""
+    fenced = re.compile(rf"^```{language}\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+    return [block for readme in READMES for block in fenced.findall(text_of(readme))]
+
+
+def example(first_line: str) -> str:
+    (found,) = (block for block in blocks("python") if block.startswith(first_line + "\n"))
+    return found
+
+
+def write_example(folder: Path, first_line: str, appended: str = "") -> Path:
+    """Write the block into a file of the name at the end of its first line."""
+    script = folder / first_line.split()[-1]
+    script.write_text(example(first_line) + appended)
+    return script
+
+
+def run_on_ranks(ranks: int, *scripts: Path) -> str:
+    """Run the scripts one after the other under torchrun; returns what all ranks printed."""
+    folder = scripts[0].parent
+    # In the same processes: starting them takes longer than what they do.
+    one_by_one = folder / "one_by_one.py"
+    one_by_one.write_text(ONE_BY_ONE)
+    launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
     ended = subprocess.run(
-        [sys.executable, *launcher, str(path)],
+        [sys.executable, *launcher, str(one_by_one), *map(str, scripts)],
         cwd=folder,
         env=environment,
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=200,
         check=False,
     )
     assert ended.returncode == 0, ended.stderr
     return ended.stdout
 
 
-def test_op_example(tmp_path: Path) -> None:
-    script = tmp_path / "op.py"
-    script.write_text(OP_EXAMPLE + "print(out.shape, down_weights.grad.shape)")
-    assert "torch.Size([64, 256]) torch.Size([10000, 256])" in run_script(script)
+def test_every_python_block_has_a_test() -> None:
+    first_lines = [block.splitlines()[0] for block in blocks("python")]
+    assert sorted(first_lines) == sorted((OP, LAYER, SHARD, MODEL, SAVE))
 
 
-def torchrun(script: Path, ranks: int) -> str:
-    launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}")
-    return run_script(script, *launcher, folder=script.parent)
-
-
-def test_shard_example(tmp_path: Path) -> None:
-    script = tmp_path / "shard.py"
-    script.write_text(SHARD_EXAMPLE)
+def test_examples_of_two_ranks(tmp_path: Path) -> None:
+    op = write_example(tmp_path, OP, "print(x.grad.shape, down.grad.shape)\n")
+    write_example(tmp_path, LAYER, "print(y.shape)\n")
+    shard, save = write_example(tmp_path, SHARD), write_example(tmp_path, SAVE)
     ranks = min(2, torch.cuda.device_count()) if torch.cuda.is_available() else 2
-    printed = torchrun(script, ranks)
-    # The ranks print at the same time: their lines may mix.
+    printed = run_on_ranks(ranks, op, shard, save, save)
+    assert printed.count("torch.Size([64, 256]) torch.Size([10000, 256])") == ranks
+    assert printed.count("torch.Size([32, 256])") == ranks
     assert printed.count(f"torch.Size([{100_000 // ranks}, 256])") == ranks
-
-
-def test_model_example(tmp_path: Path) -> None:
-    ranks = torch.cuda.device_count() if torch.cuda.is_available() else 4
-    if ranks < 4:
-        pytest.skip(f"needs four GPUs or none, this machine has {ranks}")
-    script = tmp_path / "model.py"
-    script.write_text(MODEL_EXAMPLE)
-    # 32 tokens of 16 experts on each of the two ranks that share one copy of the experts.
-    assert torchrun(script, 4).startswith("1,024 pairs, busiest rank ")
-
-
-def test_save_example(tmp_path: Path) -> None:
-    script = tmp_path / "save.py"
-    script.write_text(SAVE_EXAMPLE)
-    for step in (1, 2):
-        torchrun(script, min(2, torch.cuda.device_count()) if torch.cuda.is_available() else 2)
-        assert (tmp_path / "out" / "checkpoints" / f"step-{step:08d}").is_dir()
+    # The second run continues after the step that the first one saved.
+    checkpoints = sorted(path.name for path in (tmp_path / "out" / "checkpoints").iterdir())
+    assert checkpoints == ["step-00000001", "step-00000002"]
     tables = load_file(tmp_path / "out" / "experts.safetensors")
     assert {name: table.shape for name, table in tables.items()} == dict.fromkeys(
         ("down_weights", "up_weights"), (100_000, 64)
     )
+
+
+def test_example_of_four_ranks(tmp_path: Path) -> None:
+    ranks = torch.cuda.device_count() if torch.cuda.is_available() else 4
+    if ranks < 4:
+        pytest.skip(f"needs four GPUs or none, this machine has {ranks}")
+    load, seconds = run_on_ranks(4, write_example(tmp_path, MODEL)).splitlines()
+    # 32 tokens of 16 experts on each of the two ranks that share one copy of the experts.
+    assert load.startswith("1,024 pairs, busiest rank ")
+    assert "'experts_backward'" in seconds
+
+
+def commands() -> Iterator[list[str]]:
+    """Words of every command in a bash block, without comments."""
+    for block in blocks("bash"):
+        for line in block.replace("\\\n", " ").splitlines():
+            if words := shlex.split(line, comments=True):
+                yield words
+
+
+def check_command(words: list[str]) -> None:
+    """Raise unless the command exists and takes these options."""
+    from flash_moe.bench.__main__ import parse as parse_bench
+    from options import parse_args
+    from scaling.arguments import parse as parse_scaling
+
+    match words:
+        case [assigned, *command] if assigned.startswith("TORCHRUN_ARGS="):
+            torchrun = [*shlex.split(assigned.partition("=")[2]), "--nproc-per-node", "2", "it.py"]
+            get_args_parser().parse_args(torchrun)
+            check_command(command)
+        case ["torchrun", *launcher]:
+            taken = get_args_parser().parse_args(launcher)
+            assert taken.training_script == "launch/bench_scaling.py"
+            parse_scaling("", taken.training_script_args, False, int(taken.nproc_per_node))
+        case ["launch/train.sh", *options]:
+            parse_args("", options)
+        case ["sbatch", *options]:
+            parse_args("", options[options.index("launch/slurm.sbatch") + 1 :])
+        case ["launch/test.sh", *options]:
+            assert all(option in text_of("launch/test.sh") for option in options)
+        case ["python", "-m", "flash_moe.bench", *options]:
+            parse_bench(options)
+        case [".", "launch/setup.sh", extra]:
+            assert f"\n{extra} = [" in text_of("pyproject.toml")
+        case ["pip", "install", "."]:
+            pass
+        case _:
+            raise AssertionError(f"no check for the command {shlex.join(words)}")
+    scripts = [word for word in words if word.startswith("launch/")]
+    assert all((REPOSITORY / script).is_file() for script in scripts)
+    assert words[0] not in scripts or os.access(REPOSITORY / words[0], os.X_OK)
+
+
+@pytest.mark.parametrize("words", list(commands()), ids=shlex.join)
+def test_command_takes_its_options(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    check_command(words)
+
+
+def test_readme_is_short() -> None:
+    assert len((REPOSITORY / "README.md").read_bytes()) <= MAX_BYTES
+
+
+def listed_tree() -> set[str]:
+    """Files and folders of the tree in README.md; `name(_kernels).py` is two files."""
+    (tree,) = re.findall(r"^```\n(flash_moe/.*?)^```$", text_of("README.md"), re.DOTALL | re.M)
+    listed, folder = set(), ""
+    for line in tree.splitlines():
+        name = line.partition(":")[0]
+        if not name.startswith(" "):
+            folder = name
+            listed.add(folder)
+            continue
+        file = folder + name.strip()
+        listed |= {file.replace("(_kernels)", ""), file.replace("(_kernels)", "_kernels")}
+    return listed
+
+
+def test_tree_lists_every_file() -> None:
+    files = [
+        file
+        for package in ("flash_moe", "flash_moe_dist", "launch")
+        for file in (REPOSITORY / package).rglob("*")
+        if file.suffix in (".py", ".sh", ".sbatch", ".txt")
+    ]
+    expected = {str(file.relative_to(REPOSITORY)) for file in files if file.name != "__init__.py"}
+    expected |= {f"{file.parent.relative_to(REPOSITORY)}/" for file in files}
+    assert listed_tree() - {"tests/"} == expected
+
+
+def test_promises_name_tests_that_exist() -> None:
+    named = {name for readme in READMES for name in re.findall(r"\btest_\w+\.py", text_of(readme))}
+    assert len(named) >= 8
+    assert {name for name in named if not (REPOSITORY / "tests" / name).is_file()} == set()
+
+
+def test_links_lead_to_files() -> None:
+    findings = [f"findings/{file.name}" for file in (REPOSITORY / "findings").glob("*.md")]
+    broken = [
+        (readme, link)
+        for readme in (*READMES, *findings)
+        for link in re.findall(r"\]\(([^)#]+)[^)]*\)", text_of(readme))
+        if not ((REPOSITORY / readme).parent / link).exists()
+    ]
+    assert broken == []
+
+
+def source() -> str:
+    """All source outside of tests, with the parts of each string literal joined."""
+    packages = ("flash_moe", "flash_moe_dist", "launch")
+    files = [file for name in packages for file in sorted((REPOSITORY / name).rglob("*"))]
+    text = "\n".join(file.read_text() for file in files if file.suffix in (".py", ".sh", ".sbatch"))
+    return re.sub(r'"\n\s*f?"', "", text)
+
+
+def test_troubleshooting_has_the_messages_of_the_code() -> None:
+    (table,) = re.findall(
+        r"## Troubleshooting\n(.*?)(?=\n## |\Z)", text_of("launch/README.md"), re.S
+    )
+    first_column = re.findall(r"^\| (.*?) \|", table, re.MULTILINE)
+    parts = [
+        part.strip()
+        for cell in first_column
+        for message in re.findall(r"`([^`]+)`", cell)
+        for part in message.split("…")
+        if part.strip()
+    ]
+    code = source()
+    assert len(parts) >= 10
+    assert [part for part in parts if part not in code] == []
+
+
+def test_environment_variables_are_documented() -> None:
+    code = source()
+    read = {
+        name
+        for form in (
+            r'environ(?:\.get|\.setdefault)?[(\[]\s*"([A-Z_]+)"',
+            r'"([A-Z_]+)" (?:not )?in os\.environ',
+            r"\$\{([A-Z_]+):-",
+        )
+        for name in re.findall(form, code)
+    }
+    assert "FLASH_MOE_BACKEND" in read
+    documented = set(re.findall(r"`([A-Z_]+)`", text_of("flash_moe_dist/README.md")))
+    assert read - documented == set()
