@@ -1,14 +1,29 @@
-"""flash-moe: Mixture-of-Experts layers with very many tiny experts, on one device."""
+"""Mixture-of-Experts layers with very many tiny experts, on one device.
 
+    FlashMoE                    layer of router, experts, and an MLP that all tokens share
+    FlashExperts                module of the experts' two tables; each row is one expert
+    ProductKeyRouter            module that chooses K experts for each token
+    triton_flash_expert_func    the op, with K experts for each token
+    ragged_flash_expert_func    the op, with any number of experts for each token
+    raise_index_errors          wait for the device; raise if an expert index was out of range
+
+`flash_moe_dist` shards these layers over many devices.
+"""
+
+from flash_moe import deprecated
 from flash_moe.layers.experts import FlashExperts
 from flash_moe.layers.moe import FlashMoE
 from flash_moe.layers.router import ProductKeyRouter
 from flash_moe.ops.flash_expert import ragged_flash_expert_func, triton_flash_expert_func
+from flash_moe.ops.indices import raise_index_errors
 
 __all__ = [
     "FlashExperts",
     "FlashMoE",
     "ProductKeyRouter",
     "ragged_flash_expert_func",
+    "raise_index_errors",
     "triton_flash_expert_func",
 ]
+
+deprecated.register(deprecated.MODULES, deprecated.NAMES)

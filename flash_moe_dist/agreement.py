@@ -1,4 +1,4 @@
-"""One rank's bad input becomes the same error on every rank, so that none is left waiting."""
+"""Raising one rank's error on every rank, so that no rank waits for one that has failed."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,9 +9,13 @@ import torch.distributed as dist
 
 @contextmanager
 def same_error_on_all_ranks(group: dist.ProcessGroup | None = None) -> Iterator[None]:
-    """Wait for all ranks at the end of the block; if it failed on any, raise on all.
+    """Wait for all ranks at the end of the block; if the block failed on any, raise on all.
 
-    Every rank must enter it. Covers ValueError, TypeError, RuntimeError and OSError.
+    Collective over `group` (None: all ranks). Handles ValueError, TypeError, RuntimeError and
+    OSError; any other exception is raised on its own rank only.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as `raise_same_error`.
     """
     error: Exception | None = None
     try:
@@ -22,9 +26,13 @@ def same_error_on_all_ranks(group: dist.ProcessGroup | None = None) -> Iterator[
 
 
 def raise_same_error(error: Exception | None, group: dist.ProcessGroup | None = None) -> None:
-    """Exchange what went wrong on each rank of `group`; raise the lowest rank's error on all.
+    """Exchange the errors of all ranks of `group`; raise that of the lowest failed rank on all.
 
-    Returns if nothing went wrong anywhere. Every rank must call it.
+    Collective over `group` (None: all ranks); returns if `error` is None on every rank.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: the kind of the error raised, RuntimeError for any
+            other kind. The message names the rank, unless it is the same on all ranks.
     """
     mine = None if error is None else (type(error).__name__, str(error))
     reports = gather_objects(mine, group)
@@ -37,9 +45,15 @@ def raise_same_error(error: Exception | None, group: dist.ProcessGroup | None = 
 
 
 def raise_differences(settings: dict[str, Any], group: dist.ProcessGroup | None = None) -> None:
-    """Raise ValueError on all ranks of `group` if any of the named settings differ between them.
+    """Raise an error on all ranks of `group` if any setting differs between them.
 
-    Returns if all are equal. Every rank must call it.
+    Collective over `group` (None: all ranks).
+
+    Args:
+        settings: values by name, the same names on all ranks; compared as text.
+
+    Raises:
+        ValueError: lists each differing setting with its value on every rank.
     """
     everyone = gather_objects({name: str(value) for name, value in settings.items()}, group)
     differing = [
@@ -50,11 +64,11 @@ def raise_differences(settings: dict[str, Any], group: dist.ProcessGroup | None 
         if len({one.get(name) for one in everyone}) > 1
     ]
     if differing:
-        raise ValueError(f"ranks must agree, but do not, on {'; '.join(differing)}")
+        raise ValueError(f"ranks must agree on {'; '.join(differing)}")
 
 
 def gather_objects(mine: Any, group: dist.ProcessGroup | None) -> list[Any]:
-    """What every rank of `group` gives, by rank."""
+    """Gather a picklable object from every rank of `group`; returns them in order of rank."""
     everyone: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(everyone, mine, group=group)
     return everyone

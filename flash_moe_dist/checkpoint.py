@@ -1,10 +1,11 @@
-"""Sharded checkpoints through torch.distributed.checkpoint, a folder for each saved step.
+"""Sharded checkpoints through torch.distributed.checkpoint, one folder for each saved step.
 
     folder/step-00000200/           complete: .metadata, *.distcp, progress.json
-    folder/step-00000300.partial/   being written, or what a run left that was killed in it
+    folder/step-00000300.partial/   being written, or left by a run that was killed while writing
+    folder/step-00000100.removed/   being removed, or left by a run that was killed while removing
 
-A checkpoint is written under the second name and gets the first when it is complete, so whatever
-has that name can be loaded, on any number of ranks and any meshes.
+A checkpoint is written under a name ending in .partial and renamed once it is complete, so every
+folder named step-N can be loaded, on any number of ranks and any meshes.
 """
 
 import json
@@ -32,19 +33,18 @@ from flash_moe_dist.runtime import DEFAULT_TIMEOUT
 
 PROGRESS = "progress.json"
 COMPLETE = re.compile(r"step-(\d{8,})")
-# What is being written, and what is being removed.
+# Suffixes of folders being written and being removed.
 UNFINISHED = (".partial", ".removed")
 
 
 class Checkpointer:
-    """Saves and loads model, optimizer, random number generators and progress of a training run.
+    """Saves and loads the model, optimizer, random number generators and progress of a run.
 
-    Every rank must make one, and call all methods alike: they are collective. All ranks must see
-    the same folder.
+    The constructor and all methods are collective over all ranks, which must see the same folder.
 
     Args:
-        folder: where checkpoints are, one folder each; made by the first `save`.
-        keep: how many to keep. The oldest ones go once a newer one is complete.
+        folder: parent of the checkpoints' folders; created by the first `save`.
+        keep: number of checkpoints to keep; the oldest are removed once a newer one is complete.
         asynchronous: `save` returns once it has copied the state, and a thread writes the copy.
         timeout: how long ranks wait for each other while saving and loading.
 
@@ -62,7 +62,7 @@ class Checkpointer:
         if keep < 1:
             raise ValueError(f"keep must be at least 1, got {keep}")
         self.folder, self.keep = folder, keep
-        # Of its own, so that a thread can save while the ranks train.
+        # A separate group, so that a thread can save while the ranks train.
         self._group = dist.new_group(backend="gloo", timeout=timeout)
         self._is_first = dist.get_rank() == 0
         self._thread = ThreadPoolExecutor(1, "checkpoint") if asynchronous else None
@@ -75,18 +75,19 @@ class Checkpointer:
         optimizer: Optimizer,
         progress: Mapping[str, Any] | None = None,
     ) -> None:
-        """Write everything that going on after `step` steps needs, each rank its own shards.
+        """Write all that training needs to continue after `step`, each rank its own shards.
 
-        Waits for the save before this one.
+        Waits for the previous save to finish.
 
         Args:
-            step: steps done. One that is saved already is refused.
-            progress: whatever else to remember, in the types of JSON, the same on all ranks.
+            step: number of training steps done; must not have been saved yet.
+            progress: values to store with it, serializable as JSON, the same on all ranks.
 
         Raises:
-            ValueError: on every rank, if `step` has been saved.
-            RuntimeError: on every rank, if this checkpoint cannot be written, or the one before
-                could not. Those that are complete are left as they are.
+            ValueError: on every rank, if `step` has already been saved.
+            TypeError: on every rank, if `progress` cannot be serialized.
+            RuntimeError: on every rank, if this checkpoint or the previous one cannot be written.
+                Complete checkpoints are left unchanged.
         """
         self.wait()
         complete = self._path(step)
@@ -110,7 +111,7 @@ class Checkpointer:
             )
 
     def wait(self) -> None:
-        """Until what `save` began is complete.
+        """Wait until the checkpoint that `save` started is complete.
 
         Raises:
             RuntimeError: on every rank, if it could not be written.
@@ -121,14 +122,21 @@ class Checkpointer:
                 writing.result()
 
     def close(self) -> None:
-        """`wait`, and give back the thread and the process group."""
+        """Wait as `wait` does, then release the thread and the process group.
+
+        Raises:
+            RuntimeError: as `wait`.
+        """
         self.wait()
         if self._thread is not None:
             self._thread.shutdown()
         dist.destroy_process_group(self._group)
 
     def newest(self) -> int | None:
-        """The last step of which there is a complete checkpoint, the same on every rank.
+        """Find the highest step that has a complete checkpoint, the same on every rank.
+
+        Returns:
+            The step, or None if there is no complete checkpoint.
 
         Raises:
             RuntimeError: on every rank, if the folder cannot be read.
@@ -142,42 +150,47 @@ class Checkpointer:
         return found
 
     def progress(self, step: int) -> dict[str, Any]:
-        """What `save` was given to remember, and the step.
+        """Read the `progress` stored with a checkpoint.
+
+        Returns:
+            The values given to `save`, and "step".
 
         Raises:
-            ValueError: on every rank, if it cannot be read.
+            ValueError: on every rank, if they cannot be read.
         """
         self.wait()
         with same_error_on_all_ranks(self._group):
             try:
                 read = json.loads((self._path(step) / PROGRESS).read_text())
             except (OSError, ValueError) as error:
-                raise ValueError(f"{self._path(step)} is no whole checkpoint: {error}") from error
+                raise ValueError(
+                    f"{self._path(step)} is an incomplete checkpoint: {error}"
+                ) from error
             if not isinstance(read, dict) or read.get("step") != step:
                 raise ValueError(
-                    f"{self._path(step) / PROGRESS} must be of step {step}, got {read}"
+                    f"{self._path(step) / PROGRESS} must contain step {step}, got {read}"
                 )
             return read
 
     def load(self, step: int, model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
-        """Read the checkpoint of `step` into model and optimizer, sharded as they are now.
+        """Read the checkpoint of `step` into model and optimizer, resharding it to their layout.
 
-        The generators of a rank that took part in the save go on where that rank's were; those of
-        other ranks are left alone.
+        Each rank restores the states of its random number generators, if a rank of that number
+        took part in the save; otherwise they are left unchanged.
 
         Returns:
-            as `progress`.
+            As `progress`.
 
         Raises:
-            ValueError: on every rank, if the checkpoint is damaged, or of another model or kind
-                of optimizer. Nothing has been changed then.
-            RuntimeError: on every rank, if reading it fails, after which model and optimizer may
-                hold parts of it.
+            ValueError: on every rank, if the checkpoint is damaged, or was saved from a different
+                model or kind of optimizer. Model and optimizer are then unchanged.
+            RuntimeError: on every rank, if reading fails. Model and optimizer may then hold a mix
+                of old and loaded values.
         """
         progress = self.progress(step)
         path, device = self._path(step), _device_of(model)
         with same_error_on_all_ranks(self._group):
-            metadata = _whole_metadata(path)
+            metadata = _complete_metadata(path)
         state = _state_of(model, optimizer)
         with same_error_on_all_ranks(self._group):
             _check_fits(state, metadata, path)
@@ -205,6 +218,7 @@ class Checkpointer:
         return self.folder / f"step-{step:08d}"
 
     def _steps(self) -> list[int]:
+        """Steps of the complete checkpoints, in ascending order."""
         if not self.folder.is_dir():
             return []
         names = ((COMPLETE.fullmatch(path.name), path) for path in self.folder.iterdir())
@@ -213,6 +227,7 @@ class Checkpointer:
         )
 
     def _begin(self, partial: Path, progress: dict[str, Any]) -> None:
+        """Remove what killed runs left, and create the folder that is to be written."""
         self.folder.mkdir(parents=True, exist_ok=True)
         for left in self.folder.iterdir():
             if left.suffix in UNFINISHED and COMPLETE.fullmatch(left.stem):
@@ -221,7 +236,7 @@ class Checkpointer:
         (partial / PROGRESS).write_text(json.dumps(progress) + "\n")
 
     def _finish(self, write: Callable[[], object], partial: Path, complete: Path) -> None:
-        """On every rank; the first one gives the checkpoint its name and removes old ones."""
+        """Write the checkpoint; the first rank then renames it and removes old ones."""
         try:
             write()
         except CheckpointException as failure:
@@ -233,7 +248,7 @@ class Checkpointer:
         if not self._is_first:
             return
         try:
-            _whole_metadata(partial)
+            _complete_metadata(partial)
         except ValueError as error:
             raise RuntimeError(
                 f"checkpoint could not be written to {complete}: files of other ranks are missing; "
@@ -242,44 +257,45 @@ class Checkpointer:
         partial.rename(complete)
         others = [self._path(step) for step in self._steps() if self._path(step) != complete]
         for path in others[: len(others) - self.keep + 1]:
-            # Under this name nothing takes half of it for a checkpoint.
+            # Renamed first, so that a half-removed folder is never taken for a checkpoint.
             shutil.rmtree(path.rename(path.with_name(path.name + ".removed")))
 
 
 def _causes(failure: CheckpointException) -> str:
-    """What went wrong, by rank, on one line."""
+    """Format the error of each failed rank on one line."""
     return "; ".join(
         f"rank {rank}: {type(wrapped[0]).__name__}: {wrapped[0]}"
         for rank, wrapped in failure.failures.items()
     )
 
 
-def _whole_metadata(path: Path) -> Metadata:
+def _complete_metadata(path: Path) -> Metadata:
+    """Read the metadata; raise ValueError unless every file has all the bytes it refers to."""
     try:
         metadata = FileSystemReader(path).read_metadata()
         short = sorted(
             {
-                f"{place.relative_path} ({(path / place.relative_path).stat().st_size} bytes)"
-                for place in (metadata.storage_data or {}).values()
-                if (path / place.relative_path).stat().st_size < place.offset + place.length
+                f"{shard.relative_path} ({(path / shard.relative_path).stat().st_size} bytes)"
+                for shard in (metadata.storage_data or {}).values()
+                if (path / shard.relative_path).stat().st_size < shard.offset + shard.length
             }
         )
     # A truncated pickle can raise nearly anything.
     except Exception as error:
         raise ValueError(
-            f"{path} is no whole checkpoint: {type(error).__name__}: {error}"
+            f"{path} is an incomplete checkpoint: {type(error).__name__}: {error}"
         ) from error
     if short:
-        raise ValueError(f"{path} is no whole checkpoint: cut off are {', '.join(short)}")
+        raise ValueError(f"{path} is an incomplete checkpoint: truncated files: {', '.join(short)}")
     return metadata
 
 
 def _state_of(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
-    """Both state dicts; leaves an optimizer that has made no step as it is."""
+    """State dicts of both; an optimizer that has made no step is left without state."""
     fresh = not optimizer.state
     model_state, optimizer_state = get_state_dict(model, optimizer)
     if fresh:
-        # It has made a step with gradients of zero, so that there is a state.
+        # get_state_dict creates the state by a step with zero gradients: undo it.
         optimizer.state.clear()
         entries: Any = optimizer_state["state"]
         for entry in entries.values():
@@ -289,6 +305,7 @@ def _state_of(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
 
 
 def _check_fits(state: Mapping[str, Any], metadata: Metadata, path: Path) -> None:
+    """Raise ValueError unless shapes and dtypes in the checkpoint equal those of `state`."""
     saved = {
         name: (tuple(one.size), one.properties.dtype)
         for name, one in metadata.state_dict_metadata.items()
@@ -298,9 +315,14 @@ def _check_fits(state: Mapping[str, Any], metadata: Metadata, path: Path) -> Non
 
 
 def check_same_tensors(
-    saved: Mapping[str, object], here: Mapping[str, object], path: Path, of: str
+    saved: Mapping[str, object], here: Mapping[str, object], path: Path, owner: str
 ) -> None:
-    """Raise ValueError if names, or what is said of a name, differ between a file and memory."""
+    """Raise ValueError if the tensors in a file are not those in memory.
+
+    Args:
+        saved, here: a description of each tensor, such as shape and dtype, by name.
+        path, owner: for the message: the file, and what holds the tensors in memory.
+    """
     differing = [
         f"{name}: saved {saved.get(name, 'nothing')}, here {here.get(name, 'nothing')}"
         for name in sorted(saved.keys() | here.keys())
@@ -308,14 +330,15 @@ def check_same_tensors(
     ]
     if differing:
         raise ValueError(
-            f"{path} is of another {of}: {len(differing)} tensors differ, the first {differing[0]}"
+            f"{path} was saved from a different {owner}: {len(differing)} tensors differ, "
+            f"the first is {differing[0]}"
         )
 
 
 def _tensors_in(
     state: Mapping[str, Any], prefix: str
 ) -> Iterator[tuple[str, tuple[tuple[int, ...], torch.dtype]]]:
-    """Shape and dtype by the name that torch.distributed.checkpoint gives."""
+    """Yield (name in torch.distributed.checkpoint, (shape, dtype)) of each tensor in `state`."""
     for name, one in state.items():
         if isinstance(one, Tensor):
             yield prefix + name, (tuple(one.shape), one.dtype)

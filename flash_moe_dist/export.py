@@ -1,9 +1,10 @@
-"""Whole tensors of a sharded model in one safetensors file, for use outside, and back.
+"""Export of a sharded model's tensors to one safetensors file, and import from such a file.
 
-Format: https://github.com/huggingface/safetensors, 8 bytes of header length, a JSON header, then
-the tensors in row-major order. Ranks write and read their own parts in pieces of rows, so that
-none holds more of a tensor than its shard and one piece; safetensors' own writer takes whole
-tensors, and the one of torch.distributed.checkpoint a second copy of every shard.
+Format (https://github.com/huggingface/safetensors): 8 bytes of header length, a JSON header, then
+the tensors in row-major order. Each rank writes and reads its own shard in pieces, runs of rows
+of at most PIECE_BYTES, and needs no memory beyond its shard and one piece. That is why this does
+not use safetensors' writer, which takes unsharded tensors, or that of
+torch.distributed.checkpoint, which makes a second copy of every shard.
 """
 
 import json
@@ -39,35 +40,37 @@ DTYPES = {
 
 
 def export_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write whole tensors, `model.state_dict()` say, into one safetensors file; collective.
+    """Write unsharded tensors, such as `model.state_dict()`, to one safetensors file; collective.
 
-    Ranks write in turn, into a file of another name that gets its own when it is complete. All
-    must see the same file system.
+    Ranks write in turn to `path`.partial, which is renamed once it is complete. All ranks must see
+    the same file system.
 
     Args:
-        tensors: DTensors on any meshes, and plain tensors, taken from the first rank.
+        path: file to write; an existing one is replaced.
+        tensors: DTensors on any meshes, and plain tensors, whose values on rank 0 are written.
 
     Raises:
-        TypeError: on every rank, for a dtype that the format or this function does not know.
-        RuntimeError: on every rank, if the file cannot be written.
+        TypeError: on every rank, if a dtype is not one of DTYPES.
+        RuntimeError: on every rank, if the file cannot be written; an existing one is unchanged.
     """
     partial = path.with_name(path.name + ".partial")
     try:
         with same_error_on_all_ranks():
-            header, places = _layout(tensors)
+            header, begins = _layout(tensors)
             if dist.get_rank() == 0:
-                whole = sum(one.numel() * one.itemsize for one in tensors.values())
+                tensor_bytes = sum(one.numel() * one.itemsize for one in tensors.values())
                 with partial.open("wb") as file:
                     file.write(header)
                     file.flush()
-                    # Writing to a map of a file that finds no space would kill the process.
-                    os.posix_fallocate(file.fileno(), 0, len(header) + whole)
-        # In turn: two machines that write parts of one page of a shared file may lose one.
+                    # A full disk must raise an error here: in a write to a memory map it would
+                    # kill the process.
+                    os.posix_fallocate(file.fileno(), 0, len(header) + tensor_bytes)
+        # In turn: when two machines write to the same page of a shared file, one may be lost.
         for rank in range(dist.get_world_size()):
             with same_error_on_all_ranks():
                 if rank == dist.get_rank():
                     for name, tensor in tensors.items():
-                        _write(partial, len(header) + places[name], tensor)
+                        _write(partial, len(header) + begins[name], tensor)
         with same_error_on_all_ranks():
             if dist.get_rank() == 0:
                 partial.rename(path)
@@ -79,75 +82,78 @@ def export_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 @torch.no_grad()
 def import_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Fill tensors in place from a safetensors file of whole ones; collective.
+    """Fill tensors in place from a safetensors file of unsharded tensors; collective.
 
     Args:
-        tensors: as `export_tensors`; each rank reads its own part.
+        path: file to read, which all ranks must see.
+        tensors: as for `export_tensors`; each rank reads its own shard.
 
     Raises:
         ValueError: on every rank, if the file is missing or damaged, or its tensors differ from
-            `tensors` in name, shape or dtype. Nothing has been changed then.
+            `tensors` in name, shape or dtype. `tensors` are then unchanged.
     """
     with same_error_on_all_ranks():
         try:
             with safe_open(path, framework="pt") as file:
                 _check_same(file, tensors, path)
         except (OSError, SafetensorError) as error:
-            raise ValueError(f"{path} is no whole safetensors file: {error}") from error
+            raise ValueError(f"{path} cannot be read as a safetensors file: {error}") from error
     with same_error_on_all_ranks():
         for name, tensor in tensors.items():
             if isinstance(tensor, DTensor) and tensor.device_mesh.get_coordinate() is None:
                 continue
-            local, offset = _own_part(tensor)
+            local, offset = _local_shard(tensor)
             if local.ndim == 0:
                 with safe_open(path, framework="pt") as file:
                     local.copy_(file.get_tensor(name))
                 continue
             for first, last in _pieces(local, tensor):
-                place = (slice(offset[0] + first, offset[0] + last), *_columns(local, offset))
-                # Opened anew, as what it has mapped counts as this process's memory.
+                index = (slice(offset[0] + first, offset[0] + last), *_columns(local, offset))
+                # Reopened for each piece: pages stay mapped, and count as this process's memory,
+                # until the file is closed.
                 with safe_open(path, framework="pt") as file:
-                    local[first:last].copy_(file.get_slice(name)[place])
+                    local[first:last].copy_(file.get_slice(name)[index])
 
 
 def _layout(tensors: Mapping[str, Tensor]) -> tuple[bytes, dict[str, int]]:
-    """The header, its length included, and where each tensor begins after it."""
+    """Return the header, including its length, and the byte offset of each tensor after it."""
     entries: dict[str, Any] = {}
-    places: dict[str, int] = {}
+    begins: dict[str, int] = {}
     end = 0
     for name, tensor in tensors.items():
         if tensor.dtype not in DTYPES:
             known = ", ".join(map(str, DTYPES))
             raise TypeError(f"{name} must have one of the dtypes {known}, got {tensor.dtype}")
-        places[name] = end
+        begins[name] = end
         end += tensor.numel() * tensor.itemsize
         entries[name] = {
             "dtype": DTYPES[tensor.dtype],
             "shape": list(tensor.shape),
-            "data_offsets": [places[name], end],
+            "data_offsets": [begins[name], end],
         }
     text = json.dumps(entries).encode()
-    # The tensors begin at a multiple of 8 bytes.
+    # Pad, so that the tensors begin at a multiple of 8 bytes.
     text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text, places
+    return struct.pack("<Q", len(text)) + text, begins
 
 
-def _write(path: Path, place: int, tensor: Tensor) -> None:
+def _write(path: Path, tensor_begin: int, tensor: Tensor) -> None:
+    """Write this rank's shard of a tensor that begins at byte `tensor_begin` of the file."""
     if not _writes(tensor):
         return
-    local, offset = _own_part(tensor)
+    local, offset = _local_shard(tensor)
     if local.numel() == 0:
         return
     if local.ndim == 0:
         local, offset = local.view(1), (0,)
-    # Bytes of an element as one more dimension: numpy knows no bfloat16.
+    # The bytes of an element are one more dimension, because numpy has no bfloat16.
     row_shape = (*tensor.shape[1:], local.itemsize)
     for first, last in _pieces(local, tensor):
-        begin = place + (offset[0] + first) * math.prod(row_shape)
-        # Whatever is mapped counts as this process's memory, so a piece at a time.
+        begin = tensor_begin + (offset[0] + first) * math.prod(row_shape)
+        # A piece at a time, because mapped pages count as this process's memory.
         rows = np.memmap(path, np.uint8, "r+", begin, (last - first, *row_shape))
         own = local[first:last].detach().cpu().contiguous()
-        # view(dtype) scales the last dimension, and a 0 there has nothing to scale.
+        # Flattened first: view(dtype) needs a stride of 1 in the last dimension.
         own_bytes = own.view(-1).view(torch.uint8).view(*own.shape, -1)
         columns = (slice(None), *_columns(local, offset))
         rows[columns] = own_bytes.numpy()
@@ -155,13 +161,13 @@ def _write(path: Path, place: int, tensor: Tensor) -> None:
 
 
 def _columns(local: Tensor, offset: tuple[int, ...]) -> list[slice]:
-    """Where a shard is in rows of the whole."""
+    """Slices, of all dimensions but the first, that a shard covers in the unsharded tensor."""
     rest = zip(offset[1:], local.shape[1:], strict=True)
     return [slice(begin, begin + size) for begin, size in rest]
 
 
-def _own_part(tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-    """This rank's shard, and where in the whole it begins."""
+def _local_shard(tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """Return this rank's shard and the index of its first element in the unsharded tensor."""
     if not isinstance(tensor, DTensor):
         return tensor, (0,) * tensor.ndim
     _, offset = compute_local_shape_and_global_offset(
@@ -171,22 +177,22 @@ def _own_part(tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:
 
 
 def _writes(tensor: Tensor) -> bool:
-    """Whether this rank is the one of those with the same part that writes it."""
+    """Whether this rank writes its shard: of the ranks with equal shards, exactly one does."""
     if not isinstance(tensor, DTensor):
         return dist.get_rank() == 0
     coordinate = tensor.device_mesh.get_coordinate()
     if coordinate is None:
         return False
-    places = zip(coordinate, tensor.placements, strict=True)
-    return all(at == 0 for at, placement in places if placement.is_replicate())
+    along_mesh = zip(coordinate, tensor.placements, strict=True)
+    return all(at == 0 for at, placement in along_mesh if placement.is_replicate())
 
 
 def _pieces(local: Tensor, tensor: Tensor) -> list[tuple[int, int]]:
-    """Runs of a shard's rows that take up to PIECE_BYTES in the whole."""
+    """Split a shard into (first, last) rows that take up at most PIECE_BYTES when unsharded."""
     rows = local.shape[0]
     row_bytes = max(1, math.prod(tensor.shape[1:]) * local.itemsize)
-    step = max(1, PIECE_BYTES // row_bytes)
-    return [(first, min(first + step, rows)) for first in range(0, rows, step)]
+    piece_rows = max(1, PIECE_BYTES // row_bytes)
+    return [(first, min(first + piece_rows, rows)) for first in range(0, rows, piece_rows)]
 
 
 def _check_same(file: Any, tensors: Mapping[str, Tensor], path: Path) -> None:

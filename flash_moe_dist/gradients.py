@@ -1,4 +1,4 @@
-"""Gradient norms over parameters that live on different meshes."""
+"""Gradient clipping for models whose parameters live on different device meshes."""
 
 import warnings
 from collections.abc import Iterable
@@ -9,21 +9,28 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate
 
-# None for plain tensors.
+# Mesh and placements of a DTensor; None for a plain tensor.
 Layout = tuple[DeviceMesh, tuple[Placement, ...]] | None
 
 
 def clip_grad_norm_(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
     """Scale all gradients so that their total 2-norm is at most `max_norm`; return the norm.
 
-    Gradients may be plain tensors and DTensors on any meshes; the norm counts every element of
-    the model once, and is the same on every rank. Plain gradients must be equal on every rank:
-    average them first. So must those of a table be on the ranks that hold copies of it, which
-    `fully_shard` over the efsdp axis sees to; gradients on a mesh of some of the ranks only are
-    warned of. Collective over the meshes of the gradients; no host sync.
+    Gradients may be plain tensors and DTensors on any meshes. The norm counts every element of
+    the model once and is the same on every rank. Collective over the meshes of the gradients; no
+    host sync.
+
+    Replicated gradients must already be equal on all ranks that hold them: average plain
+    gradients over all ranks first, and apply `fully_shard` over the efsdp axis to tables that
+    several ranks hold. Warns about gradients on a mesh that lacks some of the ranks.
+
+    Args:
+        parameters: those without a gradient are skipped.
+        max_norm: largest norm after scaling.
 
     Returns:
-        The norm before scaling, (), float64 if a gradient is, else float32, summed in float64.
+        The norm before scaling: shape (), summed in float64, rounded to float32 unless a
+        parameter is float64.
     """
     by_layout: dict[Layout, list[nn.Parameter]] = {}
     for parameter in parameters:
@@ -46,15 +53,19 @@ def _layout(grad: Tensor) -> Layout:
         return None
     if grad.device_mesh.size() < dist.get_world_size():
         warnings.warn(
-            f"gradients on {grad.device_mesh.size()} of {dist.get_world_size()} ranks must be "
-            "equal on the others: apply fully_shard over the efsdp axis to the experts",
+            f"gradients on a mesh of {grad.device_mesh.size()} of {dist.get_world_size()} ranks "
+            "must be equal on the other ranks: apply fully_shard over the efsdp axis to the "
+            "experts",
             stacklevel=3,
         )
     return grad.device_mesh, tuple(grad.placements)
 
 
 def _sum_of_squares(grads: list[Tensor], layout: Layout) -> Tensor:
-    """() float64: in float16 a norm overflows at 65,504, in bfloat16 it is rounded by each rank."""
+    """Sum of squares over all ranks, () float64, of gradients of one layout.
+
+    In float16 a norm overflows at 65,504; in bfloat16 every rank would round its part.
+    """
     local = [
         one.redistribute(placements=_without_partial(one)).to_local()
         if isinstance(one, DTensor)
@@ -66,7 +77,7 @@ def _sum_of_squares(grads: list[Tensor], layout: Layout) -> Tensor:
     mesh, placements = layout or (None, ())
     for dimension, placement in enumerate(placements):
         if placement.is_shard():
-            # Not by a DTensor: torch 2.11 keeps a kilobyte of each.
+            # Not by redistributing a DTensor: torch 2.11 leaks a kilobyte for each.
             assert mesh is not None
             dist.all_reduce(total, group=mesh.get_group(dimension))
     return total

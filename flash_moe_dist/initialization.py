@@ -1,4 +1,4 @@
-"""Initial values of models whose tables are too large for one device."""
+"""Initialization of models that are built on the meta device because they exceed one device."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from flash_moe.layers import normal_rows
 
 
 def materialize(model: nn.Module, device: torch.device | str) -> None:
-    """Give a model that was built on the meta device memory on `device`, and its first values.
+    """Allocate a model that was built on the meta device on `device`, and initialize it.
 
         with torch.device("meta"):
             model = Transformer(config)
@@ -19,15 +19,21 @@ def materialize(model: nn.Module, device: torch.device | str) -> None:
         torch.manual_seed(seed)
         materialize(model, device)
 
-    Calls `reset_parameters` of every module that has one, of children before their parents.
-    Tables of `flash_moe.FlashExperts` are filled shard by shard, with values that do not depend
-    on the number of ranks; call `init_normal_rows_` in the `reset_parameters` of a module of your
-    own. Seed every rank alike; parameters that are no tables are then equal on all. Parameters
-    that are one under several names stay one. Apply `fully_shard` to these after this, to tables
-    (over another axis) before or after.
+    Calls `reset_parameters` of every module that has one, children before their parents. Each
+    rank fills its own shard of the tables of `flash_moe.FlashExperts`, with values that do not
+    depend on the number of ranks; a module of your own gets the same by calling
+    `init_normal_rows_` in its `reset_parameters`. Seed every rank alike: all other parameters are
+    then equal on all ranks. Tied parameters stay tied.
+
+    Apply `fully_shard` to the tables (over the efsdp axis) before or after this call, and to all
+    other parameters after it.
+
+    Args:
+        model: its parameters and buffers may be on any device; their values are discarded.
+        device: where to allocate them.
 
     Raises:
-        ValueError: a module has parameters or buffers of its own, and no `reset_parameters`.
+        ValueError: a module has parameters or buffers of its own but no `reset_parameters`.
     """
     for name, module in model.named_modules():
         own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
@@ -41,10 +47,10 @@ def materialize(model: nn.Module, device: torch.device | str) -> None:
         names.setdefault(parameter, []).append(name)
     model.to_empty(device=device)
     for name, *others in names.values():
-        # to_empty gives each name memory of its own.
+        # to_empty allocates a tied parameter once for each of its names.
         for other in others:
-            path, _, last = other.rpartition(".")
-            model.get_submodule(path).register_parameter(last, model.get_parameter(name))
+            path, _, attribute = other.rpartition(".")
+            model.get_submodule(path).register_parameter(attribute, model.get_parameter(name))
 
     def reset(module: nn.Module) -> None:
         resettable: Any = module
@@ -55,7 +61,15 @@ def materialize(model: nn.Module, device: torch.device | str) -> None:
 
 
 def init_normal_rows_(table: Tensor, std: float) -> None:
-    """`flash_moe.layers.normal_rows.normal_rows_` for a table (E, H) sharded over any meshes."""
+    """Fill this rank's shard of a table with normal values of mean 0.
+
+    Every element gets the value that it would have if the whole table were on one device, as drawn
+    by `flash_moe.layers.normal_rows.normal_rows_`: seed every rank alike before.
+
+    Args:
+        table: (E, H), a DTensor on any mesh or a plain tensor.
+        std: standard deviation.
+    """
     if not isinstance(table, DTensor):
         normal_rows.normal_rows_(table, std)
         return

@@ -1,4 +1,4 @@
-"""How evenly tokens use the experts, and experts the ranks: counted on request only."""
+"""Load of experts and ranks: how evenly routing spreads the tokens, counted on request."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,14 +14,12 @@ from flash_moe_dist.expert_parallel import ExpertParallelFunc
 
 @dataclass(frozen=True)
 class ExpertLoad:
-    """Use of one layer's experts, by all tokens that were counted.
+    """Load of one layer's experts over all tokens counted; `str` gives one line for a log.
 
     pairs_per_rank: (token, expert) pairs that each rank of the ep mesh computed.
     touched: share of the experts that at least one token used, 0 to 1.
-    max_over_mean: pairs of the busiest expert over those of the mean one; 0 without pairs.
-    rank_max_over_mean: the same of ranks: 1 if all compute equally much.
-
-    As text, a line for a log.
+    max_over_mean: pairs of the busiest expert over the mean of all experts; 0 without pairs.
+    rank_max_over_mean: pairs of the busiest rank over the mean of all ranks: 1 if balanced.
     """
 
     pairs_per_rank: list[int]
@@ -41,18 +39,19 @@ class ExpertLoad:
 
 
 class LoadCounter:
-    """Counts pairs of this rank's experts on the device, without waiting for it."""
+    """Counts the pairs of this rank's experts on the device, without a host sync."""
 
     def __init__(self, num_local_experts: int, device: torch.device) -> None:
-        # One place more, in front, for empty slots.
+        # Element 0 counts empty slots.
         self.pairs = torch.zeros(1 + num_local_experts, dtype=torch.int64, device=device)
 
     def add(self, local_ids: Tensor) -> None:
+        """Count expert ids relative to this rank's first expert, of any shape; -1: empty slot."""
         ids = (local_ids.flatten().long() + 1).clamp_(0, self.pairs.shape[0] - 1)
         self.pairs.scatter_add_(0, ids, torch.ones_like(ids))
 
     def gather(self, num_experts: int, group: dist.ProcessGroup) -> ExpertLoad:
-        """Collective over `group`; waits for the device."""
+        """Combine the counts of all ranks of `group`; collective, waits for the device."""
         counts = self.pairs[1:]
         busiest = counts.max() if len(counts) else counts.sum()
         mine = torch.stack([counts.sum(), (counts > 0).sum(), busiest])
@@ -67,17 +66,17 @@ class LoadCounter:
 
 @contextmanager
 def count_load(model: nn.Module) -> Iterator[dict[str, ExpertLoad]]:
-    """Count the load of all layers under `ExpertParallel` in the block.
+    """Count the load of every layer sharded by `ExpertParallel` within the block.
 
         with count_load(model) as loads:
             model(tokens)
         for name, load in loads.items():
             print(name, load)
 
-    Every rank must enter and leave it. Yields a dictionary that is filled at the end of the block
-    with an `ExpertLoad` for each such module, by name: over the tokens of the ranks of its ep
-    mesh, the same on all of them. Each forward pass in the block counts, so a recomputed one
-    (activation checkpointing) counts again.
+    Collective at the end of the block over the ep mesh of each layer, so every rank must enter
+    the block. Yields a dictionary that is filled at its end: an `ExpertLoad` for each such module,
+    by name, over the tokens of all ranks of its ep mesh and equal on them. Every forward pass in
+    the block counts, so one that activation checkpointing recomputes counts again.
     """
     loads: dict[str, ExpertLoad] = {}
     counted: dict[str, tuple[ExpertParallelFunc, int, LoadCounter]] = {}

@@ -1,8 +1,8 @@
-"""The steps of an expert-parallel layer: named in traces of torch.profiler, and timed on request.
+"""Phases of a pass through an expert-parallel layer: trace ranges, and device time on request.
 
-dispatch, experts, combine                              of a forward pass
-dispatch_backward, experts_backward, combine_backward   of a backward pass
-communication                                           within these: waiting for other ranks
+dispatch, experts, combine                              phases of a forward pass
+combine_backward, experts_backward, dispatch_backward   phases of a backward pass
+communication                                           waits for other ranks, within a phase
 """
 
 import time
@@ -14,23 +14,23 @@ from typing import Any
 import torch
 from torch.autograd import profiler
 
-# In the order in which they come; of a backward pass with _backward.
+# In the order of a forward pass; names in a backward pass end in _backward.
 PHASES = ("dispatch", "experts", "combine", "communication")
-# Of the block of `time_phases` that is open. Not of a thread: autograd has threads of its own.
+# Timer of the open `time_phases` block. Not thread-local: backward runs on autograd's threads.
 _timer: "_Timer | None" = None
 
 
 def phase(name: str) -> AbstractContextManager[object]:
-    """A part of a layer's pass, as the range `flash_moe::name` of a trace."""
+    """Mark the block as the phase `name`: the range `flash_moe::name` of a profiler trace."""
     traced: AbstractContextManager[object] = nullcontext()
-    # PyTorch's own flag for this: entering a range takes as long as launching a kernel.
+    # Entering a range takes as long as launching a kernel, so check PyTorch's own flag first.
     if profiler._is_profiler_enabled:
         traced = profiler.record_function(f"flash_moe::{name}")
     return traced if _timer is None else _both(traced, _timer.timed(name))
 
 
 def communication() -> AbstractContextManager[object]:
-    """A wait for other ranks. Collectives have ranges of PyTorch's own in a trace."""
+    """Mark the block as a wait for other ranks; a trace shows PyTorch's range of the collective."""
     return nullcontext() if _timer is None else _timer.timed("communication")
 
 
@@ -44,24 +44,28 @@ def _both(
 
 @contextmanager
 def time_phases(device: torch.device) -> Iterator[dict[str, float]]:
-    """Seconds that the device spent in each step of all sharded layers in the block.
+    """Measure the device time of each phase of all sharded layers within the block.
 
         with time_phases(device) as seconds:
             model(tokens).sum().backward()
         print(seconds["experts"], seconds["communication"])
 
-    Yields a dictionary that is filled at the end of the block, after a wait for the device: for
-    each step the sum over all passes, without the steps within it. Times are between CUDA events on
-    the stream that the layer runs on (the host's clock on the CPU). So "communication" is what no
-    other work hides; and where the device waits for the host, as it does after the counts of a
-    dispatch, that is part of the step. Layers whose ep mesh has one rank have no steps.
+    Yields a dictionary that is filled at the end of the block, after a device synchronization:
+    seconds by phase, summed over all passes, each phase without the phases nested in it. Times are
+    differences of CUDA events on the stream that the layer runs on (of the host's clock on the
+    CPU), so "communication" is the exposed part, which no other work hides, and a phase includes
+    the time in which the device waits for the host, as when `dispatch` reads counts. Layers whose
+    ep mesh has one rank have no phases.
+
+    Args:
+        device: where the layers run.
 
     Raises:
-        RuntimeError: within another such block.
+        RuntimeError: the block is within another `time_phases` block.
     """
     global _timer
     if _timer is not None:
-        raise RuntimeError("time_phases is timing already: its blocks cannot be nested")
+        raise RuntimeError("time_phases blocks cannot be nested")
     timer = _timer = _Timer(device)
     seconds: dict[str, float] = {}
     try:
@@ -72,11 +76,11 @@ def time_phases(device: torch.device) -> Iterator[dict[str, float]]:
 
 
 class _Span:
-    """From when it is made to `end`, on the current stream."""
+    """Interval on the current stream, from construction to `end`."""
 
     def __init__(self, name: str, device: torch.device) -> None:
         self.name, self.device = name, device
-        self.within: list[_Span] = []
+        self.nested: list[_Span] = []
         self.first = self.now()
 
     def end(self) -> None:
@@ -95,7 +99,7 @@ class _Span:
         return self.first.elapsed_time(self.last) / 1e3
 
     def own_seconds(self) -> float:
-        return self.seconds() - sum(span.seconds() for span in self.within)
+        return self.seconds() - sum(span.seconds() for span in self.nested)
 
 
 class _Timer:
@@ -108,7 +112,7 @@ class _Timer:
     def timed(self, name: str) -> Iterator[None]:
         span = _Span(name, self.device)
         if self.open:
-            self.open[-1].within.append(span)
+            self.open[-1].nested.append(span)
         self.open.append(span)
         yield
         span.end()

@@ -1,16 +1,17 @@
-"""A store that holds nothing of the processes that torchrun started before these.
+"""Rendezvous store of one attempt, free of entries that earlier attempts have left.
 
-torchrun restarts processes, but keeps the store through which they find each other: a process can
-read there the address of one that is dead. Nothing that it tells them is new in each attempt and
-the same on all nodes; its count of restarts is each node's own. So the ranks agree on a name:
+When torchrun restarts the processes it keeps the store through which they find each other, so a
+process could read there the address of one that is dead. No variable that torchrun sets is both
+new in each attempt and equal on all nodes: restarts are counted on each node separately. So the
+ranks agree on a name for the attempt:
 
-    every rank      writes a random name of its own
-    rank 0          proposes a name for the attempt, with the names of all ranks as it finds them;
-                    again when one of these changes, as it was a dead process's
-    every rank      answers a proposal that has its own name
-    rank 0          closes the proposal that all have answered
+    every rank      writes a random id of its own
+    rank 0          proposes an attempt name, along with the ids of all ranks as it reads them;
+                    proposes again when one changes, because the old id was a dead process's
+    every rank      answers a proposal that contains its own id
+    rank 0          closes the proposal when all ranks have answered
 
-Whatever is in the store under the attempt's name is then of this attempt's processes.
+Keys prefixed with the attempt's name are then written by this attempt's processes only.
 """
 
 import json
@@ -24,48 +25,54 @@ POLL_SECONDS = 0.02
 
 
 def store_of_this_attempt(store: Store, rank: int, world_size: int, timeout: timedelta) -> Store:
-    """The part of `store` that is this attempt's own; every rank must call it.
+    """Agree with all ranks on a key prefix of `store` that this attempt alone uses; collective.
 
     Args:
-        store: shared by all ranks, and by those of earlier attempts.
+        store: shared by all ranks, and with the processes of earlier attempts.
+        rank: of this process, 0 to `world_size` - 1.
+        world_size: number of ranks that must join.
         timeout: how long to wait for the other ranks.
 
+    Returns:
+        `store` with the prefix added to every key.
+
     Raises:
-        RuntimeError: not all of `world_size` ranks have come.
+        RuntimeError: fewer than `world_size` ranks have joined within `timeout`.
     """
     store = PrefixStore("flash_moe_dist", store)
-    mine, deadline = uuid.uuid4().hex, time.monotonic() + timeout.total_seconds()
-    store.set(_name_key(rank), mine)
-    names: list[str] = []
+    own_id, deadline = uuid.uuid4().hex, time.monotonic() + timeout.total_seconds()
+    store.set(_id_key(rank), own_id)
+    ids: list[str] = []
     attempt = answered = ""
     while time.monotonic() < deadline:
         if rank == 0:
-            found = _names_of_all(store, world_size)
-            if found and found != names:
-                names, attempt = found, uuid.uuid4().hex
-                store.set("proposal", json.dumps([attempt, names]))
+            found = _ids_of_all(store, world_size)
+            if found and found != ids:
+                ids, attempt = found, uuid.uuid4().hex
+                store.set("proposal", json.dumps([attempt, ids]))
             if attempt and store.check([_answer_key(attempt, one) for one in range(world_size)]):
                 store.set(_closed_key(attempt), "")
         if store.check(["proposal"]):
-            proposed, proposed_names = json.loads(store.get("proposal"))
-            if proposed != answered and proposed_names[rank : rank + 1] == [mine]:
+            proposed, proposed_ids = json.loads(store.get("proposal"))
+            if proposed != answered and proposed_ids[rank : rank + 1] == [own_id]:
                 store.set(_answer_key(proposed, rank), "")
                 answered = proposed
         if answered and store.check([_closed_key(answered)]):
             return PrefixStore(answered, store)
         time.sleep(POLL_SECONDS)
     raise RuntimeError(
-        f"all {world_size} ranks must come within {timeout.total_seconds():g} s, not all did"
+        f"all {world_size} ranks must join within {timeout.total_seconds():g} s, but not all did"
     )
 
 
-def _names_of_all(store: Store, world_size: int) -> list[str]:
-    keys = [_name_key(rank) for rank in range(world_size)]
-    return [name.decode() for name in store.multi_get(keys)] if store.check(keys) else []
+def _ids_of_all(store: Store, world_size: int) -> list[str]:
+    """Ids by rank; empty until every rank has written one."""
+    keys = [_id_key(rank) for rank in range(world_size)]
+    return [one.decode() for one in store.multi_get(keys)] if store.check(keys) else []
 
 
-def _name_key(rank: int) -> str:
-    return f"name of {rank}"
+def _id_key(rank: int) -> str:
+    return f"id of {rank}"
 
 
 def _answer_key(attempt: str, rank: int) -> str:

@@ -1,4 +1,4 @@
-"""Start and end of a distributed process: group, backend, device, timeout."""
+"""Set-up of a process that torchrun has started: process group, device, meshes, timeout."""
 
 import ctypes
 import os
@@ -19,19 +19,19 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from flash_moe_dist.rendezvous import store_of_this_attempt
 
 DEFAULT_TIMEOUT = timedelta(minutes=10)
-# Of linux/prctl.h.
+# Constant of linux/prctl.h.
 PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """This process among its peers.
+    """Rank, device and device meshes of this process.
 
     mesh: axes "efsdp" and "ep", of world_size = efsdp x ep ranks. Ranks along "ep" own different
-        experts and exchange tokens; along "efsdp" they share the same experts, whose tables
-        `fully_shard` may cut further.
-    dp_mesh: axis "dp", all ranks: each has data of its own, and `fully_shard` cuts everything
-        that is no table.
+        experts and exchange tokens; ranks along "efsdp" own the same experts, whose tables
+        `fully_shard` may shard further.
+    dp_mesh: axis "dp", all ranks: each rank has its own data, and `fully_shard` shards all
+        parameters but the tables.
     timeout: of every collective on these meshes.
     """
 
@@ -49,10 +49,14 @@ class Runtime:
         ep_size: int | None = None,
         timeout: timedelta = DEFAULT_TIMEOUT,
     ) -> "Runtime":
-        """This process in the process group there is; arguments as `distributed` takes them.
+        """Build the meshes on the default process group, which must be initialized; collective.
+
+        Args:
+            device: of this process.
+            ep_size, timeout: as for `distributed`.
 
         Raises:
-            ValueError: the number of ranks is no multiple of `ep_size`.
+            ValueError: `ep_size` does not divide the number of ranks.
         """
         world_size = dist.get_world_size()
         ep_size = world_size if ep_size is None else ep_size
@@ -61,7 +65,7 @@ class Runtime:
                 f"ep_size must divide the number of ranks = {world_size}, got {ep_size}"
             )
         ranks = torch.arange(world_size).view(-1, ep_size)
-        # init_device_mesh would give its groups a timeout of its own.
+        # init_device_mesh would create the groups with the default timeout.
         groups = [_own_group(ranks.t(), timeout), _own_group(ranks, timeout)]
         mesh = DeviceMesh.from_group(
             groups, device.type, mesh=ranks, mesh_dim_names=("efsdp", "ep")
@@ -83,7 +87,7 @@ class Runtime:
 
 
 def _own_group(ranks: Tensor, timeout: timedelta) -> dist.ProcessGroup:
-    """Of the groups that are the rows of `ranks`, the one this process is in; collective."""
+    """Create a process group for each row of `ranks`; return this process's. Collective."""
     if len(ranks) == 1:
         assert dist.group.WORLD is not None
         return dist.group.WORLD
@@ -95,22 +99,23 @@ def _own_group(ranks: Tensor, timeout: timedelta) -> dist.ProcessGroup:
 def distributed(
     timeout: timedelta = DEFAULT_TIMEOUT, ep_size: int | None = None
 ) -> Iterator[Runtime]:
-    """Join the process group that torchrun's environment describes; leave it at the end.
+    """Join the process group that torchrun's environment describes; leave it after the block.
 
-    nccl with one GPU a process where there are GPUs, otherwise gloo. A collective that waits
-    longer than `timeout` fails, and with nccl ends the process: TORCH_NCCL_ASYNC_ERROR_HANDLING=1,
-    which torchrun sets where nothing is set, becomes 3; 0 and 2 are left as they are. If the block
-    raises, the group is not waited for, so that the error ends this process at once and torchrun
-    ends the others. On Linux, a torchrun that is killed takes its processes along.
+    Uses nccl with one GPU for each process where there are GPUs, otherwise gloo. A collective that
+    waits longer than `timeout` fails, and with nccl ends the process; for that,
+    TORCH_NCCL_ASYNC_ERROR_HANDLING=1, torchrun's default, becomes 3 (0 and 2 are left unchanged).
+    If the block raises, the process does not wait for the group: it ends at once, and torchrun
+    ends the other processes. On Linux, the processes also end when torchrun is killed.
 
     Args:
-        timeout: of every collective.
-        ep_size: ranks that share out the experts; a divisor of the number of ranks, None for all.
+        timeout: of every collective, and of joining.
+        ep_size: number of ranks over which the experts are sharded; must divide the number of
+            ranks. None: all ranks.
 
     Raises:
-        RuntimeError: not started by torchrun, more processes on this machine than GPUs, or not
-            all ranks come in time.
-        ValueError: the number of ranks is no multiple of `ep_size`.
+        RuntimeError: the process was not started by torchrun, there are more processes than GPUs
+            on this machine, or not all ranks have joined within `timeout`.
+        ValueError: `ep_size` does not divide the number of ranks.
     """
     missing = [name for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if name not in os.environ]
     if missing:
@@ -128,18 +133,23 @@ def distributed(
             )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-        _let_nccl_end_this_process_at_once()
-        dist.init_process_group("nccl", timeout=timeout, device_id=device, **_meeting(timeout))
+        _configure_nccl_watchdog()
+        dist.init_process_group(
+            "nccl", timeout=timeout, device_id=device, **_rendezvous_arguments(timeout)
+        )
     else:
         device = torch.device("cpu")
-        dist.init_process_group("gloo", timeout=timeout, **_meeting(timeout))
+        dist.init_process_group("gloo", timeout=timeout, **_rendezvous_arguments(timeout))
     yield Runtime.of_world(device, ep_size, timeout)
     dist.barrier()
     dist.destroy_process_group()
 
 
-def _meeting(timeout: timedelta) -> dict[str, Any]:
-    """Where the ranks find each other, as `init_process_group` takes it."""
+def _rendezvous_arguments(timeout: timedelta) -> dict[str, Any]:
+    """Arguments of `init_process_group` by which the ranks find each other.
+
+    A store of this attempt where the ranks share torchrun's store; elsewhere PyTorch's default.
+    """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return {}
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -149,20 +159,21 @@ def _meeting(timeout: timedelta) -> dict[str, Any]:
     return {"store": own, "rank": rank, "world_size": world_size}
 
 
-def _let_nccl_end_this_process_at_once() -> None:
-    """When its watchdog finds that a collective has waited too long."""
-    # It waits four times this long for a dump, 15 s by default.
+def _configure_nccl_watchdog() -> None:
+    """Make NCCL's watchdog end this process as soon as a collective has timed out."""
+    # The watchdog waits four times this long for a debug dump, which defaults to 15 s.
     os.environ.setdefault("TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC", "500")
-    # With 1 it aborts the communicator first, which waits for all kernels on the device, among
-    # them those that wait for a rank themselves. PyTorch's default, 3, does without that.
+    # 1 aborts the communicator first, which waits for all kernels on the device, including those
+    # that spin until another rank arrives; 3, PyTorch's own default, does not.
     if os.environ.get("TORCH_NCCL_ASYNC_ERROR_HANDLING") == "1":
         os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "3"
 
 
 def _end_with_torchrun() -> None:
-    """Have the kernel kill this process when torchrun, its parent, is gone.
+    """Make Linux kill this process when torchrun, its parent, has died.
 
-    Killed itself, torchrun cannot; and another one in its place would start the same ranks again.
+    A torchrun that was killed cannot end its processes, and one started in its place would run the
+    same ranks a second time.
     """
     if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

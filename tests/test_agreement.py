@@ -59,12 +59,12 @@ MESSAGES = {
     "hidden size": "rank 1: hidden_states must have rows of hidden_size = 12",
     "number of routing weights": "rank 1: routing_weights must have the shape of indices, (6, 5)",
     "dtype of indices": "rank 1: indices must have one of the dtypes int32, int64",
-    "dtype of hidden states": "ranks must agree, but do not, on dtype of hidden_states (rank 0: "
+    "dtype of hidden states": "ranks must agree on dtype of hidden_states (rank 0: "
     "torch.float32, rank 1: torch.float64, rank 2: torch.float32)",
     "requires_grad": "on which of hidden states, tables, routing weights need gradients (rank 0: "
     "[True, True, True, True], rank 1: [False, True, True, True], rank 2: ",
     "requires_grad of weights": "on which of hidden states, tables, routing weights need gradients",
-    "number of slots": "ranks must agree, but do not, on num_experts_per_tok (rank 0: 5, rank 1: 4",
+    "number of slots": "ranks must agree on num_experts_per_tok (rank 0: 5, rank 1: 4",
     "device": "rank 1: indices must be on cpu, where the tables are, got meta",
     "no tensor": "rank 1: indices must be a torch.Tensor, got NoneType",
     "leading dimensions": "rank 1: hidden_states must have shape (num_tokens, hidden_size)",
@@ -163,7 +163,7 @@ def shard_other_tables(which: str) -> None:
 @pytest.mark.parametrize(
     ("which", "message"),
     [
-        ("number of experts", "do not, on tables (rank 0: {'down_weights': ((23, 12), "),
+        ("number of experts", "must agree on tables (rank 0: {'down_weights': ((23, 12), "),
         ("hidden size", "{'down_weights': ((23, 13), torch.float32"),
         ("dtype", "{'down_weights': ((23, 12), torch.float64"),
         ("dispatcher", "on dispatcher (rank 0: all_to_all, rank 1: all_gather, rank 2: all_to"),
@@ -188,7 +188,7 @@ def modes_differ() -> None:
 
 def test_grad_mode_must_be_the_same_on_all_ranks(rank_pools: RankPools) -> None:
     for outcome in rank_pools.outcomes(2, modes_differ):
-        assert "ranks must agree, but do not, on which of hidden" in outcome.message
+        assert "ranks must agree on which of hidden" in outcome.message
 
 
 def frozen_on_one_rank(dispatcher: str) -> None:

@@ -259,22 +259,34 @@ def cut(path: Path, keep: float) -> None:
 
 
 BROKEN = {
-    "one file empty": (lambda path: cut(path / "__1_0.distcp", 0), r"cut off are __1_0\.distcp"),
-    "one byte less": (lambda path: cut(path / "__0_0.distcp", 0.9999), r"cut off are __0_0"),
-    "one file gone": (lambda path: (path / "__1_0.distcp").unlink(), "no whole checkpoint.*__1_0"),
-    "half of the metadata": (lambda path: cut(path / ".metadata", 0.5), "is no whole checkpoint"),
-    "metadata empty": (lambda path: cut(path / ".metadata", 0), "is no whole checkpoint"),
+    "one file empty": (
+        lambda path: cut(path / "__1_0.distcp", 0),
+        r"truncated files: __1_0\.distcp",
+    ),
+    "one byte less": (lambda path: cut(path / "__0_0.distcp", 0.9999), r"truncated files: __0_0"),
+    "one file gone": (
+        lambda path: (path / "__1_0.distcp").unlink(),
+        "is an incomplete checkpoint.*__1_0",
+    ),
+    "half of the metadata": (
+        lambda path: cut(path / ".metadata", 0.5),
+        "is an incomplete checkpoint",
+    ),
+    "metadata empty": (lambda path: cut(path / ".metadata", 0), "is an incomplete checkpoint"),
     "something else as metadata": (
         lambda path: (path / ".metadata").write_bytes(b"\x80\x04N."),
-        "is no whole checkpoint",
+        "is an incomplete checkpoint",
     ),
-    "no progress": (lambda path: (path / "progress.json").unlink(), "is no whole checkpoint"),
-    "half of the progress": (lambda path: cut(path / "progress.json", 0.5), "no whole checkpoint"),
+    "no progress": (lambda path: (path / "progress.json").unlink(), "is an incomplete checkpoint"),
+    "half of the progress": (
+        lambda path: cut(path / "progress.json", 0.5),
+        "is an incomplete checkpoint",
+    ),
     "another step's": (
         lambda path: (path / "progress.json").write_text(json.dumps({"step": 3})),
-        r"must be of step 2, got \{'step': 3\}",
+        r"must contain step 2, got \{'step': 3\}",
     ),
-    "nothing": (lambda path: shutil.rmtree(path), "is no whole checkpoint"),
+    "nothing": (lambda path: shutil.rmtree(path), "is an incomplete checkpoint"),
 }
 
 
@@ -309,7 +321,7 @@ def test_a_foreign_checkpoint_is_refused_and_nothing_touched(
 ) -> None:
     args = (text, str(sound), "ValueError", options, optimizer)
     for refused in rank_pools.run(2, load_refused, *args):
-        assert "is of another model or optimizer" in refused
+        assert "was saved from a different model or optimizer" in refused
         assert message in refused
 
 

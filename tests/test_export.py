@@ -170,10 +170,10 @@ def refused(data: str, path: str, what: str) -> str:
 
 
 REFUSED = {
-    "missing": "is no whole safetensors file",
-    "truncated": "is no whole safetensors file",
-    "empty": "is no whole safetensors file",
-    "something else": "is no whole safetensors file",
+    "missing": "cannot be read as a safetensors file",
+    "truncated": "cannot be read as a safetensors file",
+    "empty": "cannot be read as a safetensors file",
+    "something else": "cannot be read as a safetensors file",
     "experts": "layers.0.moe.experts.down_weights: saved ([50, 16], 'F32')",
     "dtype": "here ([256, 16], 'BF16')",
     "one less": "saved nothing, here",

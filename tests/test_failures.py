@@ -94,7 +94,7 @@ def test_watchdog_of_nccl_does_not_wait_for_kernels(
     monkeypatch.setenv("TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC", "700")
     if given is not None:
         monkeypatch.setenv("TORCH_NCCL_ASYNC_ERROR_HANDLING", given)
-    runtime._let_nccl_end_this_process_at_once()
+    runtime._configure_nccl_watchdog()
     assert os.environ.get("TORCH_NCCL_ASYNC_ERROR_HANDLING") == taken
     assert os.environ["TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC"] == "700"
 

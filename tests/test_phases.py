@@ -1,4 +1,4 @@
-"""Steps of sharded layers are timed on request, each without those within it."""
+"""Phases of sharded layers are timed on request, each without those nested in it."""
 
 import time
 from typing import Any
@@ -18,7 +18,7 @@ SLEEP = 0.05
 
 
 def timed_passes(dispatcher: str, passes: int) -> tuple[dict[str, float], float, dict[str, float]]:
-    """Seconds of steps, of all, and of the steps of a block in which nothing ran."""
+    """Seconds by phase, wall time of all passes, and seconds by phase of a block without passes."""
     case = make_case(6, 8, 5, 3, device=rank_device(), seed=dist.get_rank())
     experts = shard_experts(make_case(1, 8, 5, 1, device=rank_device()), dispatcher)
     begun = time.perf_counter()
@@ -35,7 +35,7 @@ def timed_passes(dispatcher: str, passes: int) -> tuple[dict[str, float], float,
 
 
 class Slow:
-    """What a collective that was started returns, and takes SLEEP longer."""
+    """Handle of a collective whose `wait` takes SLEEP longer."""
 
     def __init__(self, work: Any) -> None:
         self.work = work
@@ -45,8 +45,8 @@ class Slow:
         self.work.wait()
 
 
-def slow_collectives(dispatcher: str) -> dict[str, float]:
-    """Where every all-to-all is slow but that of the counts."""
+def passes_with_slow_collectives(dispatcher: str) -> dict[str, float]:
+    """`timed_passes` with slow asynchronous all-to-alls, which are all but that of the counts."""
     patched: Any = dist
     all_to_all = patched.all_to_all_single
 
@@ -62,7 +62,7 @@ def slow_collectives(dispatcher: str) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("dispatcher", ["all_to_all", "all_gather"])
-def test_all_steps_have_a_time(dispatcher: str, rank_pools: RankPools) -> None:
+def test_all_phases_have_a_time(dispatcher: str, rank_pools: RankPools) -> None:
     for seconds, elapsed, nothing in rank_pools.run(2, timed_passes, dispatcher, 3):
         assert seconds.keys() == ALL
         assert all(taken > 0 for taken in seconds.values())
@@ -71,7 +71,7 @@ def test_all_steps_have_a_time(dispatcher: str, rank_pools: RankPools) -> None:
 
 
 @pytest.mark.gpu
-def test_all_steps_have_a_time_on_a_gpu(rank_pools: RankPools) -> None:
+def test_all_phases_have_a_time_on_a_gpu(rank_pools: RankPools) -> None:
     for seconds, elapsed, _ in rank_pools.run(2, timed_passes, "auto", 3, backend="gloo on cuda"):
         assert seconds.keys() == ALL
         assert all(taken > 0 for taken in seconds.values())
@@ -79,8 +79,8 @@ def test_all_steps_have_a_time_on_a_gpu(rank_pools: RankPools) -> None:
 
 
 def test_waiting_is_communication_and_nothing_else(rank_pools: RankPools) -> None:
-    for seconds in rank_pools.run(2, slow_collectives, "all_to_all"):
-        # Pairs, rows, sums; gradients, sums, weights.
+    for seconds in rank_pools.run(2, passes_with_slow_collectives, "all_to_all"):
+        # Forward: pairs, rows, sums. Backward: gradients, sums, weights.
         assert seconds["communication"] >= 6 * SLEEP
         assert all(taken < SLEEP for name, taken in seconds.items() if name != "communication")
 

@@ -54,7 +54,7 @@ def test_after_an_attempt_to_which_not_all_came(store: Any, came: tuple[int, ...
     for _ in range(2):
         for error in attempt(store, iter(came), timedelta(seconds=0.2)):
             assert isinstance(error, RuntimeError)
-            assert str(error) == "all 3 ranks must come within 0.2 s, not all did"
+            assert str(error) == "all 3 ranks must join within 0.2 s, but not all did"
         assert_one_and_its_own(attempt(store, range(WORLD_SIZE)))
 
 
