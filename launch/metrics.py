@@ -14,7 +14,7 @@ Line = dict[str, Any]
 class MetricsFile:
     """File with a line of JSON for each step, written by one process.
 
-    Has all `lines` as dictionaries, those of earlier runs included.
+    `lines` holds all of them as dictionaries, including those written before a restart.
 
     Args:
         last_step: step of the checkpoint that the run resumes from. Lines of later steps, which the

@@ -44,7 +44,7 @@ Work = Callable[[], R]
 class Result:
     """Measurements of one variant; dictionaries are by direction.
 
-    failure: why there are no measurements; empty if there are.
+    failure: reason if the variant could not be measured, otherwise empty.
     seconds: of each repeat, on a device that is busy until the pass has been launched.
     idle_seconds: of each repeat, on an idle device, so that launching is included; none on the CPU.
     extra_bytes: peak memory beyond the inputs and the results.

@@ -12,7 +12,7 @@ SINGLE_RANK, CONVENTIONAL = "one rank", "conventional"
 class Result:
     """Measurements of one variant on one number of ranks.
 
-    failure: why there are no measurements; empty if there are.
+    failure: reason if the variant could not be measured, otherwise empty.
     seconds: a list of repeats, each of the slowest rank. "forward" and "backward": device time of a
         pass, begun on all ranks at once on devices that are busy until it has been launched.
         "loop": wall clock of a forward and backward pass in a loop of many, launching included,
