@@ -92,8 +92,8 @@ def progress_to_resume(args: argparse.Namespace, checkpoints: Checkpointer) -> d
     # torchrun also restarts a run that was refused here, which must not resume another run.
     if not args.resume and not (restarted and saved.get("run_id") == run_id()):
         raise ValueError(
-            f"--out {args.out} holds a checkpoint of step {newest}: --resume goes on from it, "
-            "another --out starts anew"
+            f"--out {args.out} holds a checkpoint of step {newest}: --resume continues "
+            "from it, another --out starts a new run"
         )
     return saved
 
@@ -496,7 +496,7 @@ def main() -> None:
                 for name, now in run.progress().items()
                 if saved.get(name) != now
             ]
-            resumed = f"going on after step {last_step} of {args.steps}"
+            resumed = f"resuming after step {last_step} of {args.steps}"
             print_on_main_rank(runtime, "; ".join([resumed, *changed]))
         metrics = MetricsFile(args.out / METRICS, last_step) if runtime.is_main else None
         with closing(metrics) if metrics else nullcontext(), Sigterm(args.grace) as sigterm:
