@@ -6,9 +6,9 @@
 
 Variants are both dispatchers and the conventional dispatch, which sends a row for every (token,
 expert) pair. They run on the same inputs, and each must agree with one device before it is timed.
-Next to each time stands the prediction of the volume model, from link rates measured in the same
-run; times on more ranks than there are, are predicted only. Without GPUs, smaller problems run over
-gloo.
+Each time is printed with the prediction of the volume model, which uses link rates measured in the
+same run; for more ranks than there are, only predictions are printed. Without GPUs, smaller
+problems run over gloo.
 
 To compare two builds, run it on the same machine from a checkout of each, with the checkout first
 on PYTHONPATH, and compare seconds.loop of the results in the JSON files:
