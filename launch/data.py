@@ -1,4 +1,4 @@
-"""Token streams for training: text as bytes, or a .bin of uint16 token ids."""
+"""Token streams to train on: the bytes of text, or a .bin file of uint16 token ids."""
 
 import sysconfig
 from dataclasses import dataclass, replace
@@ -19,9 +19,9 @@ TEXT_SUFFIXES = (".py", ".txt", ".md", ".rst", ".json", ".c", ".h", ".html", ".c
 
 @dataclass(frozen=True)
 class Corpus:
-    """Tokens for training and for validation, each one long stream.
+    """Training and validation tokens, two streams (N,).
 
-    `is_text`: tokens are bytes. `source`: where they came from, for a log line.
+    is_text: tokens are bytes. source: path of the data, for messages.
     """
 
     train: Tokens
@@ -31,29 +31,29 @@ class Corpus:
     source: str
 
     def single_token_entropy(self) -> float:
-        """Entropy of single validation tokens, in nats: the loss of a model without context."""
+        """Entropy of the validation tokens in nats: the loss of the best model without context."""
         counts = np.bincount(self.validation, minlength=self.vocab_size)
         shares = counts[counts > 0] / counts.sum()
         return float(-(shares * np.log(shares)).sum())
 
 
 def load_corpus(path: Path | None, seq_len: int, vocab_size: int | None = None) -> Corpus:
-    """Read a corpus.
+    """Read a corpus, and hold out a twentieth for validation.
+
+    Of a folder of text, every twentieth file is held out; of anything else without a val.bin, the
+    last twentieth of the tokens.
 
     Args:
         path: a text file; a folder, whose text files (.py, .txt, .md and the like) are read in
             the order of their paths; a .bin file of uint16 token ids; or a folder with train.bin
             and val.bin. None reads the source of Python's standard library.
-        seq_len: tokens that a training sequence needs, and one more for its last target.
-        vocab_size: all token ids must be below it; by default one more than the largest, and 256
-            for text.
-
-    Without a val.bin, every twentieth file of a folder of text is for validation, or else the
-    last twentieth of the tokens.
+        seq_len: tokens of a training sequence; each stream must have one more, the last target.
+        vocab_size: upper bound of the token ids; by default one more than the largest, and 256 for
+            text.
 
     Raises:
         ValueError: nothing readable at `path`, too few tokens for one sequence, or token ids
-            outside of the vocabulary.
+            outside the vocabulary.
     """
     if path is None:
         stdlib = Path(sysconfig.get_paths()["stdlib"])
@@ -83,10 +83,14 @@ def load_corpus(path: Path | None, seq_len: int, vocab_size: int | None = None) 
 def batch_at(
     tokens: Tokens, step: int, seed: int, batch_size: int, seq_len: int, part: slice
 ) -> tuple[Tensor, Tensor]:
-    """Inputs and targets of one step, each (b, seq_len) int64.
+    """Draw inputs and targets of one step, each (b, seq_len) int64.
 
-    The whole batch follows from `seed` and `step` alone; `part` says which of its sequences
-    to return, so that any number of ranks trains on the same batches.
+    The batch depends on `seed` and `step` alone, so that any number of ranks trains on the same
+    batches.
+
+    Args:
+        tokens: stream (N,).
+        part: b of the `batch_size` sequences, those of this rank.
     """
     draw = np.random.default_rng((seed, step))
     starts = draw.integers(0, len(tokens) - seq_len, size=batch_size)[part]
@@ -121,11 +125,11 @@ def _text_folder(
     texts = [_read_bytes(file) for file in files]
     whole = np.concatenate(texts)
     held_out = texts[every - 1 :: every]
-    # Few files, or the wrong ones empty: then the end of the stream is held out instead.
+    # With few files, or empty ones among those held out, hold out the end of the stream instead.
     if sum(map(len, held_out)) < len(whole) * VALIDATION_SHARE / 4:
         return _byte_corpus(*_split(whole), source=str(folder))
-    kept = [text for i, text in enumerate(texts) if i % every != every - 1]
-    return _byte_corpus(np.concatenate(kept), np.concatenate(held_out), source=str(folder))
+    training = [text for i, text in enumerate(texts) if i % every != every - 1]
+    return _byte_corpus(np.concatenate(training), np.concatenate(held_out), source=str(folder))
 
 
 def _split(tokens: Tokens) -> tuple[Tokens, Tokens]:

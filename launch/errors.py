@@ -1,4 +1,4 @@
-"""An error that all ranks raise, printed once and without a traceback."""
+"""Exit on an error that all ranks raise alike, with one message and without a traceback."""
 
 import argparse
 import sys
@@ -12,21 +12,21 @@ from flash_moe_dist.runtime import Runtime
 
 
 class RaisingParser(argparse.ArgumentParser):
-    """Raises ValueError instead of exiting, so that all ranks can report an error as one."""
+    """Parser that raises ValueError instead of exiting, so that all ranks can report one error."""
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(message)
 
 
 @contextmanager
-def an_error_of_all_ranks_ends_the_run(
+def exit_on_shared_error(
     script: str,
     runtime: Runtime,
     kinds: tuple[type[Exception], ...] = (ValueError, TypeError, RuntimeError),
 ) -> Iterator[None]:
-    """Prints the error on one rank, in the name of the script, and exits with 2.
+    """Print an error of the block on the main rank, as one of `script`, and exit with status 2.
 
-    kinds: of exceptions that no rank raises alone.
+    kinds: types of exceptions that all ranks raise alike; others pass through.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""metrics.jsonl, a line a step, and the loss curve and the speed that it shows."""
+"""Metrics of a run: metrics.jsonl with a line for each step, the loss curve, a summary of speed."""
 
 import json
 import os
@@ -12,30 +12,33 @@ Line = dict[str, Any]
 
 
 class MetricsFile:
-    """Lines of JSON, one a step, written by one process.
+    """File with a line of JSON for each step, written by one process.
+
+    `lines` holds all of them as dictionaries, including those written before a restart.
 
     Args:
-        path: of the file.
-        last_step: the step that the run goes on after. Lines up to it are kept, in `lines`; those
-            after it, which the run is about to repeat, and a half-written one, are dropped.
+        last_step: step of the checkpoint that the run resumes from. Lines of later steps, which the
+            run repeats, are dropped, as is an incomplete line.
     """
 
     def __init__(self, path: Path, last_step: int) -> None:
         self.lines = [line for line in _read(path) if line["step"] <= last_step]
-        kept = path.with_name(path.name + ".partial")
-        kept.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
-        os.replace(kept, path)
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
+        os.replace(partial, path)
         self._file = path.open("a", buffering=1)
 
     def close(self) -> None:
         self._file.close()
 
     def write(self, line: Line) -> None:
+        """Append a line, and flush it to the file."""
         self.lines.append(line)
         self._file.write(json.dumps(line) + "\n")
 
 
 def plot_losses(path: Path, lines: list[Line], single_token_entropy: float) -> None:
+    """Plot training and validation loss against the step."""
     from matplotlib.figure import Figure
 
     training = {line["step"]: line["loss"] for line in lines if line["loss"] is not None}
@@ -46,13 +49,17 @@ def plot_losses(path: Path, lines: list[Line], single_token_entropy: float) -> N
     axes.plot(list(training), list(training.values()), linewidth=0.8, label="training")
     axes.plot(list(validation), list(validation.values()), "o-", label="validation")
     axes.axhline(single_token_entropy, color="grey", linestyle="--", label="single-token entropy")
-    axes.set(xlabel="step", ylabel="loss, nats a token")
+    axes.set(xlabel="step", ylabel="loss, nats per token")
     axes.legend()
     figure.savefig(path, dpi=120)
 
 
 def speed(lines: list[Line]) -> str:
-    """Medians over the steps, of which the first ones also compile; forward and backward as one."""
+    """Summarize speed: median tokens/s, and the median share of a step that each phase takes.
+
+    Medians leave out the slow first steps, which also compile. A phase's shares of the forward and
+    the backward pass are added.
+    """
     rate = statistics.median(line["tokens_per_s"] for line in lines) if lines else 0.0
     shares: dict[str, list[float]] = {}
     for line in lines:
@@ -64,7 +71,7 @@ def speed(lines: list[Line]) -> str:
             shares.setdefault(name, []).append(share)
     parts = [f"{name} {statistics.median(shares[name]):.1%}" for name in PHASES if name in shares]
     text = f"median of {rate:,.0f} tokens/s"
-    return f"{text}; of a step: {', '.join(parts)}" if parts else text
+    return f"{text}; phases of expert layers, of a step: {', '.join(parts)}" if parts else text
 
 
 def _read(path: Path) -> list[Line]:

@@ -28,7 +28,7 @@ class ModelConfig:
         if rest or head_size % 2:
             raise ValueError(
                 f"hidden_size must be an even multiple of num_heads = {self.num_heads} "
-                f"(rotary attention turns pairs), got {self.hidden_size}"
+                f"(rotary attention rotates pairs of features), got {self.hidden_size}"
             )
 
 
@@ -50,7 +50,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then experts, each on a normed copy and added to the residual stream."""
+    """Pre-norm residual block: causal self-attention, then a FlashMoE layer."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Token ids (B, S) to logits (B, S, vocab_size)."""
+    """Language model from token ids (B, S) int64 to logits (B, S, vocab_size)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ class Transformer(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Of what has other values than its layer gives it."""
+        """Re-initialise embedding and head (std 0.02); other layers keep their defaults."""
         nn.init.normal_(self.embedding.weight, std=0.02)
         nn.init.normal_(self.head.weight, std=0.02)
 
@@ -95,10 +95,18 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def generate(self, prompt_S: Tensor, num_tokens: int, context: int, seed: int) -> Tensor:
-        """Continue a prompt (S,) by sampling `num_tokens` more tokens, one at a time.
+        """Continue a prompt by sampling one token at a time from the model's distribution.
 
-        Sees the last `context` tokens. Under expert parallelism every rank must call it with
-        the same arguments, and gets the same tokens.
+        Under expert parallelism all ranks must call it with the same arguments, and get the same
+        tokens.
+
+        Args:
+            prompt_S: (S,) int64.
+            context: the model sees at most this many of the last tokens.
+            seed: of the sampling.
+
+        Returns:
+            (S + num_tokens,) int64, the prompt first.
         """
         draw = torch.Generator().manual_seed(seed)
         tokens_S = prompt_S
@@ -111,7 +119,10 @@ class Transformer(nn.Module):
 
 
 def rotate(x_BNSD: Tensor) -> Tensor:
-    """Rotate feature pairs (i, i + D/2) of each head by position / ROTARY_BASE^(2i/D)."""
+    """Rotate feature pairs (i, i + D/2) of each head by position / ROTARY_BASE^(2i/D).
+
+    x_BNSD: batch, heads, positions, features. Su et al. 2021, arXiv:2104.09864.
+    """
     seq_len, head_size = x_BNSD.shape[-2:]
     positions = torch.arange(seq_len, device=x_BNSD.device, dtype=torch.float32)
     pairs = torch.arange(0, head_size, 2, device=x_BNSD.device, dtype=torch.float32)

@@ -1,10 +1,13 @@
 """Options of launch/train.py."""
 
 import argparse
+import os
+import sys
 from pathlib import Path
 
 from errors import RaisingParser
 
+# Upper bound of all numbers.
 MAX_OPTION = 2**31
 POSITIVE = (
     *("steps", "batch_size", "seq_len", "hidden_size", "intermediate_size", "num_layers"),
@@ -15,7 +18,11 @@ POSITIVE = (
 
 
 def parse_args(description: str, argv: list[str] | None = None) -> argparse.Namespace:
-    """Raises ValueError for what no run could do."""
+    """Parse the options, by default those of the process; exits for --help.
+
+    Raises:
+        ValueError: unknown options, or values that are invalid on their own.
+    """
     parser = RaisingParser(
         prog="train.sh",
         description=description,
@@ -26,76 +33,86 @@ def parse_args(description: str, argv: list[str] | None = None) -> argparse.Name
         "--data",
         type=Path,
         help="text file, folder of text, .bin of uint16 token ids, or folder with train.bin and "
-        "val.bin; without it, the source of Python's standard library",
+        "val.bin; if not given, the source of Python's standard library",
     )
     add(
         "--vocab-size",
         type=int,
-        help="token ids of the model; without it one more than the largest in the data, 256 for "
-        "text",
+        help="number of token ids of the model; if not given, one more than the largest in the "
+        "data, 256 for text",
     )
     add("--out", type=Path, default=Path("out/train"), help="folder for all results")
     add("--steps", type=int, default=250, help="optimizer steps")
     add(
         "--batch-size",
         type=int,
-        help="sequences a step, over all ranks; without it that of the checkpoint, or 16, or the "
-        "next multiple of the ranks",
+        help="sequences of a step, over all ranks; if not given, that of the checkpoint, or 16, "
+        "rounded up to a multiple of the number of ranks",
     )
-    add("--seq-len", type=int, default=256, help="tokens a sequence")
+    add("--seq-len", type=int, default=256, help="tokens of a sequence")
     add("--lr", type=float, default=2e-3, help="peak learning rate of AdamW")
-    add("--seed", type=int, default=0, help="of parameters and batches")
-    add("--hidden-size", type=int, default=128)
+    add("--seed", type=int, default=0, help="seed of parameters and batches")
+    add("--hidden-size", type=int, default=128, help="width of the residual stream")
     add("--intermediate-size", type=int, default=256, help="width of the shared MLP")
-    add("--num-layers", type=int, default=4)
-    add("--num-heads", type=int, default=4)
+    add("--num-layers", type=int, default=4, help="transformer blocks")
+    add("--num-heads", type=int, default=4, help="attention heads of each layer")
     add("--num-experts", type=int, default=16384, help="experts of each layer")
-    add("--num-experts-per-tok", type=int, default=32)
+    add("--num-experts-per-tok", type=int, default=32, help="experts that each token uses")
     add(
         "--ep-size",
         type=int,
-        help="ranks that share out the experts, the others of the ranks hold copies of theirs; "
-        "without it, all",
+        help="ranks over which the experts are distributed; with fewer than all ranks, each group "
+        "of this size has all experts; if not given, all ranks",
     )
-    add("--validation-batches", type=int, default=8, help="batches of the validation loss")
+    add("--validation-batches", type=int, default=8, help="batches of a validation")
     add("--validation-interval", type=int, default=100, help="steps between validations")
     add("--checkpoint-interval", type=int, default=100, help="steps between checkpoints")
-    add("--keep", type=int, default=2, help="checkpoints to keep")
-    add("--async-checkpoint", action="store_true", help="train on while a checkpoint is written")
+    add("--keep", type=int, default=2, help="newest checkpoints to keep; older ones are removed")
+    add(
+        "--async-checkpoint",
+        action="store_true",
+        help="continue training while a checkpoint is written",
+    )
     add(
         "--resume",
         action="store_true",
-        help="go on from the newest checkpoint in --out, or start if there is none; what torchrun "
-        "starts again after a failure always does",
+        help="continue from the newest checkpoint in --out, or start if there is none; a run that "
+        "torchrun restarts after a failure always does",
     )
     add(
         "--on-nonfinite",
         choices=("stop", "skip"),
         default="stop",
-        help="what to do at a step whose loss or gradient is not a finite number",
+        help="what to do at a step whose loss or gradient is not finite",
     )
     add("--sample-tokens", type=int, default=200, help="tokens to generate at the end")
     add(
         "--precision",
         choices=("float32", "bfloat16"),
-        help="of activations; bfloat16 on GPUs and float32 on CPUs unless given",
+        help="dtype of activations; if not given, bfloat16 on GPUs and float32 on CPUs",
     )
     add("--timeout", type=float, default=600, help="seconds a collective may wait for a rank")
     add(
         "--grace",
         type=float,
         default=5,
-        help="seconds after SIGTERM for the step under way, and a validation, to end; then a "
+        help="seconds after SIGTERM for the current step, and a validation, to end; then a "
         "checkpoint is written",
     )
     add(
-        "--time-steps",
+        "--time-phases",
         action="store_true",
-        help="share of each step that expert layers over several ranks take for dispatch, experts, "
-        "combine and for communication that nothing hides, in metrics.jsonl and at the end; each "
-        "step waits for the device once more; layers on one rank have no such steps",
+        help="record in metrics.jsonl, and summarize at the end, the share of each step that "
+        "sharded expert layers take for dispatch, experts, combine and communication that no work "
+        "overlaps; waits for the device once more in each step; layers on one rank have no phases",
     )
+    add("--time-steps", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
+    if vars(args).pop("time_steps"):
+        args.time_phases = True
+        # Every rank parses the options; one note is enough.
+        if os.environ.get("RANK", "0") == "0":
+            print("train.sh: --time-steps is deprecated, use --time-phases", file=sys.stderr)
     for name in POSITIVE:
         value = getattr(args, name)
         if value is not None and not 0 < value < MAX_OPTION:

@@ -1,11 +1,13 @@
-# Sourced by the scripts beside it: puts a Python with everything that the project needs first on
-# PATH, at the versions of constraints.txt. Takes the names of the extras of pyproject.toml.
+# Set up the Python environment; sourced by the other scripts of this folder. Installs flash-moe with
+# the given extras of pyproject.toml, at the versions of constraints.txt, and puts the checkout on
+# PYTHONPATH.
 #
 #   . launch/setup.sh train,test
 #
-# Uses the virtual or conda environment that is active, else makes .venv in the checkout.
-# PYTHON=python3.12 chooses what .venv is made with; SKIP_INSTALL=1 installs nothing and takes
-# the environment as it is (a machine without network, a cluster image).
+# Uses the active virtual or conda environment; if there is none, creates .venv in the checkout.
+#   PYTHON=python3.12   interpreter that .venv is created with
+#   SKIP_INSTALL=1      install nothing and use the current environment (a machine without network,
+#                       a cluster image)
 
 extras=$1
 repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -18,20 +20,20 @@ if [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]; then
   if [ ! -x "$repository/.venv/bin/python" ]; then
     python=${PYTHON:-python3}
     if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))'; then
-      echo "error: $python must be Python 3.10 or newer; PYTHON=/path/to/python3 names another" >&2
+      echo "error: $python must be Python 3.10 or newer; set PYTHON=/path/to/python3" >&2
       exit 1
     fi
-    echo "making $repository/.venv"
+    echo "creating $repository/.venv"
     if ! "$python" -m venv "$repository/.venv"; then
       rm -rf "$repository/.venv"
-      echo "error: $python cannot make a virtual environment (Debian: apt install python3-venv)" >&2
+      echo "error: $python cannot create a virtual environment (Debian: apt install python3-venv)" >&2
       exit 1
     fi
   fi
   . "$repository/.venv/bin/activate"
 fi
 
-# Installs again only when what is to be installed has changed.
+# Skips the installation if checkout, extras and both files are unchanged since the last one.
 wanted=$(cat "$repository/pyproject.toml" "$repository/launch/constraints.txt" | cksum)
 stamp=$(python3 -c 'import sys; print(sys.prefix)')/flash-moe-installed
 if ! grep -qxF "$repository $extras $wanted" "$stamp" 2>/dev/null; then

@@ -1,4 +1,4 @@
-"""SIGTERM as a request to end after the step under way, with a checkpoint."""
+"""Handle SIGTERM as a request to stop after the current step, with a checkpoint."""
 
 import faulthandler
 import signal
@@ -10,30 +10,30 @@ from types import TracebackType
 
 
 class Sigterm:
-    """Within its block SIGTERM is noted: `received`. It ends the process only by `deadline`.
+    """Context manager in which SIGTERM sets `received` instead of ending the process.
 
-    torchrun sends SIGTERM to all processes when it is asked to end, and also to those that are
-    left when one has failed. The first calls for a checkpoint; in the second a process may wait
-    for what never comes. So work that other ranks take part in has a deadline: a process that
-    does not come out of it in time prints where it is and exits with 1.
+    torchrun sends SIGTERM to all processes when it is asked to stop, and to the remaining ones when
+    one has failed. In the first case the run should save a checkpoint; in the second, a process may
+    wait forever for the rank that failed. So collective work runs in a `deadline` block: a process
+    that does not leave it in time prints its stack and exits with status 1.
 
     Args:
-        grace: seconds from SIGTERM, or from the beginning of the work if that is later.
+        grace: seconds from SIGTERM, or from the start of the block if that is later.
     """
 
     def __init__(self, grace: float) -> None:
         self.grace = grace
         self.received = False
-        # The watching thread arms, the main thread disarms.
+        # Both the watching thread and the main thread set and cancel the deadline.
         self._lock = threading.Lock()
         self._has_deadline = False
 
     def __enter__(self) -> "Sigterm":
-        # A handler in Python would wait for the main thread to come back from a collective.
-        self._noted, self._signals = socket.socketpair()
-        self._signals.setblocking(False)
+        # Python runs signal handlers on the main thread, which may be blocked in a collective.
+        self._reader, self._writer = socket.socketpair()
+        self._writer.setblocking(False)
         self._handler = signal.signal(signal.SIGTERM, lambda *_: None)
-        self._wakeup = signal.set_wakeup_fd(self._signals.fileno(), warn_on_full_buffer=False)
+        self._wakeup = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
         self._thread = threading.Thread(target=self._watch, name="sigterm", daemon=True)
         self._thread.start()
         return self
@@ -47,13 +47,13 @@ class Sigterm:
         faulthandler.cancel_dump_traceback_later()
         signal.set_wakeup_fd(self._wakeup)
         signal.signal(signal.SIGTERM, self._handler)
-        self._signals.close()
+        self._writer.close()
         self._thread.join()
-        self._noted.close()
+        self._reader.close()
 
     @contextmanager
     def deadline(self) -> Iterator[None]:
-        """For a part of the loop in which ranks wait for each other."""
+        """Limit a block in which ranks wait for each other to `grace` seconds after SIGTERM."""
         with self._lock:
             self._has_deadline = True
             self._arm()
@@ -65,7 +65,7 @@ class Sigterm:
                 faulthandler.cancel_dump_traceback_later()
 
     def _watch(self) -> None:
-        while numbers := self._noted.recv(64):
+        while numbers := self._reader.recv(64):
             with self._lock:
                 if signal.SIGTERM in numbers and not self.received:
                     self.received = True
@@ -73,5 +73,5 @@ class Sigterm:
 
     def _arm(self) -> None:
         if self.received and self._has_deadline:
-            # In C: no code in Python that hangs can keep it from running.
+            # A watchdog thread in C, which runs even if the main thread holds the GIL.
             faulthandler.dump_traceback_later(self.grace, exit=True)

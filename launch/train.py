@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from data import Corpus, Tokens, batch_at, load_corpus
-from errors import an_error_of_all_ranks_ends_the_run
+from errors import exit_on_shared_error
 from flash_moe_dist import (
     ExpertLoad,
     ExpertParallel,
@@ -48,13 +48,17 @@ from sigterm import Sigterm
 MAX_GRAD_NORM = 1.0
 DEFAULT_BATCH_SIZE = 16
 CHECKPOINTS, METRICS = "checkpoints", "metrics.jsonl"
-# A seed of its own: the same validation batches in runs of any --seed.
+# Larger than any --seed, so that all runs have the same validation batches.
 VALIDATION_SEED = 2**31
 PROMPT_TOKENS = 32
 
 
 def runtime_for(args: argparse.Namespace, runtime: Runtime) -> Runtime:
-    """With the meshes that the options ask for."""
+    """Return `runtime`, or one with new meshes if --ep-size is given.
+
+    Raises:
+        ValueError: --ep-size or --hidden-size do not suit the number of ranks.
+    """
     if args.ep_size is None:
         return runtime
     if runtime.world_size % args.ep_size:
@@ -63,41 +67,54 @@ def runtime_for(args: argparse.Namespace, runtime: Runtime) -> Runtime:
         )
     if args.hidden_size % (runtime.world_size // args.ep_size):
         raise ValueError(
-            f"--hidden-size must divide by the number of ranks over --ep-size = "
+            f"--hidden-size must be a multiple of the number of ranks over --ep-size = "
             f"{runtime.world_size // args.ep_size}, got {args.hidden_size}"
         )
     return Runtime.of_world(runtime.device, args.ep_size, runtime.timeout)
 
 
 def progress_to_resume(args: argparse.Namespace, checkpoints: Checkpointer) -> dict[str, Any]:
-    """Of the checkpoint to go on from, empty to start; the same on every rank."""
+    """Read the progress saved with the checkpoint to resume from; the same on every rank.
+
+    Returns:
+        What `Run.progress` gave, with "step" and "run_id"; empty to start a new run.
+
+    Raises:
+        ValueError: --out holds a checkpoint that the options do not allow to resume from.
+    """
     newest = checkpoints.newest()
     if newest is None:
         return {}
     saved = checkpoints.progress(newest)
     restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-    # A node that came back counts from 0 again.
+    # A machine that rejoins starts counting from 0.
     restarted = any(gather_objects(restarted, None))
-    # torchrun also starts again what was refused: only what this torchrun has saved goes on.
+    # torchrun also restarts a run that was refused here, which must not resume another run.
     if not args.resume and not (restarted and saved.get("run_id") == run_id()):
         raise ValueError(
-            f"--out {args.out} holds a checkpoint of step {newest}: --resume goes on from it, "
-            "another --out starts anew"
+            f"--out {args.out} holds a checkpoint of step {newest}: --resume continues "
+            "from it, another --out starts a new run"
         )
     return saved
 
 
 def run_id() -> str:
-    """What torchrun calls this run, over restarts."""
+    """Id that torchrun gives to this run; the same after restarts."""
     return os.environ.get("TORCHELASTIC_RUN_ID", "")
 
 
 def prepare(
     args: argparse.Namespace, runtime: Runtime, saved: dict[str, Any]
 ) -> tuple[Corpus, ModelConfig]:
-    """Everything that bad input can break, before any work; fills in the batch size.
+    """Check options, data and checkpoint before any work; load the data and configure the model.
 
-    saved: the progress of the checkpoint to go on from, empty to start.
+    Replaces an `args.batch_size` of None by its default.
+
+    Args:
+        saved: progress of the checkpoint to resume from; empty for a new run.
+
+    Raises:
+        ValueError: invalid options or data, or a checkpoint of another model.
     """
     world_size = runtime.world_size
     if args.batch_size is None:
@@ -105,7 +122,8 @@ def prepare(
         args.batch_size = -(-args.batch_size // world_size) * world_size
     if args.batch_size % world_size:
         raise ValueError(
-            f"--batch-size must divide by the number of ranks = {world_size}, got {args.batch_size}"
+            f"--batch-size must be a multiple of the number of ranks = {world_size}, "
+            f"got {args.batch_size}"
         )
     saved_model = saved.get("model", {})
     vocab_size = args.vocab_size or saved_model.get("vocab_size")
@@ -131,25 +149,26 @@ def prepare(
     ]
     if differing:
         raise ValueError(f"the checkpoint in --out is of a model with {'; '.join(differing)}")
-    # Whatever the layers refuse, they refuse here, without memory for their parameters.
+    # Lets the layers check the sizes, without memory for their parameters.
     with torch.device("meta"):
         Transformer(config)
     return corpus, config
 
 
 def check_out_folder(out: Path) -> None:
+    """Create the folder for results, and raise ValueError if it cannot be written to."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         with (out / METRICS).open("a"):
             pass
     except OSError as error:
-        raise ValueError(f"--out must be a folder to write results into, got {error}") from error
+        raise ValueError(f"--out must be a writable folder, got {error}") from error
 
 
 def build_model(config: ModelConfig, seed: int, runtime: Runtime) -> Transformer:
-    """The model with its tables sharded over the ep and efsdp axes, the rest over all ranks.
+    """Build the model: experts' tables sharded over the ep and efsdp axes, the rest over all ranks.
 
-    Built on the meta device, so that no rank ever holds a whole table.
+    Starts on the meta device, so that no rank ever holds a whole table.
     """
     with torch.device("meta"):
         model = Transformer(config)
@@ -160,7 +179,7 @@ def build_model(config: ModelConfig, seed: int, runtime: Runtime) -> Transformer
             fully_shard(
                 layer.get_submodule("moe.experts"),
                 mesh=runtime.efsdp_mesh,
-                # Columns: rows are cut already.
+                # Shards columns, because rows are sharded over the ep axis.
                 shard_placement_fn=lambda _: Shard(1),
             )
         tables = set()
@@ -174,16 +193,18 @@ def build_model(config: ModelConfig, seed: int, runtime: Runtime) -> Transformer
 
 
 def expert_parameters(model: Transformer) -> Iterator[nn.Parameter]:
+    """Yield the tables of all expert layers."""
     for name, parameter in model.named_parameters():
         if ".moe.experts." in name:
             yield parameter
 
 
 def build_optimizer(model: Transformer, lr: float) -> torch.optim.AdamW:
+    """Build AdamW with two parameter groups: dense parameters, then the experts' tables."""
     experts = list(expert_parameters(model))
     known = {id(parameter) for parameter in experts}
     dense = [parameter for parameter in model.parameters() if id(parameter) not in known]
-    # Fused: the tables are read and written once a step, and nothing as large is made on the way.
+    # Fused: reads and writes the tables once per step, and allocates no temporaries of their size.
     return torch.optim.AdamW(
         [{"params": dense}, {"params": experts}],
         lr=lr,
@@ -194,7 +215,10 @@ def build_optimizer(model: Transformer, lr: float) -> torch.optim.AdamW:
 
 
 def learning_rate_factor(step: int, steps: int) -> float:
-    """Rise over the first twentieth, then fall in a straight line to a tenth."""
+    """Factor of the peak learning rate at `step`, counted from 0.
+
+    Rises linearly over the first twentieth of the steps, then falls linearly to a tenth.
+    """
     warmup = max(1, steps // 20)
     if step < warmup:
         return (step + 1) / warmup
@@ -203,9 +227,11 @@ def learning_rate_factor(step: int, steps: int) -> float:
 
 @dataclass(frozen=True)
 class StepReport:
-    """losses: by rank, in nats a token; norm: of the gradient; stop: some rank asks to end.
+    """Outcome of a training step, the same on every rank but for `layer_seconds`.
 
-    layer_seconds: of this rank, if asked for, as `flash_moe_dist.time_phases`.
+    losses: of each rank, in nats per token. norm: of the gradient, before clipping. stop: some rank
+    was asked to stop. layer_seconds: this rank's seconds by phase, as `flash_moe_dist.time_phases`
+    gives them; empty without --time-phases.
     """
 
     losses: list[float]
@@ -219,10 +245,12 @@ class StepReport:
 
     @property
     def loss(self) -> float:
+        """Mean over the ranks, in nats per token."""
         return sum(self.losses) / len(self.losses)
 
     @property
     def what_is_not_finite(self) -> str:
+        """Message that names the losses, or the gradient norm, that are not finite."""
         ranks = [
             f"{loss} on rank {rank}"
             for rank, loss in enumerate(self.losses)
@@ -234,7 +262,7 @@ class StepReport:
 
 
 class Run:
-    """A model in training: what a step, a validation and a sample need at hand."""
+    """A model in training, with its optimizer, data and options."""
 
     def __init__(
         self, args: argparse.Namespace, runtime: Runtime, corpus: Corpus, config: ModelConfig
@@ -244,9 +272,11 @@ class Run:
         self.optimizer = build_optimizer(self.model, args.lr)
 
     def step(self, step: int, stop_asked: Callable[[], bool] = lambda: False) -> StepReport:
-        """One optimizer step, counted from 1; none if a loss or the gradient is not finite.
+        """Run a training step; skips the optimizer if a loss or the gradient norm is not finite.
 
-        stop_asked: whether this process has been asked to end by the end of the step.
+        Args:
+            step: counted from 1.
+            stop_asked: called at the end of the step; whether this process was asked to stop.
         """
         learning_rate = self.args.lr * learning_rate_factor(step - 1, self.args.steps)
         for group in self.optimizer.param_groups:
@@ -269,7 +299,7 @@ class Run:
         return report
 
     def progress(self) -> dict[str, Any]:
-        """What a checkpoint must say for the data to go on where they were."""
+        """What a checkpoint records so that a resumed run gets the batches that would have come."""
         return {
             "seed": self.args.seed,
             "batch_size": self.args.batch_size,
@@ -282,9 +312,10 @@ class Run:
 
     @torch.no_grad()
     def validate(self) -> tuple[float, dict[str, ExpertLoad]]:
-        """Mean loss over the same validation batches every time, over all ranks.
+        """Compute the validation loss and the expert load on batches that are always the same.
 
-        With it the load of each layer's experts by these batches.
+        Returns:
+            Mean loss over all ranks in nats per token, and each expert layer's load by name.
         """
         with count_load(self.model) as loads:
             losses = [
@@ -294,7 +325,7 @@ class Run:
         return self.mean_over_ranks(torch.stack(losses).mean()), loads
 
     def loss(self, stream: Tokens, step: int, seed: int) -> Tensor:
-        """Mean cross-entropy of this rank's part of a batch, in nats a token."""
+        """Mean cross-entropy of this rank's part of a batch, in nats per token."""
         share = self.args.batch_size // self.runtime.world_size
         part = slice(self.runtime.rank * share, (self.runtime.rank + 1) * share)
         inputs_BS, targets_BS = batch_at(
@@ -306,7 +337,10 @@ class Run:
         return F.cross_entropy(logits_BSV.float().flatten(0, 1), targets_N)
 
     def sample(self) -> tuple[str, str]:
-        """A prompt from the validation text, and how the model goes on."""
+        """Let the model continue a prompt from the validation data; return prompt and continuation.
+
+        Collective over all ranks.
+        """
         prompt = torch.from_numpy(self.corpus.validation[:PROMPT_TOKENS].astype(np.int64))
         with self.precision():
             tokens = self.model.generate(
@@ -318,11 +352,13 @@ class Run:
         return self.as_text(tokens[: len(prompt)]), self.as_text(tokens[len(prompt) :])
 
     def as_text(self, tokens: list[int]) -> str:
+        """Decode tokens of text; of other data, their ids."""
         if self.corpus.is_text:
             return bytes(tokens).decode("utf-8", errors="replace")
         return " ".join(map(str, tokens))
 
     def precision(self) -> AbstractContextManager[object]:
+        """Autocast context for --precision."""
         on_gpu = self.runtime.device.type == "cuda"
         chosen = self.args.precision or ("bfloat16" if on_gpu else "float32")
         if chosen == "float32":
@@ -330,6 +366,7 @@ class Run:
         return torch.autocast(self.runtime.device.type, dtype=torch.bfloat16)
 
     def mean_over_ranks(self, value: Tensor) -> float:
+        """Average a scalar over all ranks; collective, waits for the device."""
         total = value.detach().clone()
         dist.all_reduce(total)
         return total.item() / self.runtime.world_size
@@ -342,9 +379,19 @@ def train(
     metrics: MetricsFile | None,
     sigterm: Sigterm,
 ) -> int:
-    """Steps from `first_step` on, until all are done or one rank has got SIGTERM.
+    """Train from `first_step` until all steps are done or some rank has received SIGTERM.
 
-    Writes metrics on the main rank, and a checkpoint of the last step. Returns that step.
+    Validates and saves checkpoints at their intervals and after the last step.
+
+    Args:
+        metrics: written on the main rank; None on the others.
+
+    Returns:
+        The last step.
+
+    Raises:
+        RuntimeError: on all ranks, if a loss or the gradient norm is not finite and --on-nonfinite
+            is stop.
     """
     args, runtime, step = run.args, run.runtime, first_step - 1
     progress = tqdm(
@@ -373,7 +420,7 @@ def train(
             happened = f"{report.what_is_not_finite} at step {step}"
             if args.on_nonfinite == "stop":
                 raise RuntimeError(
-                    f"{happened}: lower --lr, or leave such steps out by --on-nonfinite skip"
+                    f"{happened}: lower --lr, or skip such steps with --on-nonfinite skip"
                 )
             line |= {"loss": None, "skipped": report.what_is_not_finite}
             if runtime.is_main:
@@ -402,24 +449,26 @@ def train(
     return step
 
 
-def say(runtime: Runtime, text: str) -> None:
+def print_on_main_rank(runtime: Runtime, text: str) -> None:
+    """Print a line on the main rank."""
     if runtime.is_main:
         print(text, flush=True)
 
 
 @record
 def main() -> None:
-    timeout, wrong = DEFAULT_TIMEOUT, None
+    """Parse the options on every rank, join the process group, and train."""
+    timeout, option_error = DEFAULT_TIMEOUT, None
     try:
         args = parse_args((__doc__ or "").splitlines()[0])
         timeout = timedelta(seconds=args.timeout)
     except ValueError as error:
-        wrong = error
+        option_error = error
     with distributed(timeout) as runtime:
-        with an_error_of_all_ranks_ends_the_run("train.sh", runtime):
+        with exit_on_shared_error("train.sh", runtime):
             with same_error_on_all_ranks():
-                if wrong is not None:
-                    raise wrong
+                if option_error is not None:
+                    raise option_error
                 runtime = runtime_for(args, runtime)
                 if runtime.is_main:
                     check_out_folder(args.out)
@@ -432,10 +481,10 @@ def main() -> None:
                 corpus, config = prepare(args, runtime, saved)
         run = Run(args, runtime, corpus, config)
         if last_step:
-            with an_error_of_all_ranks_ends_the_run("train.sh", runtime, (ValueError,)):
+            with exit_on_shared_error("train.sh", runtime, (ValueError,)):
                 checkpoints.load(last_step, run.model, run.optimizer)
         count = sum(parameter.numel() for parameter in run.model.parameters())
-        say(
+        print_on_main_rank(
             runtime,
             f"{count:,} parameters, {config.num_layers} layers of {config.num_experts:,} "
             f"experts over {runtime.world_size} ranks on {runtime.device.type}; "
@@ -447,23 +496,27 @@ def main() -> None:
                 for name, now in run.progress().items()
                 if saved.get(name) != now
             ]
-            say(runtime, "; ".join([f"going on after step {last_step} of {args.steps}", *changed]))
+            resumed = f"resuming after step {last_step} of {args.steps}"
+            print_on_main_rank(runtime, "; ".join([resumed, *changed]))
         metrics = MetricsFile(args.out / METRICS, last_step) if runtime.is_main else None
         with closing(metrics) if metrics else nullcontext(), Sigterm(args.grace) as sigterm:
             last_step = train(run, last_step + 1, checkpoints, metrics, sigterm)
         checkpoints.close()
         if last_step < args.steps:
-            say(
+            print_on_main_rank(
                 runtime,
                 f"SIGTERM: ended after step {last_step} of {args.steps}, with a checkpoint; "
-                "--resume goes on",
+                "--resume continues",
             )
             return
         finish(run, metrics)
 
 
 def finish(run: Run, metrics: MetricsFile | None) -> None:
-    """Loss curve and a sample of the model's text."""
+    """Plot the losses and print a summary with a sample of the model's text.
+
+    metrics: of the main rank; None on the others.
+    """
     prompt, continuation = run.sample()
     if metrics is None:
         return
@@ -482,11 +535,12 @@ def finish(run: Run, metrics: MetricsFile | None) -> None:
 
 
 def peak_memory(device: torch.device) -> str:
-    """What this GPU held at most, as the end of a sentence; of a CPU nothing."""
+    """Peak memory of this GPU as the end of the summary line; empty on the CPU."""
     if device.type != "cuda":
         return ""
-    held = torch.cuda.max_memory_allocated(device) + symmetric_memory_bytes()
-    return f"; at most {held / 1e9:.1f} GB of GPU memory on rank 0"
+    # Symmetric memory is allocated outside PyTorch's caching allocator.
+    peak = torch.cuda.max_memory_allocated(device) + symmetric_memory_bytes()
+    return f"; at most {peak / 1e9:.1f} GB of GPU memory on rank 0"
 
 
 def _as_text(loss: float | None) -> str:

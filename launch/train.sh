@@ -3,9 +3,9 @@
 #
 #   launch/train.sh [options of launch/train.py; --help lists them]
 #
-# One process for each GPU; two processes on a machine without a GPU.
-#   NPROC_PER_NODE=4           another number of processes
-#   TORCHRUN_ARGS="--standalone --max-restarts 3"   other options of torchrun; of several machines:
+# Starts one process for each GPU, or two processes on a machine without a GPU. Environment:
+#   NPROC_PER_NODE=4           number of processes
+#   TORCHRUN_ARGS="--standalone --max-restarts 3"   options of torchrun; for several machines:
 #   TORCHRUN_ARGS="--nnodes 2 --max-restarts 3 --rdzv-backend c10d --rdzv-id NAME --rdzv-endpoint HOST:PORT"
 # The environment variables of launch/setup.sh apply too.
 set -euo pipefail
@@ -24,9 +24,9 @@ if ! [[ $processes =~ ^[1-9][0-9]*$ ]]; then
 fi
 cores=$(nproc)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > processes ? cores / processes : 1))}
-# torchrun keeps a shared store over restarts (torch 2.11 to 2.13), and when the machines change their
-# order it names two of them.
+# torchrun (torch 2.11 to 2.13) reuses a shared store after restarts; when the machines come back in
+# another order, they do not agree on which machine has it.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-1}
-# Left unquoted: it holds several words.
+# Unquoted, so that TORCHRUN_ARGS is split into words.
 exec python3 -m torch.distributed.run ${TORCHRUN_ARGS:---standalone} \
   --nproc-per-node "$processes" "$here/train.py" "$@"

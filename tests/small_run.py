@@ -1,4 +1,4 @@
-"""A small `Run` of launch/train.py, on the ranks of a pool or under torchrun."""
+"""Start a small `Run` of launch/train.py, on the ranks of a pool or under torchrun."""
 
 import json
 import os
@@ -20,12 +20,12 @@ SMALL = (
     *("--intermediate-size", "16", "--num-layers", "2", "--num-heads", "2"),
     *("--num-experts", "50", "--num-experts-per-tok", "4", "--precision", "float32"),
 )
-# Of runs to be interrupted: no divisors of each other, so that a restart repeats steps.
+# For runs that are interrupted; neither divides the other, so that a restart repeats steps.
 INTERVALS = ("--checkpoint-interval", "6", "--validation-interval", "5", "--sample-tokens", "4")
 
 
 def write_text(path: Path) -> str:
-    """Something to train on."""
+    """Write a file of text to train on; return its path."""
     path.write_bytes(Path(json.__file__).read_bytes() * 3)
     return str(path)
 
@@ -43,7 +43,7 @@ def small_run(data: str, ep_size: int | None = None, *options: str) -> Any:
 
 
 def everything_in(run: Any) -> dict[str, Tensor]:
-    """Whole parameters and whole optimizer state, by name."""
+    """Gather unsharded parameters and optimizer state, by name."""
     found = {}
     for name, parameter in run.model.named_parameters():
         found[name] = whole(parameter).clone()
@@ -59,7 +59,7 @@ def start(
     launcher: tuple[str, ...] = ("--standalone",),
     **variables: str,
 ) -> subprocess.Popen[str]:
-    """The script under torchrun itself, in a session of its own."""
+    """Start a script under torchrun, as a new session, so that signals reach only it."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     path = os.pathsep.join(map(str, (REPOSITORY, REPOSITORY / "launch", REPOSITORY / "tests")))
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, **variables}
@@ -78,7 +78,7 @@ def start(
 
 
 def launch(*options: str, seconds: float = 100, **how: Any) -> subprocess.CompletedProcess[str]:
-    """`start`, and wait for the end."""
+    """Start a script and wait until it ends."""
     process = start(*options, **how)
     try:
         out, err = process.communicate(timeout=seconds)
@@ -88,12 +88,12 @@ def launch(*options: str, seconds: float = 100, **how: Any) -> subprocess.Comple
 
 
 def launch_with(fault: dict[str, Any], *options: str, **how: Any) -> Any:
-    """`launch`, with a fault as tests/faulty_train.py takes it."""
+    """Run tests/faulty_train.py with a fault, and wait until it ends."""
     return launch(*options, script="tests/faulty_train.py", FAULT=json.dumps(fault), **how)
 
 
 def start_slow(out: Path, *options: str, steps: int = 5, **how: Any) -> subprocess.Popen[str]:
-    """`start`, with steps of a tenth of a second and more; returns when `steps` are done."""
+    """Start a run whose steps take at least 0.1 s; return after `steps` steps."""
     slow = json.dumps({"slow": 0.1})
     script = "tests/faulty_train.py"
     process = start(*options, "--out", str(out), script=script, FAULT=slow, **how)
@@ -116,7 +116,7 @@ def steps_done(out: Path) -> int:
 
 
 def workers_of(process: subprocess.Popen[str]) -> list[int]:
-    """Process ids of the ranks that torchrun has started."""
+    """Process ids of the ranks that torchrun started."""
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
     return sorted(map(int, children.split()))
 
@@ -126,7 +126,7 @@ def metrics_of(out: Path) -> list[dict[str, Any]]:
 
 
 def saved_tensors(out: Path, step: int) -> dict[str, Tensor]:
-    """All tensors of a checkpoint, whole."""
+    """Load all tensors of a checkpoint, unsharded, by name."""
     from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
     whole_file = out / f"{step}.pt"
@@ -145,7 +145,7 @@ def saved_tensors(out: Path, step: int) -> dict[str, Tensor]:
 
 
 def assert_same_run(out: Path, other: Path) -> None:
-    """Bitwise: every loss; parameters, optimizer state and generators at the end."""
+    """Assert bitwise equality of all losses, and of parameters, optimizer state and generators."""
     losses, expected_losses = (
         [(line["step"], line["loss"], line.get("validation_loss")) for line in metrics_of(of)]
         for of in (out, other)

@@ -1,4 +1,4 @@
-"""The benchmark: what it prints, writes and refuses, its floors, and the memory that it shows."""
+"""The benchmark: output, files, invalid options, roofline times, and measured memory."""
 
 import gc
 import json
@@ -8,11 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from flash_moe.bench import peers
-from flash_moe.bench.__main__ import main
+from flash_moe.bench import baselines
+from flash_moe.bench.__main__ import main, parse
+from flash_moe.bench.baselines import (
+    elementwise_expert_func,
+    embedding_bag_expert_func,
+    variants,
+)
 from flash_moe.bench.cases import CASES, Case, Inputs, make_inputs
-from flash_moe.bench.ceilings import Ceilings, GatherShape, sum_rows
-from flash_moe.bench.floors import floors, launch_bound, pairs_of_experts
+from flash_moe.bench.device_rates import DeviceRates, GatherShape, sum_rows
 from flash_moe.bench.measure import (
     PeakMemory,
     exact_results,
@@ -20,20 +24,20 @@ from flash_moe.bench.measure import (
     one_pass,
     relative_error,
 )
-from flash_moe.bench.peers import elementwise_expert_func, embedding_bag_expert_func, variants
+from flash_moe.bench.roofline import launch_bound, pairs_per_expert, roofline_time
 from flash_moe.ops.naive import naive_expert_func
 
 OPTIONS = ["--tokens", "6", "--hidden-size", "16", "--num-experts", "40"]
 OPTIONS += ["--num-experts-per-tok", "3", "--repeats", "2"]
 CPU = torch.device("cpu")
-H200 = Ceilings(copy=4.27e12, gather=9.5e12, matrix=650e12)
+H200 = DeviceRates(copy=4.27e12, gather=9.5e12, matrix=650e12)
 
 
 @pytest.fixture
 def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setenv("FLASH_MOE_BACKEND", "torch_sparse")
-    # Compiling takes longer than all the rest.
+    # Without a compiler torch.compile is left out: it would take longer than all the rest.
     monkeypatch.setenv("CXX", "no-such-compiler")
 
 
@@ -63,7 +67,7 @@ def test_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert "T, H, E, K = (6, 16, 40, 3), float32, uniform, cpu" in printed
     assert f"torch {torch.__version__}" in printed
     assert "torch.compile left out: no C++ compiler (no-such-compiler) found" in printed
-    for row in ("forward, flash_moe", "backward, gather and matmul", "backward floor"):
+    for row in ("forward, flash_moe", "backward, gather and matmul", "backward roofline"):
         assert printed.count(row) == 1
     assert printed.count("forward, bmm and embedding_bag") == 1
 
@@ -72,7 +76,7 @@ def test_table(capsys: pytest.CaptureFixture[str]) -> None:
 def test_no_time_for_a_wrong_result(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(peers, "triton_flash_expert_func", wrong)
+    monkeypatch.setattr(baselines, "triton_flash_expert_func", wrong)
     with pytest.raises(RuntimeError, match=r"flash_moe is wrong: relative error 1\.0e-03"):
         main(OPTIONS)
     assert "median ms" not in capsys.readouterr().out
@@ -80,16 +84,16 @@ def test_no_time_for_a_wrong_result(
 
 @pytest.mark.usefixtures("on_the_cpu")
 def test_failing_op_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peers, "triton_flash_expert_func", exhausting)
+    monkeypatch.setattr(baselines, "triton_flash_expert_func", exhausting)
     with pytest.raises(torch.OutOfMemoryError):
         main(OPTIONS)
 
 
 @pytest.mark.usefixtures("on_the_cpu")
-def test_failing_peers_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
+def test_failing_baselines_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
     failing = [f"--against=test_bench:{name}" for name in ("wrong", "raising", "exhausting")]
     right = "flash_moe.ops.naive:naive_expert_func"
-    main([*OPTIONS, "--no-peers", *failing, "--against", right])
+    main([*OPTIONS, "--no-baselines", *failing, "--against", right])
     lines = [line.split("  ") for line in capsys.readouterr().out.splitlines()]
     cells = {line[1]: [cell.strip() for cell in line[2:] if cell] for line in lines[3:]}
     assert not any("gather and matmul" in name for name in cells)
@@ -102,18 +106,25 @@ def test_failing_peers_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
         assert cells[f"{direction}, test_bench:exhausting"] == ["out of memory"]
 
 
+@pytest.mark.usefixtures("on_the_cpu")
+def test_no_peers_is_the_old_name_of_no_baselines() -> None:
+    assert parse(OPTIONS)[0].baselines
+    assert not parse([*OPTIONS, "--no-baselines"])[0].baselines
+    assert not parse([*OPTIONS, "--no-peers"])[0].baselines
+
+
 def far_off(*args: Tensor) -> Tensor:
     return naive_expert_func(*args) * 1.2
 
 
 @pytest.mark.usefixtures("on_the_cpu")
-def test_a_peer_in_16_bits_may_not_be_far_off(capsys: pytest.CaptureFixture[str]) -> None:
-    main([*OPTIONS, "--dtype", "bfloat16", "--no-peers", "--against=test_bench:far_off"])
+def test_a_baseline_in_16_bits_may_not_be_far_off(capsys: pytest.CaptureFixture[str]) -> None:
+    main([*OPTIONS, "--dtype", "bfloat16", "--no-baselines", "--against=test_bench:far_off"])
     assert capsys.readouterr().out.count("test_bench:far_off is wrong: relative error 2.0e-01") == 2
 
 
 class LaterWrong:
-    """Right when first called."""
+    """A function whose first result is right, and all later ones are wrong."""
 
     calls = 0
 
@@ -136,7 +147,7 @@ def writing(hidden: Tensor, down: Tensor, up: Tensor, indices: Tensor, weights: 
     return out
 
 
-def test_a_peer_that_writes_to_its_inputs_ends_the_run() -> None:
+def test_a_baseline_that_writes_to_its_inputs_ends_the_run() -> None:
     inputs = make_inputs(Case("small", 6, 16, 40, 3, "float32"), CPU)
     with pytest.raises(RuntimeError, match="writing writes to its inputs"):
         measure(inputs, {"flash_moe": naive_expert_func, "writing": writing}, repeats=2)
@@ -147,13 +158,23 @@ def test_bad_options(capsys: pytest.CaptureFixture[str]) -> None:
     for options, message in (
         ("--repeats 1", "--repeats must be at least 2, got 1"),
         ("--tokens 0", "--tokens must be positive, got 0"),
-        ("--case none", "there is no case 'none'"),
+        ("--case none", "--case must be a name that --list prints, got 'none'"),
         ("--case all", "--case all needs a CUDA device"),
-        ("--case zipf --tokens 3", "--case comes with its shape, leave out --tokens"),
-        ("--key-bias 1", "a key bias is for product keys, not for routing uniform"),
-        ("--routing product_keys --num-experts 65", "two factors near each other, got 65 = 5 * 13"),
-        ("--routing product_keys --num-experts 4 --num-experts-per-tok 5", "once at most, got 5"),
-        ("--json /no/such/folder/b.json", "--json: there is no folder /no/such/folder"),
+        (
+            "--case zipf --tokens 3",
+            "--case sets shape and routing, it cannot be combined with --tokens",
+        ),
+        ("--key-bias 1", "key_bias is for routing product_keys, got uniform"),
+        (
+            "--routing product_keys --num-experts 65",
+            "num_experts must have two factors within a factor of 2 with product keys, "
+            "got 65 = 5 * 13",
+        ),
+        (
+            "--routing product_keys --num-experts 4 --num-experts-per-tok 5",
+            "num_experts_per_tok must be at most num_experts = 4 with product keys, got 5",
+        ),
+        ("--json /no/such/b.json", "--json must be in a folder that exists, got /no/such/b.json"),
         ("--against naive", "expected package.module:function, got 'naive'"),
         ("--against no.such:f", "cannot import 'no.such': ModuleNotFoundError"),
         ("--against flash_moe.ops.naive:f", "'f' of module 'flash_moe.ops.naive' does not exist"),
@@ -189,9 +210,9 @@ def ids_of(routing: str, key_bias: float = 0.0) -> Tensor:
 
 
 def test_routings() -> None:
-    assert pairs_of_experts(ids_of("uniform"), 400).max() < 60
+    assert pairs_per_expert(ids_of("uniform"), 400).max() < 60
     assert torch.equal(ids_of("one_expert"), torch.full((300, 30), 200))
-    zipf = pairs_of_experts(ids_of("zipf"), 400).double() / 9000
+    zipf = pairs_per_expert(ids_of("zipf"), 400).double() / 9000
     harmonic = (1 / torch.arange(1, 401, dtype=torch.float64)).sum()
     # The three most used; five standard deviations.
     for rank, share in enumerate(zipf.sort(descending=True).values[:3].tolist(), start=1):
@@ -201,7 +222,7 @@ def test_routings() -> None:
     for bias in (0.0, 1.0, 2.0):
         ids = ids_of("product_keys", bias)
         assert all(len(row.unique()) == 30 for row in ids)
-        loads.append(int(pairs_of_experts(ids, 400).max()))
+        loads.append(int(pairs_per_expert(ids, 400).max()))
     assert loads[0] < 60 < loads[1] < loads[2] <= 300
 
 
@@ -231,7 +252,7 @@ def test_exact_results_equal_autograd(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.testing.assert_close(result, right.detach(), rtol=1e-13, atol=1e-13)
 
 
-def test_peers_are_right() -> None:
+def test_baselines_are_right() -> None:
     inputs = make_inputs(Case("", 7, 8, 20, 5, "float32"), CPU)
     exact = exact_results(inputs)
     for func in (elementwise_expert_func, embedding_bag_expert_func):
@@ -244,11 +265,11 @@ def test_relative_error() -> None:
     exact = torch.tensor([[3.0, 4.0]], dtype=torch.float64)
     assert relative_error(torch.tensor([[3.0, 4.5]]), exact) == pytest.approx(0.1)
     assert relative_error(torch.tensor([[3.0, float("nan")]]), exact) == float("inf")
-    with pytest.raises(ValueError, match=r"expected a result of \(1, 2\), got \(2,\)"):
+    with pytest.raises(ValueError, match=r"result must have shape \(1, 2\), got \(2,\)"):
         relative_error(exact[0], exact)
 
 
-def test_gather_ceiling_reads_all_rows(device: torch.device) -> None:
+def test_gather_rate_reads_all_rows(device: torch.device) -> None:
     table = torch.arange(20 * 32, device=device, dtype=torch.int32).view(20, 32)
     ids = torch.randint(20, (3, 16), device=device, dtype=torch.int32)
     sums = sum_rows(table, ids, GatherShape(pairs=8, rows=4, block_words=16, warps=1))
@@ -256,34 +277,34 @@ def test_gather_ceiling_reads_all_rows(device: torch.device) -> None:
     assert sums.tolist() == expected.tolist()
 
 
-def uniform_floors(tokens: int, hidden_size: int, experts: int, slots: int, touched: int) -> str:
-    """Milliseconds of bf16 floors on an H200 with all pairs shared by the touched experts."""
+def uniform_rooflines(tokens: int, hidden_size: int, experts: int, slots: int, touched: int) -> str:
+    """Milliseconds in bf16 on an H200, with the pairs spread evenly over the touched experts."""
     loads = torch.zeros(experts, dtype=torch.float64)
     loads[:touched] = tokens * slots / touched
-    both = floors(loads, tokens, hidden_size, 2, H200)
-    return ", ".join(f"{floor.uniform * 1e3:.3f}" for floor in both.values())
+    both = roofline_time(loads, tokens, hidden_size, 2, H200)
+    return ", ".join(f"{time.uniform * 1e3:.3f}" for time in both.values())
 
 
-def test_floors() -> None:
+def test_roofline_times() -> None:
     # By hand: 2 * 4096 * 512 * 1024 * 2 / 9.5e12 and twice that.
-    assert uniform_floors(4096, 1024, 102_400, 512, 102_400) == "0.904, 1.808"
+    assert uniform_rooflines(4096, 1024, 102_400, 512, 102_400) == "0.904, 1.808"
     # 4 * 1024 * 102,400 * 1024 / 650e12.
-    assert uniform_floors(1024, 1024, 102_400, 4096, 102_400) == "0.661, 1.322"
+    assert uniform_rooflines(1024, 1024, 102_400, 4096, 102_400) == "0.661, 1.322"
     # 2 * 412,600 * 2048 * 2 / 4.27e12, and 2 * 1,048,576 * 2048 * 2 / 4.27e12 more.
-    assert uniform_floors(8192, 2048, 1_048_576, 64, 412_600) == "0.792, 2.803"
+    assert uniform_rooflines(8192, 2048, 1_048_576, 64, 412_600) == "0.792, 2.803"
     assert launch_bound(1e-4, 5) == pytest.approx(2.5e-4)
 
 
-def test_hot_cold_floor() -> None:
+def test_hot_cold_roofline_time() -> None:
     loads = torch.tensor([4000, 10, 0, 0])
-    forward, backward = floors(loads, 4096, 1024, 2, H200).values()
+    forward, backward = roofline_time(loads, 4096, 1024, 2, H200).values()
     # A product for the first, 10 gathers for the second.
     hot_cold = 4 * 4096 * 1024 / 650e12 + 10 * 2 * 1024 * 2 / 9.5e12
     assert forward.hot_cold == forward.skewed == pytest.approx(hot_cold)
     assert backward.hot_cold == pytest.approx(2 * hot_cold)
     assert forward.gather == pytest.approx(4010 * 2 * 1024 * 2 / 9.5e12)
     # For one token, reading the rows from memory takes longer than products.
-    assert floors(loads, 1, 1024, 2, H200)["forward"].skewed == 2 * 2 * 1024 * 2 / 4.27e12
+    assert roofline_time(loads, 1, 1024, 2, H200)["forward"].skewed == 2 * 2 * 1024 * 2 / 4.27e12
 
 
 @pytest.mark.usefixtures("on_the_cpu")
@@ -301,8 +322,9 @@ def test_json_and_plot(tmp_path: Path) -> None:
     assert case["case"]["tokens"] == 5
     assert (case["case"]["routing"], case["case"]["key_bias"]) == ("product_keys", 1.5)
     assert case["device"]["type"] == "cpu"
-    assert case["ceilings"]["copy"] == case["ceilings"]["gather"] > 1e8
-    assert case["floors"]["forward"]["floor"] >= case["floors"]["forward"]["hbm"] > 0
+    assert case["device_rates"]["copy"] == case["device_rates"]["gather"] > 1e8
+    forward = case["roofline_times"]["forward"]
+    assert forward["roofline"] >= forward["hbm"] > 0
     assert case["results"]["test_bench:raising"]["failure"] == "not on Tuesdays"
     for name in ("flash_moe", "gather and matmul"):
         result = case["results"][name]
@@ -315,7 +337,7 @@ def test_cpu_path_takes_under_a_tenth_of_the_memory(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("FLASH_MOE_BACKEND", "torch_sparse")
     inputs = make_inputs(Case("", 1024, 512, 16384, 64, "float32"), CPU)
     gathered = 1024 * 64 * 512 * 4
-    funcs, _ = variants(CPU, with_peers=True, against={})
+    funcs, _ = variants(CPU, with_baselines=True, against={})
     extra: dict[str, int] = {}
     for name in ("flash_moe", "gather and matmul"):
         for _ in range(2):

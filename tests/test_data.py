@@ -1,4 +1,4 @@
-"""Corpora: what is read, how it is split, what is refused."""
+"""Corpora: formats, split into training and validation, and invalid data."""
 
 from pathlib import Path
 
@@ -97,7 +97,7 @@ def test_bad_data(name: str, message: str, tmp_path: Path) -> None:
 
 
 def test_data_that_cannot_be_read() -> None:
-    """Root may open any file, but of this one nobody can read the beginning."""
+    """A file that even root can open, but whose first page cannot be read."""
     with pytest.raises(ValueError, match=r"--data must be readable, got \[Errno 5\]"):
         load_corpus(Path("/proc/self/mem"), 16)
 

@@ -61,7 +61,7 @@ def test_a_rank_killed_in_a_step_and_restarted(
     assert ended.returncode == 0, ended.stderr
     assert (tmp_path / "mark").exists()
     saved = step // 6 * 6
-    assert (f"going on after step {saved} of 20" in ended.stdout) == (saved > 0)
+    assert (f"resuming after step {saved} of 20" in ended.stdout) == (saved > 0)
     assert_same_run(tmp_path, uninterrupted)
     assert_nothing_left(str(tmp_path))
 
@@ -98,10 +98,10 @@ def test_killed_while_saving(
     assert len(found) == len(whole) + 1
     ended = launch(*arguments)
     assert ended.returncode != 0
-    assert f"holds a checkpoint of step {complete[-1]}: --resume goes on from it" in ended.stderr
+    assert f"holds a checkpoint of step {complete[-1]}: --resume continues from it" in ended.stderr
     ended = launch(*arguments, "--resume")
     assert ended.returncode == 0, ended.stderr
-    assert f"going on after step {complete[-1]} of 20" in ended.stdout
+    assert f"resuming after step {complete[-1]} of 20" in ended.stdout
     assert checkpoints_in(tmp_path) == names(18, 20)
     assert_same_run(tmp_path, uninterrupted)
 
@@ -140,7 +140,7 @@ def test_sigterm_saves_and_ends(
     assert steps_done(tmp_path) == last
     resumed = launch(*options, "--resume", "--out", str(tmp_path))
     assert resumed.returncode == 0, resumed.stderr
-    assert f"going on after step {last} of 20" in resumed.stdout
+    assert f"resuming after step {last} of 20" in resumed.stdout
     assert_same_run(tmp_path, uninterrupted)
     assert_nothing_left(str(tmp_path))
 
@@ -154,7 +154,7 @@ def test_torchrun_killed_takes_its_processes_along(
     assert_nothing_left(str(tmp_path))
     resumed = launch(*options, "--resume", "--out", str(tmp_path))
     assert resumed.returncode == 0, resumed.stderr
-    assert "going on after step 3 of 20" in resumed.stdout
+    assert "resuming after step 3 of 20" in resumed.stdout
     assert_same_run(tmp_path, uninterrupted)
 
 
@@ -176,7 +176,7 @@ def test_resume_after_a_normal_end_goes_on_where_it_stopped(
     # Nothing is left to do: the run ends as it did, and changes nothing.
     once_more = launch(*arguments, "--resume")
     assert once_more.returncode == 0, once_more.stderr
-    assert "going on after step 20 of 20" in once_more.stdout
+    assert "resuming after step 20 of 20" in once_more.stdout
     assert once_more.stdout.splitlines()[-1] == again.stdout.splitlines()[-1]
     assert_same_run(tmp_path, uninterrupted)
     # More steps than before.
@@ -202,7 +202,7 @@ def test_resume_with_nothing_saved_starts(
 ) -> None:
     ended = launch(*options, "--out", str(tmp_path), "--resume")
     assert ended.returncode == 0, ended.stderr
-    assert "going on" not in ended.stdout
+    assert "resuming" not in ended.stdout
     assert_same_run(tmp_path, uninterrupted)
 
 
@@ -218,7 +218,7 @@ def test_resume_with_other_ranks_and_settings_says_so(
     resumed = launch(*arguments, "--resume", ranks=3)
     assert resumed.returncode == 0, resumed.stderr
     assert re.search(
-        r"going on after step 1[23] of 20; world_size 2 before, 3 now\n", resumed.stdout
+        r"resuming after step 1[23] of 20; world_size 2 before, 3 now\n", resumed.stdout
     )
     for line, expected in zip(metrics_of(tmp_path), metrics_of(uninterrupted), strict=True):
         assert line["loss"] == pytest.approx(expected["loss"], rel=1e-4)

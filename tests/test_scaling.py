@@ -1,4 +1,4 @@
-"""The scaling benchmark: what it measures, predicts, prints, writes and refuses."""
+"""The scaling benchmark: measurements, predictions, output, files, and invalid options."""
 
 import json
 import re
@@ -23,10 +23,10 @@ from scaling.layer import Layer
 from scaling.measure import measure_all, rounds
 from scaling.predict import Link, Network, predict
 from scaling.problems import Problem
-from scaling.ranks import Ranks
+from scaling.rank_group import RankGroup
 from scaling.report import Point, ProblemReport, table
 from scaling.results import CONVENTIONAL
-from scaling.traffic import ALL_GATHER, ALL_TO_ALL, Message, Traffic, messages
+from scaling.traffic import Collective, Message, Traffic, messages
 from scaling.verify import (
     _exact_output,
     largest_row_error,
@@ -83,8 +83,8 @@ def test_all_variants_have_times_on_all_numbers_of_ranks(files: dict[str, Any]) 
                     assert len(result["seconds"]["backward"]) == 2
                     assert len(result["seconds"]["loop"]) == 3
                     assert (result["peak_bytes"] > 0) == torch.cuda.is_available()
-                    steps = ("dispatch", "experts", "combine", "communication", "other")
-                    assert list(result["steps"]) == list(steps)
+                    phases = ("dispatch", "experts", "combine", "communication", "other")
+                    assert list(result["phases"]) == list(phases)
                     assert point["predictions"][name]["communication"] > 0
             assert list(point["predictions"]) == DISPATCHERS
 
@@ -162,16 +162,16 @@ BAD_OPTIONS = {
     "no tokens": (["--tokens", "0"], "--tokens must be positive, got 0"),
     "tokens that ranks do not divide": (
         ["--total-tokens", "7"],
-        "--total-tokens must divide by every number of ranks, got 7 tokens and 2 ranks",
+        "--total-tokens must be a multiple of every number of ranks, got 7 tokens and 2 ranks",
     ),
     "no folder": (["--json", "/nowhere/at/all"], "--json must be a file in a folder that exists"),
     "nothing to compare with": (
         ["--dispatcher", "conventional"],
-        "--dispatcher conventional needs another one",
+        "--dispatcher must name one other than conventional",
     ),
     "product keys of a prime": (
         ["--routing", "product_keys", "--num-experts", "31"],
-        "--routing product_keys with --num-experts, --num-experts-per-tok: product keys need",
+        "--routing product_keys with --num-experts, --num-experts-per-tok: num_experts must have",
     ),
     "key bias without product keys": (["--key-bias", "1"], "--key-bias is for --routing product_k"),
     "no number": (["--network", "nan"], "--network must be positive, got nan"),
@@ -179,7 +179,7 @@ BAD_OPTIONS = {
     "no picture": (["--plot", "times.txt"], "--plot must end in one of .png, .pdf, .svg, got"),
     "one file for two": (
         ["--plot", "times.png", "--json", "times.png"],
-        "--plot and --json must be two files, got times.png for both",
+        "--plot and --json must be different files, got times.png for both",
     ),
     "unknown": (["--nonsense"], "unrecognized arguments: --nonsense"),
 }
@@ -242,7 +242,7 @@ def test_the_baseline_is_right(ranks: int, num_tokens: int, rank_pools: RankPool
 
 def sharded_layer(problem: Problem) -> tuple[Layer, tuple[torch.Tensor, ...]]:
     assert dist.group.WORLD is not None
-    ranks = Ranks(dist.get_world_size(), dist.group.WORLD, rank_device())
+    ranks = RankGroup(dist.get_world_size(), dist.group.WORLD, rank_device())
     inputs = make_inputs(problem.case(ranks.size), ranks.device)
     layer = Layer(inputs, ranks)
     return layer, results_of_one_device(inputs, layer)
@@ -380,14 +380,14 @@ def test_messages_have_the_bytes_of_the_volume_model(name: Any) -> None:
         expected = sum(sum(one.values()) for one in bytes_handed(name, widths, load))
         handed = sum(
             # An all-gather is handed one copy.
-            float(one.bytes_WW[rank].sum()) / (3 if one.collective == ALL_GATHER else 1)
+            float(one.bytes_WW[rank].sum()) / (3 if one.collective == "all_gather" else 1)
             for one in found
         )
         assert handed == expected
 
 
 NETWORK = Network(
-    {ALL_TO_ALL: Link(1.0, 10.0), ALL_GATHER: Link(2.0, 20.0)},
+    {"all_to_all": Link(1.0, 10.0), "all_gather": Link(2.0, 20.0)},
     ranks_per_host=2,
     between_hosts=5.0,
     memory=1000.0,
@@ -398,16 +398,18 @@ NETWORK = Network(
     ("collective", "bytes_WW", "expected"),
     [
         # What a rank keeps does not count; the most that one sends or receives does.
-        (ALL_TO_ALL, [[80, 10], [40, 80]], 1 + 40 / 10),
-        (ALL_TO_ALL, [[0, 30, 0, 0], [0] * 4, [0] * 4, [0] * 4], 1 + 30 / 10),
+        ("all_to_all", [[80, 10], [40, 80]], 1 + 40 / 10),
+        ("all_to_all", [[0, 30, 0, 0], [0] * 4, [0] * 4, [0] * 4], 1 + 30 / 10),
         # To one rank of the other host, from two: at 5 bytes/s.
-        (ALL_TO_ALL, [[0, 1, 30, 0], [0, 0, 30, 0], [0] * 4, [0] * 4], 1 + 60 / 5),
-        (ALL_GATHER, [[40] * 2] * 2, 2 + 40 / 20),
+        ("all_to_all", [[0, 1, 30, 0], [0, 0, 30, 0], [0] * 4, [0] * 4], 1 + 60 / 5),
+        ("all_gather", [[40] * 2] * 2, 2 + 40 / 20),
         # 80 bytes of the other host, shared out among the two here.
-        (ALL_GATHER, [[40] * 4] * 4, 2 + 40 / 5),
+        ("all_gather", [[40] * 4] * 4, 2 + 40 / 5),
     ],
 )
-def test_seconds_of_a_message(collective: str, bytes_WW: list[list[int]], expected: float) -> None:
+def test_seconds_of_a_message(
+    collective: Collective, bytes_WW: list[list[int]], expected: float
+) -> None:
     message = Message(collective, torch.tensor(bytes_WW).double())
     assert NETWORK.seconds(message) == pytest.approx(expected)
 
@@ -439,7 +441,7 @@ def test_a_prediction_by_hand() -> None:
 def test_strong_scaling_shares_the_work() -> None:
     strong = Problem("strong", 64, 16, 32, 4, "float32", "uniform", 0.0)
     even = torch.arange(32).view(8, 4)
-    traffic = Traffic.drawn_alike(even, 32, 8, strong.tokens_per_rank(8))
+    traffic = Traffic.extrapolated(even, 32, 8, strong.tokens_per_rank(8))
     assert traffic.pairs_WW.tolist() == [[4.0] * 8] * 8
     assert traffic.rows_WW.tolist() == [[1.0] * 8] * 8
     assert predict("all_gather", strong, traffic, NETWORK, 8.0).experts == pytest.approx(1.0)

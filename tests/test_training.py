@@ -1,4 +1,4 @@
-"""The training script: the same training on any number of ranks, and its failures."""
+"""The training script: equal training on any number of ranks, and invalid options."""
 
 import itertools
 import json
@@ -70,7 +70,7 @@ BAD_OPTIONS = {
     ),
     "batch that ranks do not divide": (
         ["--batch-size", "7"],
-        "--batch-size must divide by the number of ranks = 2, got 7",
+        "--batch-size must be a multiple of the number of ranks = 2, got 7",
     ),
     "more experts for a token than there are": (
         ["--num-experts", "8", "--num-experts-per-tok", "9"],
@@ -98,7 +98,7 @@ BAD_OPTIONS = {
     "unknown option": (["--stepz", "1"], "unrecognized arguments: --stepz 1"),
     "a file where the first rank should write": (
         ["--out", __file__],
-        "rank 0: --out must be a folder to write results into, got [Errno 17] File exists",
+        "rank 0: --out must be a writable folder, got [Errno 17] File exists",
     ),
 }
 
@@ -132,17 +132,34 @@ def test_bfloat16_and_a_batch_for_any_number_of_ranks(text: str, tmp_path: Path)
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
 
 
-def test_shares_of_a_step(text: str, tmp_path: Path) -> None:
-    small = [*SMALL, "--data", text, "--out", str(tmp_path), "--time-steps", "--steps", "3"]
+def test_shares_of_phases_in_a_step(text: str, tmp_path: Path) -> None:
+    small = [*SMALL, "--data", text, "--out", str(tmp_path), "--time-phases", "--steps", "3"]
     ended = launch(*small, "--sample-tokens", "3")
     assert ended.returncode == 0, ended.stderr
     assert re.search(
-        r"median of [\d,]+ tokens/s; of a step: dispatch [\d.]+%, experts \d", ended.stdout
+        r"median of [\d,]+ tokens/s; phases of expert layers, of a step: "
+        r"dispatch [\d.]+%, experts \d",
+        ended.stdout,
     )
     for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
         shares = json.loads(line)["share_of_step"]
         assert {"dispatch", "experts", "combine", "communication"} < shares.keys()
         assert 0 < sum(shares.values()) < 1
+
+
+def test_time_steps_is_a_deprecated_name_of_time_phases(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from options import parse_args
+
+    assert not parse_args("", []).time_phases
+    assert parse_args("", ["--time-phases"]).time_phases
+    assert capsys.readouterr().err == ""
+    note = "train.sh: --time-steps is deprecated, use --time-phases\n"
+    for rank, printed in (("0", note), ("1", "")):
+        monkeypatch.setenv("RANK", rank)
+        assert parse_args("", ["--time-steps"]).time_phases
+        assert capsys.readouterr().err == printed
 
 
 def test_learning_rate_rises_then_falls() -> None:
@@ -207,7 +224,7 @@ def test_started_without_torchrun() -> None:
 
 
 def test_default_run(tmp_path: Path) -> None:
-    """`launch/train.sh` as a new user calls it, but for where results go."""
+    """`launch/train.sh` with default options, except for the folder of results."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     begin = time.monotonic()
     ended = subprocess.run(

@@ -1,4 +1,4 @@
-"""Options of `python -m flash_moe.bench`, and the run."""
+"""Command line of `python -m flash_moe.bench`: parse the options, run the cases, print reports."""
 
 import argparse
 import importlib.util
@@ -9,15 +9,15 @@ from typing import Any
 import torch
 
 from flash_moe import bench
+from flash_moe.bench.baselines import OURS, load_func, variants
 from flash_moe.bench.cases import CASES, DTYPES, ROUTINGS, Case, Func, make_inputs
-from flash_moe.bench.ceilings import measure_ceilings
-from flash_moe.bench.floors import floors, pairs_of_experts
+from flash_moe.bench.device_rates import measure_device_rates
 from flash_moe.bench.measure import count_launches, measure, one_pass
-from flash_moe.bench.peers import SUBJECT, load_func, variants
 from flash_moe.bench.report import CaseReport, header, table, write_json, write_plot
+from flash_moe.bench.roofline import pairs_per_expert, roofline_time
 from flash_moe.ops.backend_choice import choose_backend
 
-# What stands for a shape or routing option that is not given; the names are fields of `Case`.
+# Defaults of the shape and routing options, by field of `Case`.
 DEFAULTS: dict[str, Any] = {
     "tokens": 2048,
     "hidden_size": 512,
@@ -31,44 +31,51 @@ REPEATS = {"cuda": 20, "cpu": 10}
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[Case]]:
+    """Parse the options and choose the cases; exit with 2 and a message if they are invalid."""
     parser = argparse.ArgumentParser(
         prog="python -m flash_moe.bench",
         description=bench.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--list", action="store_true", help="print the named cases and end")
+    parser.add_argument("--list", action="store_true", help="print the named cases and exit")
     parser.add_argument(
         "--case",
         nargs="+",
         action="extend",
         default=[],
         metavar="NAME",
-        help="named cases; all: every one that is not for the CPU",
+        help="named cases to run; all: every case that is not for the CPU",
     )
-    shape = parser.add_argument_group("a case of your own")
+    shape = parser.add_argument_group("a custom case")
     for name in ("tokens", "hidden_size", "num_experts", "num_experts_per_tok"):
         shape.add_argument(_option(name), type=int, help=f"default {DEFAULTS[name]}")
     shape.add_argument("--dtype", choices=DTYPES, help=f"default {DEFAULTS['dtype']}")
     shape.add_argument("--routing", choices=ROUTINGS, help=f"default {DEFAULTS['routing']}")
     shape.add_argument(
-        "--key-bias", type=float, help="of product keys: how much keys differ for all tokens"
+        "--key-bias",
+        type=float,
+        help="how skewed routing product_keys is: standard deviation of a key's score between "
+        "keys, in units of that between tokens; default 0",
     )
-    parser.add_argument("--repeats", type=int, help="default 20 on CUDA, 10 on the CPU")
     parser.add_argument(
+        "--repeats", type=int, help="timed passes of each variant; default 20 on CUDA, 10 on CPU"
+    )
+    parser.add_argument(
+        "--baselines",
         "--peers",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="measure the built-in peers too",
+        help="measure the built-in baselines too (--peers is the old name)",
     )
     parser.add_argument(
         "--against",
         action="append",
         default=[],
         metavar="PACKAGE.MODULE:FUNCTION",
-        help="one more peer, with the arguments of the op; may be given again",
+        help="another baseline, called with the arguments of the op; may be repeated",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all that was measured")
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="write a bar chart")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all measurements")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="write a bar chart of times")
     args = parser.parse_args(argv)
 
     if args.repeats is not None and args.repeats < 2:
@@ -80,9 +87,9 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[Case]]:
     for name in ("json", "plot"):
         path = getattr(args, name)
         if path is not None and path.is_dir():
-            parser.error(f"{_option(name)}: {path} is a folder")
+            parser.error(f"{_option(name)} must be a file, got the folder {path}")
         if path is not None and not path.parent.is_dir():
-            parser.error(f"{_option(name)}: there is no folder {path.parent}")
+            parser.error(f"{_option(name)} must be in a folder that exists, got {path}")
     if args.plot and importlib.util.find_spec("matplotlib") is None:
         parser.error("--plot needs matplotlib: pip install matplotlib")
     try:
@@ -104,11 +111,12 @@ def _cases(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[Ca
         except ValueError as error:
             parser.error(str(error))
     if given:
-        parser.error(f"--case comes with its shape, leave out {', '.join(map(_option, given))}")
+        options = ", ".join(map(_option, given))
+        parser.error(f"--case sets shape and routing, it cannot be combined with {options}")
     cases: dict[str, Case] = {}
     for name in args.case:
         if name != "all" and name not in CASES:
-            parser.error(f"--case: there is no case {name!r}; --list prints them")
+            parser.error(f"--case must be a name that --list prints, got {name!r}")
         names = [name] if name != "all" else [n for n, case in CASES.items() if not case.on_cpu]
         cases |= {n: CASES[n] for n in names}
     if "all" in args.case and not torch.cuda.is_available():
@@ -117,25 +125,31 @@ def _cases(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[Ca
 
 
 def run_case(
-    case: Case, with_peers: bool, against: dict[str, Func], repeats: int | None
+    case: Case, with_baselines: bool, against: dict[str, Func], repeats: int | None
 ) -> CaseReport:
+    """Measure one case on the GPU, or on the CPU if there is none or the case is for the CPU.
+
+    repeats: timed passes of each variant; None for the default of the device.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() and not case.on_cpu else "cpu")
-    funcs, left_out = variants(device, with_peers, against)
+    funcs, left_out = variants(device, with_baselines, against)
     inputs = make_inputs(case, device)
-    loads = pairs_of_experts(inputs.indices, case.num_experts)
-    ceilings = measure_ceilings(device, DTYPES[case.dtype])
+    loads = pairs_per_expert(inputs.indices, case.num_experts)
+    rates = measure_device_rates(device, DTYPES[case.dtype])
     results = measure(inputs, funcs, repeats or REPEATS[device.type])
     launches: dict[str, int] = {}
     if case.few_tokens and device.type == "cuda":
-        _, launches = one_pass(inputs, funcs[SUBJECT], count_launches)
+        _, launches = one_pass(inputs, funcs[OURS], count_launches)
     return CaseReport(
         case=case,
         device=device,
         backend=choose_backend(None, *inputs.leaves[:3], case.num_experts_per_tok),
         largest_load=int(loads.max()),
         touched_experts=int((loads > 0).sum()),
-        ceilings=ceilings,
-        floors=floors(loads, case.tokens, case.hidden_size, inputs.grad.element_size(), ceilings),
+        device_rates=rates,
+        roofline_times=roofline_time(
+            loads, case.tokens, case.hidden_size, inputs.grad.element_size(), rates
+        ),
         launches=launches,
         results=results,
         left_out=left_out,
@@ -143,6 +157,7 @@ def run_case(
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Run the benchmark with the given options, by default those of the process."""
     argv = sys.argv[1:] if argv is None else argv
     args, cases = parse(argv)
     if args.list:
@@ -151,8 +166,8 @@ def main(argv: list[str] | None = None) -> None:
         return
     reports: list[CaseReport] = []
     for case in cases:
-        reports.append(run_case(case, args.peers, args.against, args.repeats))
-        # At once, so that a run that is cut off still shows what it measured.
+        reports.append(run_case(case, args.baselines, args.against, args.repeats))
+        # After every case, so that an interrupted run still has results.
         print(header(reports[-1]), table(reports[-1]), sep="\n", flush=True)
         if args.json:
             write_json(args.json, reports, argv)

@@ -1,4 +1,4 @@
-"""Cases by name, routings, and the inputs that a case stands for.
+"""Named benchmark cases, the routings they use, and the inputs generated for a case.
 
 T tokens, H hidden size, E experts, K experts per token.
 """
@@ -14,9 +14,11 @@ from flash_moe.layers.router import squarest_grid
 
 Func = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-# Elements of the largest tensor that a routing makes on its way.
+# Most elements of a temporary tensor while a routing is drawn.
 CHUNK_ELEMENTS = 2**26
+# Up to this many tokens, launching kernels may take longer than their work.
 FEW_TOKENS = 128
+# Inputs that get a gradient.
 LEAVES = ("hidden_states", "down_weights", "up_weights", "routing_weights")
 
 
@@ -24,9 +26,13 @@ LEAVES = ("hidden_states", "down_weights", "up_weights", "routing_weights")
 class Case:
     """A shape, a dtype and a routing.
 
+    routing: a name in ROUTINGS. key_bias: for routing "product_keys", the standard deviation of the
+    part of a key's score that all tokens share, where the part of each token has 1; with 0 all
+    experts are equally likely.
+
     Raises:
-        ValueError: product keys of E that is not a product of two near sides, or of K > E; a
-            key bias without product keys.
+        ValueError: with product keys, K > E, or no factorization of E whose factors are within
+            a factor of 2; without them, a key bias; a key bias that is not finite.
     """
 
     name: str
@@ -41,20 +47,20 @@ class Case:
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.key_bias):
-            raise ValueError(f"the key bias must be a finite number, got {self.key_bias}")
+            raise ValueError(f"key_bias must be finite, got {self.key_bias}")
         if self.routing != "product_keys":
             if self.key_bias:
-                raise ValueError(f"a key bias is for product keys, not for routing {self.routing}")
+                raise ValueError(f"key_bias is for routing product_keys, got {self.routing}")
             return
         if self.num_experts_per_tok > self.num_experts:
             raise ValueError(
-                f"product keys give each of {self.num_experts} experts to a token once at most, "
-                f"got {self.num_experts_per_tok} experts per token"
+                f"num_experts_per_tok must be at most num_experts = {self.num_experts} with "
+                f"product keys, got {self.num_experts_per_tok}"
             )
         sides = squarest_grid(self.num_experts)
         if max(sides) > 2 * min(sides):
             raise ValueError(
-                f"product keys need a number of experts with two factors near each other, "
+                f"num_experts must have two factors within a factor of 2 with product keys, "
                 f"got {self.num_experts} = {sides[0]} * {sides[1]}"
             )
 
@@ -65,10 +71,12 @@ class Case:
 
     @property
     def skewed(self) -> bool:
+        """Whether some experts are expected to get more pairs than others."""
         return self.routing != "uniform"
 
     @property
     def few_tokens(self) -> bool:
+        """Whether launching kernels may take longer than their work."""
         return self.tokens <= FEW_TOKENS
 
     @property
@@ -83,15 +91,18 @@ def _uniform(case: Case, draw: torch.Generator) -> Tensor:
 
 
 def _product_keys(case: Case, draw: torch.Generator) -> Tensor:
-    """The K best sums of two axes of keys, each key N(0, 1) per token + bias * N(0, 1) for all."""
+    """Choose the K largest sums of two key scores, one from each axis of the expert grid.
+
+    A key's score is N(0, 1), drawn for each token, plus key_bias * N(0, 1), drawn once.
+    """
     slots = case.num_experts_per_tok
     sides = squarest_grid(case.num_experts)
     biases = [
         case.key_bias * torch.randn(side, generator=draw, device=draw.device) for side in sides
     ]
-    # Of two sorted axes, (i + 1)(j + 1) - 1 sums are no worse than that at places (i, j).
-    places = [torch.arange(min(slots, side), device=draw.device) for side in sides]
-    first, second = ((places[0][:, None] + 1) * (places[1] + 1) <= slots).nonzero().unbind(1)
+    # With both axes sorted, (i + 1)(j + 1) - 1 other sums are at least as large as sum (i, j).
+    positions = [torch.arange(min(slots, side), device=draw.device) for side in sides]
+    first, second = ((positions[0][:, None] + 1) * (positions[1] + 1) <= slots).nonzero().unbind(1)
     chunks = []
     for part in torch.arange(case.tokens).split(max(1, CHUNK_ELEMENTS // len(first))):
         scores, keys = zip(
@@ -109,13 +120,16 @@ def _product_keys(case: Case, draw: torch.Generator) -> Tensor:
 
 
 def _zipf(case: Case, draw: torch.Generator) -> Tensor:
-    """The expert of rank i has probability ~ 1/i, slots are independent, ranks lie scattered."""
+    """Draw slots independently; the i-th most popular expert has a probability proportional to 1/i.
+
+    A random permutation scatters the popular experts over the table.
+    """
     count, device = case.num_experts, draw.device
     cdf = (1 / torch.arange(1, count + 1, dtype=torch.float64, device=device)).cumsum(0)
     shape = (case.tokens, case.num_experts_per_tok)
-    places = torch.rand(shape, generator=draw, dtype=torch.float64, device=device) * cdf[-1]
-    ranks = torch.searchsorted(cdf, places).clamp_(max=count - 1)
-    return torch.randperm(count, generator=draw, device=device)[ranks]
+    quantiles = torch.rand(shape, generator=draw, dtype=torch.float64, device=device) * cdf[-1]
+    popularity = torch.searchsorted(cdf, quantiles).clamp_(max=count - 1)
+    return torch.randperm(count, generator=draw, device=device)[popularity]
 
 
 def _one_expert(case: Case, draw: torch.Generator) -> Tensor:
@@ -123,7 +137,7 @@ def _one_expert(case: Case, draw: torch.Generator) -> Tensor:
     return torch.full(shape, case.num_experts // 2, device=draw.device)
 
 
-# Each gives ids (T, K), int64, on the device of the generator.
+# Each draws expert ids (T, K), int64, on the device of the generator.
 ROUTINGS: dict[str, Callable[[Case, torch.Generator], Tensor]] = {
     "uniform": _uniform,
     "product_keys": _product_keys,
@@ -151,7 +165,7 @@ CASES = {
         Case("zipf", *_MIDDLE, routing="zipf"),
         Case("one-expert", *_MIDDLE, routing="one_expert"),
         *(Case(f"t{tokens}-k512", tokens, 1024, 102_400, 512) for tokens in (1, 16, 128)),
-        # As many gathered bytes as the middle case, but for the narrow one.
+        # The same gathered bytes as _MIDDLE, except for h512, which has half as many.
         *(
             Case(f"h{hidden_size}", tokens, hidden_size, 102_400, 512)
             for hidden_size, tokens in ((512, 4096), (2048, 2048), (4096, 1024), (8192, 512))
@@ -166,7 +180,11 @@ CASES = {
 
 @dataclass(frozen=True)
 class Inputs:
-    """Leaves in the order of LEAVES, ids, gradient of the output."""
+    """Inputs of one forward and backward pass.
+
+    leaves: in the order of LEAVES, (T, H), (E, H), (E, H) and (T, K), in the dtype of the case.
+    indices: expert ids (T, K), int64. grad: gradient of the output (T, H).
+    """
 
     leaves: tuple[Tensor, Tensor, Tensor, Tensor]
     indices: Tensor
@@ -177,12 +195,12 @@ class Inputs:
         return func(hidden_states, down_weights, up_weights, self.indices, routing_weights)
 
     def versions(self) -> list[int]:
-        """How often each tensor was written to."""
+        """Count the in-place writes to each tensor so far."""
         return [tensor._version for tensor in (*self.leaves, self.indices, self.grad)]
 
 
 def make_inputs(case: Case, device: torch.device) -> Inputs:
-    """The same values for each call with the same case and kind of device."""
+    """Draw the inputs of a case; the same values on every call for one type of device."""
     draw = torch.Generator(device).manual_seed(0)
     tokens, hidden_size, experts, slots = case.shape
 

@@ -1,4 +1,7 @@
-"""Errors against float64, memory and time of each variant in both directions."""
+"""Error against float64, peak memory and time of each variant, forward and backward.
+
+T tokens, H hidden size, E experts, K experts per token.
+"""
 
 import ctypes
 import gc
@@ -14,18 +17,18 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from flash_moe.bench.baselines import OURS
 from flash_moe.bench.cases import LEAVES, Func, Inputs
-from flash_moe.bench.peers import SUBJECT
 
 DIRECTIONS = ("forward", "backward")
-# A result further from float64 than this is wrong, and gets no time: the op rounds once; autograd
-# keeps its sums for table rows in 16 bits, and errs the more, the more tokens use a row.
-LARGEST_ERROR = {torch.float32: 1e-5, torch.float16: 2**-10, torch.bfloat16: 2**-8}
-LARGEST_PEER_ERROR = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
-LARGEST_PEER_TABLE_ERROR = {torch.float32: 1e-5, torch.float16: 5e-2, torch.bfloat16: 2.5e-1}
+# Largest relative error of a correct result. The op rounds once; baselines round intermediate
+# results, and accumulate gradients of tables in 16 bits, one rounding for every token of an expert.
+MAX_ERROR = {torch.float32: 1e-5, torch.float16: 2**-10, torch.bfloat16: 2**-8}
+MAX_BASELINE_ERROR = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+MAX_BASELINE_TABLE_ERROR = {torch.float32: 1e-5, torch.float16: 5e-2, torch.bfloat16: 2.5e-1}
 RESULTS = ("output", *(f"gradient of {name}" for name in LEAVES))
 TABLES = ("gradient of down_weights", "gradient of up_weights")
-# Elements of the largest float64 tensor made on the way.
+# Most elements of a temporary float64 tensor.
 EXACT_ELEMENTS = {"cuda": 2**29, "cpu": 2**25}
 # More than the level-2 cache of any GPU.
 FLUSHED_BYTES = 2**28
@@ -39,9 +42,13 @@ Work = Callable[[], R]
 
 @dataclass
 class Result:
-    """Of one variant: why it has no times; seconds of each repeat, peak extra bytes, error.
+    """Measurements of one variant; dictionaries are by direction.
 
-    idle_seconds: of each repeat on a device that was idle, launching included.
+    failure: reason if the variant could not be measured, otherwise empty.
+    seconds: of each repeat, on a device that is busy until the pass has been launched.
+    idle_seconds: of each repeat, on an idle device, so that launching is included; none on the CPU.
+    extra_bytes: peak memory beyond the inputs and the results.
+    errors: largest relative error of the results.
     """
 
     failure: str = ""
@@ -54,11 +61,11 @@ class Result:
 
 
 class Clock:
-    """Times calls. On CUDA each finds a cache full of something else.
+    """Timer of calls. On CUDA it flushes the level-2 cache before each call.
 
-    Either the host is ahead, as in a training step: the device still has work queued before the
-    call's when the call has been launched. Or the device is idle: then the time has in it what
-    the host needs to launch.
+    By default the device is still busy with the flushes when the call has been launched, as in a
+    training step whose host runs ahead, so that launching is not timed. With `idle` the device
+    waits for the host, so that it is.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -69,7 +76,7 @@ class Clock:
         )
 
     def __call__(self, work: Work[R], idle: bool = False) -> tuple[R, float]:
-        """What `work` returns, and seconds."""
+        """Run `work`; return its result and the seconds it took."""
         if self.flushed is None:
             begin = time.perf_counter()
             result = work()
@@ -86,31 +93,33 @@ class Clock:
         return result, events[0].elapsed_time(events[1]) / 1e3
 
     def median(self, work: Work[R], repeats: int) -> float:
-        """Seconds, after one call that does not count."""
+        """Median seconds of a call, after one that is not timed."""
         work()
         return statistics.median(self(work)[1] for _ in range(repeats))
 
 
 class PeakMemory:
-    """Bytes beyond what stood before and beyond all results, at the peak since it was made."""
+    """Peak bytes since construction, minus the bytes in use then and those of the results."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.before = start_of_peak(device)
+        self.before = reset_peak_bytes(device)
         self.results = 0
 
     def __call__(self, work: Work[tuple[Tensor, ...]]) -> tuple[tuple[Tensor, ...], int]:
+        """Run `work`; return its results and the peak extra bytes so far."""
         results = work()
         self.results += sum(result.nbytes for result in results)
         return results, max(0, peak_bytes(self.device) - self.before - self.results)
 
 
 def unobserved(work: Work[R]) -> tuple[R, None]:
+    """Run `work` and measure nothing."""
     return work(), None
 
 
 def count_launches(work: Work[R]) -> tuple[R, int]:
-    """CUDA kernels that `work` starts, copies and fills by the driver not counted."""
+    """Run `work` and count its CUDA kernels, without the driver's copies and fills."""
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profile:
         result = work()
@@ -126,24 +135,31 @@ def one_pass(
     func: Func,
     observe: Callable[[Work[tuple[Tensor, ...]]], tuple[tuple[Tensor, ...], S]],
 ) -> tuple[tuple[Tensor, ...], dict[str, S]]:
-    """Output and gradients of the leaves; what `observe` says of each direction."""
+    """Run one forward and one backward pass, each through `observe`.
+
+    observe: runs the work it is given; returns the result and a measurement.
+
+    Returns:
+        The output and the gradients of the leaves, and the measurement of each direction.
+    """
     outs, forward = observe(lambda: (inputs.call(func),))
     grads, backward = observe(lambda: torch.autograd.grad(outs[0], inputs.leaves, inputs.grad))
     return (*outs, *grads), dict(zip(DIRECTIONS, (forward, backward), strict=True))
 
 
 def measure(inputs: Inputs, variants: dict[str, Func], repeats: int) -> dict[str, Result]:
-    """All variants: first verified, which compiles them, then memory, then times by turns.
+    """Measure all variants: verify them, which also compiles them, then memory, then times.
 
-    Verified again at the end: what is fast only once it is wrong gets no time either.
+    Repeats of the variants are interleaved. All are verified again at the end, so that a variant
+    whose result becomes wrong in later calls gets no time.
 
     Raises:
-        RuntimeError: the result of the op is wrong, or a variant writes to the inputs; and
-            whatever else the op raises. A peer's failure is kept in its result.
+        RuntimeError: the op's result is wrong, or a variant writes to the inputs.
+        Exception: anything else that the op raises. A baseline's error becomes its `failure`.
     """
     results = {name: Result() for name in variants}
 
-    def of_all(step: Callable[[str, Func, Result], None]) -> None:
+    def for_each_variant(step: Callable[[str, Func, Result], None]) -> None:
         for name, func in variants.items():
             result = results[name]
             if result.failure:
@@ -152,25 +168,25 @@ def measure(inputs: Inputs, variants: dict[str, Func], repeats: int) -> dict[str
             try:
                 step(name, func, result)
             except Exception as error:
-                if name == SUBJECT:
+                if name == OURS:
                     raise
-                # Without times, if it had any.
+                # Drops what was measured before.
                 result = results[name] = Result(failure=_first_line(error))
             if inputs.versions() != versions:
                 raise RuntimeError(f"{name} writes to its inputs: nothing after it can be measured")
             if result.failure:
                 gc.collect()
-                # What the allocator keeps would be missing where kernels are loaded.
+                # Loading kernels needs memory that PyTorch's allocator would keep reserved.
                 torch.cuda.empty_cache()
 
     device = inputs.grad.device
     versions = inputs.versions()
-    of_all(partial(_verify, inputs, exact_results(inputs)))
-    of_all(partial(_weigh, inputs))
+    for_each_variant(partial(verify, inputs, exact_results(inputs)))
+    for_each_variant(partial(measure_memory, inputs))
     clock = Clock(device)
     for _ in range(repeats):
-        of_all(partial(_time, inputs, clock))
-    of_all(partial(_verify, inputs, exact_results(inputs)))
+        for_each_variant(partial(measure_times, inputs, clock))
+    for_each_variant(partial(verify, inputs, exact_results(inputs)))
     return results
 
 
@@ -183,44 +199,54 @@ def _first_line(error: Exception) -> str:
     )
 
 
-def _verify(
+def verify(
     inputs: Inputs, exact: tuple[Tensor, ...], name: str, func: Func, result: Result
 ) -> None:
+    """Compare a variant's results with `exact`, and record its errors.
+
+    Raises:
+        RuntimeError: an error is above the limit of the dtype.
+    """
     computed, _ = one_pass(inputs, func, unobserved)
     errors = [relative_error(*pair) for pair in zip(computed, exact, strict=True)]
     for what, error in zip(RESULTS, errors, strict=True):
-        limits = LARGEST_PEER_TABLE_ERROR if what in TABLES else LARGEST_PEER_ERROR
-        limits = LARGEST_ERROR if name == SUBJECT else limits
+        limits = MAX_BASELINE_TABLE_ERROR if what in TABLES else MAX_BASELINE_ERROR
+        limits = MAX_ERROR if name == OURS else limits
         if error > limits[inputs.grad.dtype]:
             raise RuntimeError(f"{name} is wrong: relative error {error:.1e} of the {what}")
     result.errors = {"forward": errors[0], "backward": max(errors[1:])}
 
 
-def _weigh(inputs: Inputs, name: str, func: Func, result: Result) -> None:
+def measure_memory(inputs: Inputs, name: str, func: Func, result: Result) -> None:
+    """Record the peak extra bytes of a pass."""
     _, result.extra_bytes = one_pass(inputs, func, PeakMemory(inputs.grad.device))
 
 
-def _time(inputs: Inputs, clock: Clock, name: str, func: Func, result: Result) -> None:
-    for kept, idle in ((result.seconds, False), (result.idle_seconds, True)):
+def measure_times(inputs: Inputs, clock: Clock, name: str, func: Func, result: Result) -> None:
+    """Record the seconds of one pass, and on CUDA of another on an idle device."""
+    for recorded, idle in ((result.seconds, False), (result.idle_seconds, True)):
         if idle and inputs.grad.device.type == "cpu":
             continue
-        # The results are let go of before the next pass.
+        # Indexed here, so that the results are freed before the next pass.
         seconds = one_pass(inputs, func, partial(clock, idle=idle))[1]
         for direction in DIRECTIONS:
-            kept[direction].append(seconds[direction])
+            recorded[direction].append(seconds[direction])
 
 
 def exact_results(inputs: Inputs) -> tuple[Tensor, ...]:
-    """Output and gradients of the leaves in float64, some tokens at a time.
+    """Compute output and gradients of the leaves in float64, a chunk of tokens at a time.
 
-    The formulas are those of `flash_moe.ops.flash_expert`; ids of -1 contribute nothing.
+    Uses the formulas in `flash_moe.ops.expert_math`; ids of -1 contribute nothing.
+
+    Returns:
+        Output (T, H), then gradients in the order of LEAVES, all float64.
     """
     hidden_TH, down_EH, up_EH, weights_TK = (leaf.detach() for leaf in inputs.leaves)
     out_TH, hidden_grad_TH = (torch.zeros_like(hidden_TH, dtype=torch.float64) for _ in range(2))
     down_grad_EH, up_grad_EH = (torch.zeros_like(down_EH, dtype=torch.float64) for _ in range(2))
     weights_grad_TK = torch.zeros_like(weights_TK, dtype=torch.float64)
     step = max(1, EXACT_ELEMENTS[out_TH.device.type] // (weights_TK.shape[1] * out_TH.shape[1]))
-    # t: tokens of a chunk; shapes (t, H, 1), (t, 1, K) and (t, K, 1) make products of matrices.
+    # t: tokens of a chunk; matmuls have operands (t, H, 1), (t, 1, K) and (t, K, 1).
     for begin in range(0, len(out_TH), step):
         part = slice(begin, begin + step)
         empty = inputs.indices[part] < 0
@@ -247,13 +273,15 @@ def exact_results(inputs: Inputs) -> tuple[Tensor, ...]:
 
 
 def relative_error(result: Tensor, exact: Tensor) -> float:
-    """Distance from `exact` over its norm, some rows at a time; infinite where it is no number.
+    """Distance between `result` and `exact`, divided by the norm of `exact`.
+
+    Infinite if the quotient is not finite. Computed in float64, some rows at a time.
 
     Raises:
         ValueError: the shapes differ.
     """
     if result.shape != exact.shape:
-        raise ValueError(f"expected a result of {tuple(exact.shape)}, got {tuple(result.shape)}")
+        raise ValueError(f"result must have shape {tuple(exact.shape)}, got {tuple(result.shape)}")
     rows = max(1, EXACT_ELEMENTS[exact.device.type] // exact.shape[1])
     squares = torch.zeros(2, device=exact.device, dtype=torch.float64)
     for part, exact_part in zip(result.detach().split(rows), exact.split(rows), strict=True):
@@ -264,21 +292,21 @@ def relative_error(result: Tensor, exact: Tensor) -> float:
     return error if math.isfinite(error) else math.inf
 
 
-def start_of_peak(device: torch.device) -> int:
-    """Bytes in use; from here on the peak is counted anew."""
+def reset_peak_bytes(device: torch.device) -> int:
+    """Start measuring `peak_bytes` from now on; return the bytes in use."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
-    # What the C library keeps of freed memory would hide what a pass takes.
+    # Freed memory that the C library has not returned would hide what a pass allocates.
     ctypes.CDLL(None).malloc_trim(0)
-    # Linux: 5 sets the high-water mark of resident memory back.
+    # Linux: writing 5 resets the high-water mark of resident memory.
     Path("/proc/self/clear_refs").write_text("5")
     return _status_bytes("VmRSS")
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Most bytes in use since `start_of_peak`."""
+    """Most bytes in use since `reset_peak_bytes`."""
     return torch.cuda.max_memory_allocated() if device.type == "cuda" else _status_bytes("VmHWM")
 
 

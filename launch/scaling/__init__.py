@@ -1,1 +1,1 @@
-"""Parts of launch/bench_scaling.py."""
+"""Modules of launch/bench_scaling.py."""

@@ -1,4 +1,4 @@
-"""Options of launch/bench_scaling.py, and the problems they make."""
+"""Options of launch/bench_scaling.py, and the problems they stand for."""
 
 import argparse
 import importlib.util
@@ -12,12 +12,12 @@ from flash_moe.bench.cases import DTYPES, ROUTINGS
 from flash_moe.ops.triton_launch import cdiv
 from flash_moe_dist.dispatch.comm_volume import DispatcherName
 from scaling.problems import Problem
-from scaling.results import ALONE, CONVENTIONAL
+from scaling.results import CONVENTIONAL, SINGLE_RANK
 
 AUTO = "auto"
 PLOT_SUFFIXES = (".png", ".pdf", ".svg")
 DISPATCHERS: tuple[DispatcherName, ...] = ("all_to_all", "all_gather")
-# What fits the device, and a minute or two.
+# Defaults by whether there are GPUs: they fit into memory and run in a minute or two.
 TOTAL_TOKENS = {True: 16384, False: 1024}
 ON_GPUS = {
     "tokens": [8192],
@@ -38,7 +38,11 @@ ON_CPUS = {
 
 
 def parse(description: str, argv: list[str], on_gpus: bool, world_size: int) -> argparse.Namespace:
-    """Raises ValueError for what cannot be measured; exits for --help."""
+    """Parse the options; exits for --help.
+
+    Raises:
+        ValueError: options that cannot be measured on `world_size` ranks.
+    """
     parser = RaisingParser(
         prog="bench_scaling.py",
         description=description,
@@ -50,48 +54,87 @@ def parse(description: str, argv: list[str], on_gpus: bool, world_size: int) -> 
         nargs="+",
         choices=("weak", "strong"),
         default=["weak", "strong"],
-        help="weak: each rank's tokens stay the same; strong: all ranks' tokens together do",
+        help="weak: the tokens of each rank stay the same; strong: those of all ranks together do",
     )
     for name, help in (
-        ("tokens", "of each rank, in weak scaling"),
+        ("tokens", "tokens of each rank in weak scaling"),
         (
             "total_tokens",
-            f"of all ranks together, in strong scaling; without it {TOTAL_TOKENS[on_gpus]}, or the "
-            "next number that all numbers of ranks divide",
+            "tokens of all ranks together in strong scaling; if not given, "
+            f"{TOTAL_TOKENS[on_gpus]} rounded up to a multiple of every number of ranks",
         ),
-        ("num_experts_per_tok", "K"),
-        ("hidden_size", "H"),
-        ("num_experts", "E, over all ranks; one rank must be able to hold all"),
+        ("num_experts_per_tok", "experts per token, K"),
+        ("hidden_size", "hidden size, H"),
+        ("num_experts", "experts of all ranks, E; a single rank must have memory for all"),
     ):
         add(_option(name), type=int, nargs="+", help=help)
-    add("--dtype", choices=DTYPES, help="of everything")
-    add("--routing", nargs="+", choices=ROUTINGS, default=["uniform"], help="of tokens to experts")
-    add("--key-bias", type=float, default=0.0, help="of product keys: how much keys differ")
-    add("--ranks", type=int, nargs="+", help="besides 1; without it 2, 4, ... and all")
+    add("--dtype", choices=DTYPES, help="dtype of hidden states, tables and routing weights")
+    add(
+        "--routing",
+        nargs="+",
+        choices=ROUTINGS,
+        default=["uniform"],
+        help="how expert ids are drawn",
+    )
+    add(
+        "--key-bias",
+        type=float,
+        default=0.0,
+        help="how skewed routing product_keys is: standard deviation of a key's score between "
+        "keys, in units of that between tokens",
+    )
+    add(
+        "--ranks",
+        type=int,
+        nargs="+",
+        help="numbers of ranks to measure, besides 1; if not given 2, 4, ... and all",
+    )
     add(
         "--dispatcher",
         nargs="+",
         choices=(AUTO, *DISPATCHERS, CONVENTIONAL),
         default=[AUTO, *DISPATCHERS, CONVENTIONAL],
-        help="conventional: each pair carries its row, forward only",
+        help="dispatchers to measure; conventional: a row for each pair, forward pass only",
     )
-    add("--repeats", type=int, help="of each time")
-    add("--ranks-per-host", type=int, default=8, help="of more ranks than there are")
-    add("--link", type=float, help="GB/s of a rank to others of its host; without it as measured")
-    add("--network", type=float, default=50.0, help="GB/s of a rank to other hosts, at most --link")
+    add("--repeats", type=int, help="timed passes of each variant")
+    add(
+        "--ranks-per-host",
+        type=int,
+        default=8,
+        help="in predictions for more ranks than there are: ranks of a host",
+    )
+    add(
+        "--link",
+        type=float,
+        help="in predictions for more ranks than there are: GB/s of a rank to others of its host; "
+        "measured if not given",
+    )
+    add(
+        "--network",
+        type=float,
+        default=50.0,
+        help="in predictions: GB/s of a rank to other hosts, at most --link",
+    )
     add(
         "--latency",
         type=float,
-        help="us of a message between more ranks than there are; without it as measured on all",
+        help="in predictions for more ranks than there are: microseconds of an empty message; "
+        "measured if not given",
     )
     add(
         "--timeout",
         type=float,
         default=600,
-        help="seconds that a rank may wait for others, as do those that a measurement leaves out",
+        help="seconds that a collective may take; ranks that a measurement does not use wait in "
+        "one until it ends",
     )
-    add("--json", type=Path, metavar="FILE", help="write all that was measured")
-    add("--plot", type=Path, metavar="FILE.png", help="time, efficiency, steps against ranks")
+    add("--json", type=Path, metavar="FILE", help="write all measurements and predictions")
+    add(
+        "--plot",
+        type=Path,
+        metavar="FILE.png",
+        help="plot time and efficiency against the number of ranks, and the phases",
+    )
     parser.set_defaults(**(ON_GPUS if on_gpus else ON_CPUS))
     args = parser.parse_args(argv)
 
@@ -107,8 +150,8 @@ def parse(description: str, argv: list[str], on_gpus: bool, world_size: int) -> 
     if args.ranks[0] < 1 or args.ranks[-1] > world_size:
         parser.error(f"--ranks must be from 1 to the {world_size} there are, got {args.ranks}")
     if args.total_tokens is None:
-        least = math.lcm(*args.ranks)
-        args.total_tokens = [cdiv(TOTAL_TOKENS[on_gpus], least) * least]
+        multiple = math.lcm(*args.ranks)
+        args.total_tokens = [cdiv(TOTAL_TOKENS[on_gpus], multiple) * multiple]
     for name in (*numbers, "scaling", "routing", "dispatcher"):
         setattr(args, name, list(dict.fromkeys(getattr(args, name))))
     if args.key_bias and "product_keys" not in args.routing:
@@ -117,17 +160,19 @@ def parse(description: str, argv: list[str], on_gpus: bool, world_size: int) -> 
         path = getattr(args, name)
         if path is not None and (path.is_dir() or not os.access(path.parent, os.W_OK)):
             parser.error(
-                f"{_option(name)} must be a file in a folder that exists and can be written to, "
+                f"{_option(name)} must be a file in a folder that exists and is writable, "
                 f"got {path}"
             )
     if args.plot and args.plot.suffix.lower() not in PLOT_SUFFIXES:
         parser.error(f"--plot must end in one of {', '.join(PLOT_SUFFIXES)}, got {args.plot}")
     if args.plot and args.plot == args.json:
-        parser.error(f"--plot and --json must be two files, got {args.plot} for both")
+        parser.error(f"--plot and --json must be different files, got {args.plot} for both")
     if args.plot and importlib.util.find_spec("matplotlib") is None:
         parser.error("--plot needs matplotlib: pip install matplotlib")
     if args.dispatcher == [CONVENTIONAL]:
-        parser.error(f"--dispatcher {CONVENTIONAL} needs another one to be compared with")
+        parser.error(
+            f"--dispatcher must name one other than {CONVENTIONAL}, which is only compared with it"
+        )
     return args
 
 
@@ -136,11 +181,11 @@ class _Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaults
 
 
 def variants(chosen: list[str], problem: Problem, ranks: int) -> list[str]:
-    """What is measured on so many ranks, "auto" being the dispatcher that it stands for."""
+    """Variants to measure on this many ranks, with "auto" replaced by the dispatcher it chooses."""
     if ranks == 1:
-        return [ALONE]
-    meant = [problem.auto(ranks) if name == AUTO else name for name in chosen]
-    return list(dict.fromkeys(meant))
+        return [SINGLE_RANK]
+    names = [problem.auto(ranks) if name == AUTO else name for name in chosen]
+    return list(dict.fromkeys(names))
 
 
 def _option(name: str) -> str:
@@ -148,7 +193,11 @@ def _option(name: str) -> str:
 
 
 def problems_of(args: argparse.Namespace) -> list[Problem]:
-    """Every combination of the options. Raises ValueError for what no case can be made of."""
+    """Make a problem of every combination of the options.
+
+    Raises:
+        ValueError: a combination for which `Problem.case` raises.
+    """
     problems = []
     for scaling in args.scaling:
         for tokens, hidden_size, num_experts, slots, routing in itertools.product(

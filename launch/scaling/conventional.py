@@ -1,4 +1,4 @@
-"""The baseline: dispatch as it is done for few large experts, every pair carrying its row.
+"""Baseline: dispatch as for few large experts, which sends a row for every pair.
 
 T local tokens, K experts per token, H hidden size, N = T K pairs of this rank, M pairs received.
 """
@@ -11,7 +11,7 @@ from flash_moe.ops.flash_expert import ragged_flash_expert_func
 from flash_moe_dist.dispatch.collectives import all_to_all_rows
 from flash_moe_dist.dispatch.partition import experts_per_rank
 
-# Buffers with a row for each pair that are there at one time: two, and room for one.
+# Buffers with a row for each pair that are allocated at once: two, and one of headroom.
 COPIES = 3
 
 
@@ -25,17 +25,18 @@ def conventional_expert_func(
     num_experts: int,
     group: dist.ProcessGroup,
 ) -> Tensor:
-    """The forward pass of the expert-parallel layer, over all ranks of `group`.
+    """Compute the forward pass of the expert-parallel layer over all ranks of `group`.
 
-    For each pair the row of its token goes to the expert's owner by all-to-all, and a row of
-    results comes back; the owner's kernels are those of the layer. No empty slots.
+    For each pair an all-to-all sends the token's row to the expert's owner, and another returns a
+    row of results. The owner uses the same kernels as the layer.
 
     Args:
-        hidden_TH, indices_TK, weights_TK: as `triton_flash_expert_func`; no index is -1.
-        down_eH, up_eH: the tables' rows that this rank owns, of `num_experts` in all.
+        hidden_TH, indices_TK, weights_TK: as for `triton_flash_expert_func`, without empty slots.
+        down_eH, up_eH: rows of the tables that this rank owns.
+        num_experts: of all ranks together.
 
     Returns:
-        (T, H) in the dtype of `hidden_TH`, to which results of pairs are rounded before the sum.
+        (T, H) in the dtype of `hidden_TH`. Results of pairs are rounded to it before the sum.
     """
     num_tokens, slots = indices_TK.shape
     ids_N, ep_size = indices_TK.flatten(), dist.get_world_size(group)
@@ -58,14 +59,14 @@ def conventional_expert_func(
     del rows_MH
     returned_NH = all_to_all_rows(results_MH, received, sent, group)
     del results_MH
-    place_N = torch.empty_like(order_N)
-    place_N[order_N] = torch.arange(len(order_N), device=order_N.device)
+    position_N = torch.empty_like(order_N)
+    position_N[order_N] = torch.arange(len(order_N), device=order_N.device)
     shape = (num_tokens, slots, hidden_TH.shape[1])
-    in_order_TKH = returned_NH.index_select(0, place_N).view(shape)
+    in_order_TKH = returned_NH.index_select(0, position_N).view(shape)
     del returned_NH
     return in_order_TKH.sum(1)
 
 
 def bytes_needed(pairs: int, hidden_TH: Tensor) -> int:
-    """Of rows of that many pairs, sent or received, at the peak."""
+    """Peak bytes of a pass that sends or receives this many pairs."""
     return COPIES * pairs * hidden_TH.shape[1] * hidden_TH.element_size()

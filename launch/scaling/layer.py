@@ -1,4 +1,4 @@
-"""The layer that is measured, sharded over ranks, with its results and its load.
+"""The sharded layer that is measured, with this rank's tokens.
 
 T local tokens, H hidden size, E experts, e of them on this rank.
 """
@@ -17,54 +17,58 @@ from flash_moe_dist.dispatch.partition import experts_per_rank
 from flash_moe_dist.expert_parallel import ExpertParallelFunc
 from scaling.conventional import conventional_expert_func
 from scaling.problems import Tokens
-from scaling.ranks import Ranks
+from scaling.rank_group import RankGroup
 from scaling.traffic import Traffic, sent_by_one_rank
 
 TABLES = ("down_weights", "up_weights")
 
 
 class Layer:
-    """`FlashExperts` sharded over ranks, and this rank's tokens."""
+    """`FlashExperts` sharded over ranks, with this rank's part of the inputs."""
 
-    def __init__(self, inputs: Inputs, ranks: Ranks) -> None:
+    def __init__(self, inputs: Inputs, ranks: RankGroup) -> None:
         _, *full_EH, _ = inputs.leaves
         num_experts, hidden_size = full_EH[0].shape
         self.ranks, self.num_experts = ranks, num_experts
-        # They remember how much room a pass takes.
+        # Reused, because each learns its static capacity from its earlier passes.
         self.funcs: dict[Any, ExpertParallelFunc] = {}
         self.experts = FlashExperts(num_experts, hidden_size, "meta", full_EH[0].dtype)
         parallelize_module(self.experts, ranks.mesh, ExpertParallel())
         self.experts.to_empty(device=ranks.device)
-        own = rows_of(num_experts, ranks.size, ranks.rank)
+        own = owned_rows(num_experts, ranks.size, ranks.rank)
         for table, full in zip(self.tables, full_EH, strict=True):
             table.to_local().copy_(full.detach()[own])
         self.tokens = Tokens.of_rank(inputs, ranks.rank, ranks.size)
 
     @property
     def tables(self) -> tuple[DTensor, DTensor]:
+        """The down and the up table (E, H), sharded over dim 0."""
         tables: Any = [self.experts.get_parameter(name).detach() for name in TABLES]
         return tables[0], tables[1]
 
     def choose(self, dispatcher: Any) -> None:
-        """A name, or anything on one rank."""
+        """Use this dispatcher in later passes: a dispatcher or "auto"; not used on one rank."""
         if dispatcher not in self.funcs:
             self.funcs[dispatcher] = ExpertParallelFunc(self.ranks.mesh, dispatcher)
         self.experts.expert_func = self.funcs[dispatcher]
 
     def forward(self) -> None:
+        """Run the forward pass and keep its output."""
         tokens = self.tokens
         self.out_TH = self.experts(tokens.hidden_TH, tokens.indices_TK, tokens.weights_TK)
 
     def backward(self) -> None:
-        """Of the last forward pass."""
+        """Run the backward pass of the last forward pass."""
         self.out_TH.backward(self.tokens.grad_TH)
 
     def clear(self) -> None:
+        """Drop the output and all gradients."""
         self.out_TH = torch.empty(0)
         for leaf in (self.tokens.hidden_TH, self.tokens.weights_TK, *self.experts.parameters()):
             leaf.grad = None
 
     def conventional(self) -> Tensor:
+        """Output (T, H) of the conventional dispatch."""
         tokens = self.tokens
         down_eH, up_eH = (table.to_local() for table in self.tables)
         return conventional_expert_func(
@@ -78,13 +82,16 @@ class Layer:
         )
 
     def traffic(self) -> Traffic:
-        """Collective over the ranks; waits for the device."""
-        mine = sent_by_one_rank(self.tokens.indices_TK, self.num_experts, self.ranks.size)
-        rows, pairs = zip(*self.ranks.gather(mine), strict=True)
+        """Rows and pairs that the ranks send each other. Collective; waits for the device."""
+        sent = sent_by_one_rank(self.tokens.indices_TK, self.num_experts, self.ranks.size)
+        rows, pairs = zip(*self.ranks.gather(sent), strict=True)
         return Traffic(torch.stack(rows), torch.stack(pairs), len(self.tokens.indices_TK))
 
     def results(self) -> tuple[Tensor, ...]:
-        """Output, and gradients in the order of LEAVES; of tables this rank's rows."""
+        """Run both passes; return the output and the gradients in the order of LEAVES.
+
+        Gradients of tables are (e, H), for the rows of this rank.
+        """
         self.clear()
         self.forward()
         self.backward()
@@ -96,6 +103,7 @@ class Layer:
         return self.out_TH.detach(), hidden_grad, *grads_eH, weights_grad
 
 
-def rows_of(num_experts: int, ranks: int, rank: int) -> slice:
+def owned_rows(num_experts: int, ranks: int, rank: int) -> slice:
+    """Rows of the tables that `rank` owns."""
     size = experts_per_rank(num_experts, ranks)
     return slice(min(num_experts, rank * size), min(num_experts, (rank + 1) * size))

@@ -1,4 +1,4 @@
-"""Latency and rate of each collective between ranks, measured."""
+"""Measure latency and rate of each collective between ranks."""
 
 import statistics
 from collections.abc import Callable
@@ -8,48 +8,52 @@ import torch
 from torch import Tensor
 
 from flash_moe_dist.dispatch.collectives import all_gather_rows, all_to_all_rows
+from scaling.clock import Clock
 from scaling.predict import Link
-from scaling.ranks import Clock, Ranks
-from scaling.traffic import ALL_GATHER, ALL_TO_ALL
+from scaling.rank_group import RankGroup
+from scaling.traffic import COLLECTIVES, Collective
 
-# Bytes that each rank hands over.
+# Bytes that each rank hands over in the small and the large message.
 LINK_BYTES = {"cuda": (2**20, 2**26), "cpu": (2**14, 2**22)}
 REPEATS = 10
+# Elements of a row.
 WIDTH = 2**10
 
 
-def measure_links(ranks: Ranks) -> dict[str, Link]:
-    """Latency and rate of each collective, from a small and a large message."""
-    return {name: _link(ranks, name) for name in (ALL_TO_ALL, ALL_GATHER)}
+def measure_links(ranks: RankGroup) -> dict[Collective, Link]:
+    """Fit latency and rate of each collective to the times of a small and a large message."""
+    return {collective: _link(ranks, collective) for collective in COLLECTIVES}
 
 
-def _link(ranks: Ranks, name: str) -> Link:
-    small, large = (_seconds_of(ranks, name, handed) for handed in LINK_BYTES[ranks.device.type])
-    # Noise of a busy machine must not make a link of infinite rate.
+def _link(ranks: RankGroup, collective: Collective) -> Link:
+    small, large = (
+        _time_transfer(ranks, collective, handed) for handed in LINK_BYTES[ranks.device.type]
+    )
+    # On a busy machine noise could make the difference zero or negative.
     seconds = max(large.seconds - small.seconds, 0.05 * large.seconds)
     rate = (large.leaving - small.leaving) / seconds
     return Link(max(0.0, small.seconds - small.leaving / rate), rate)
 
 
 @dataclass(frozen=True)
-class _Sent:
-    """Bytes that left each rank, and seconds."""
+class _Transfer:
+    """Bytes that left each rank, and the seconds this took."""
 
     leaving: float
     seconds: float
 
 
-def _seconds_of(ranks: Ranks, name: str, handed: int) -> _Sent:
-    """Of about `handed` bytes on each rank."""
+def _time_transfer(ranks: RankGroup, collective: Collective, handed: int) -> _Transfer:
+    """Time a collective to which each rank hands about `handed` bytes."""
     each = max(1, handed // (WIDTH * 2) // ranks.size)
     rows = torch.ones(each * ranks.size, WIDTH, device=ranks.device, dtype=torch.bfloat16)
     equal = [each] * ranks.size
-    calls: dict[str, Callable[[], Tensor]] = {
-        ALL_TO_ALL: lambda: all_to_all_rows(rows, equal, equal, ranks.group),
-        ALL_GATHER: lambda: all_gather_rows(rows, ranks.group),
+    calls: dict[Collective, Callable[[], Tensor]] = {
+        "all_to_all": lambda: all_to_all_rows(rows, equal, equal, ranks.group),
+        "all_gather": lambda: all_gather_rows(rows, ranks.group),
     }
-    copies = ranks.size - 1 if name == ALL_GATHER else (ranks.size - 1) / ranks.size
+    copies = ranks.size - 1 if collective == "all_gather" else (ranks.size - 1) / ranks.size
     clock = Clock(ranks)
-    calls[name]()
-    seconds = statistics.median(clock(calls[name]) for _ in range(REPEATS))
-    return _Sent(rows.nbytes * copies, seconds)
+    calls[collective]()
+    seconds = statistics.median(clock(calls[collective]) for _ in range(REPEATS))
+    return _Transfer(rows.nbytes * copies, seconds)

@@ -1,21 +1,21 @@
-"""Times from the volume model: experts as on one rank, what memory and links take for the rest.
+"""Predict the time of a pass from the bytes it moves and the rates of links and memory.
 
-W ranks; a rank has T tokens, sends S rows, receives R; E experts, H hidden size; b, a, g bytes of
-an element of hidden states, of partial sums and of tables.
+W ranks; a rank has T tokens, sends S rows and receives R; E experts, H hidden size; b, a, g bytes
+of an element of hidden states, of partial sums and of the tables.
 
-Experts take what they take on one rank, times the share of the busiest rank's pairs. Its memory
-takes what has to be moved besides, forward and backward:
+Experts take their time on one rank, scaled by the share of pairs that the busiest rank has. The
+busiest rank's memory moves these bytes more than one rank's, in forward and backward together:
 
-    more rows than T, received: read twice in the backward pass      (R - T) H (3 b + 2 a)
-        and once in the forward pass, a sum written in each
-    rows packed by an all-to-all, sums of every rank read            2 S H (2 b + a)
-    in weak scaling, less of the gradients of the tables written     -2 (1 - 1/W) E H g
+    rows received beyond T: the backward pass reads them twice, the  (R - T) H (3 b + 2 a)
+        forward pass once, and each pass writes a partial sum for each
+    rows packed for an all-to-all, partial sums of all ranks read    2 S H (2 b + a)
+    weak scaling: each rank writes smaller gradients of the tables   -2 (1 - 1/W) E H g
 
-Each message takes a latency and, over its rate, the most bytes that any rank sends to others or
-receives from them. Nothing is taken to overlap.
+A message takes a latency, plus the most bytes that any rank sends to others or receives from them,
+divided by the rate of the link. No two terms are assumed to overlap.
 
-Between hosts: the rows of an all-gather cross to a host once, shared out among its ranks; those of
-an all-to-all cross as they are.
+Between hosts, each row of an all-gather crosses to a host once, split among the host's ranks; rows
+of an all-to-all cross for each rank that needs them.
 """
 
 from dataclasses import dataclass
@@ -24,12 +24,12 @@ import torch
 
 from flash_moe_dist.dispatch.comm_volume import DispatcherName
 from scaling.problems import Problem
-from scaling.traffic import ALL_GATHER, ALL_TO_ALL, Message, Traffic, busiest, messages
+from scaling.traffic import Collective, Message, Traffic, busiest, messages
 
 
 @dataclass(frozen=True)
 class Link:
-    """Of one collective: seconds of an empty one, and bytes/s that leave each rank."""
+    """Cost of one collective: seconds of an empty message, and bytes/s that leave each rank."""
 
     latency: float
     rate: float
@@ -37,35 +37,44 @@ class Link:
 
 @dataclass(frozen=True)
 class Network:
-    """Links within a host by collective; bytes/s of each rank to other hosts, and of its memory."""
+    """Rates that a prediction assumes.
 
-    links: dict[str, Link]
+    links: between ranks of a host, by collective. between_hosts: bytes/s of a rank to other hosts.
+    memory: bytes/s of a copy on a device, read and written.
+    """
+
+    links: dict[Collective, Link]
     ranks_per_host: int
     between_hosts: float
     memory: float
 
     def seconds(self, message: Message) -> float:
+        """Predict the seconds of a message."""
         bytes_WW = message.bytes_WW
         ranks = len(bytes_WW)
         link = self.links[message.collective]
-        near = min(ranks, self.ranks_per_host)
-        if message.collective == ALL_TO_ALL:
-            host_W = torch.arange(ranks) // near
+        host_size = min(ranks, self.ranks_per_host)
+        if message.collective == "all_to_all":
+            host_W = torch.arange(ranks) // host_size
             same_host_WW = host_W[:, None] == host_W
-            elsewhere_WW = bytes_WW.clone().fill_diagonal_(0)
-            within = busiest(elsewhere_WW.where(same_host_WW, 0.0))
-            between = busiest(elsewhere_WW.where(~same_host_WW, 0.0))
+            to_others_WW = bytes_WW.clone().fill_diagonal_(0)
+            within = busiest(to_others_WW.where(same_host_WW, 0.0))
+            between = busiest(to_others_WW.where(~same_host_WW, 0.0))
         else:
-            # What one rank gathers from another.
-            part = float(bytes_WW.max())
-            within, between = part * (ranks - 1), part * (ranks - near) / near
+            per_rank = float(bytes_WW.max())
+            within = per_rank * (ranks - 1)
+            between = per_rank * (ranks - host_size) / host_size
         rate_between = min(self.between_hosts, link.rate)
         return link.latency + max(within / link.rate, between / rate_between)
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Seconds of both passes: experts and memory of the busiest rank, communication."""
+    """Seconds of a forward and a backward pass.
+
+    experts: on the busiest rank. memory: bytes moved beyond those on one rank. communication: all
+    messages.
+    """
 
     experts: float
     memory: float
@@ -73,6 +82,7 @@ class Prediction:
 
     @property
     def total(self) -> float:
+        """Seconds of a forward and a backward pass; no parts overlap."""
         return self.experts + self.memory + self.communication
 
 
@@ -83,17 +93,18 @@ def predict(
     network: Network,
     one_rank_seconds: float,
 ) -> Prediction:
-    """Of both passes.
+    """Predict a forward and a backward pass.
 
     Args:
-        one_rank_seconds: of these on one rank, in strong scaling with the tokens of all.
+        one_rank_seconds: of both passes on one rank, with the tokens of one rank in weak scaling
+            and of all ranks in strong scaling.
     """
     ranks = len(traffic.rows_WW)
-    shared = one_rank_seconds if problem.scaling == "weak" else one_rank_seconds / ranks
-    experts = shared * traffic.load
-    widths = problem.widths(ranks)
-    b, a = widths.hidden_bytes, widths.sum_bytes
-    if dispatcher == ALL_GATHER:
+    per_rank = one_rank_seconds if problem.scaling == "weak" else one_rank_seconds / ranks
+    experts = per_rank * traffic.imbalance
+    sizes = problem.element_sizes(ranks)
+    b, a = sizes.hidden_bytes, sizes.sum_bytes
+    if dispatcher == "all_gather":
         sent = received = ranks * traffic.most_tokens
         packing = a
     else:
@@ -102,12 +113,12 @@ def predict(
         packing = 2 * b + a
     per_column = (received - traffic.most_tokens) * (3 * b + 2 * a) + 2 * sent * packing
     if problem.scaling == "weak":
-        # In strong scaling a rank's share of the time on one rank has its share of these.
+        # In strong scaling, the share of the time on one rank already has a share of these writes.
         per_column -= 2 * (1 - 1 / ranks) * problem.num_experts * b
     memory = per_column * problem.hidden_size / network.memory
     return Prediction(
         experts,
-        # Less time than nothing is not to be had.
+        # What memory saves cannot exceed the time of the experts.
         max(memory, -experts),
-        sum(network.seconds(message) for message in messages(dispatcher, widths, traffic)),
+        sum(network.seconds(message) for message in messages(dispatcher, sizes, traffic)),
     )

@@ -1,4 +1,4 @@
-"""What is measured: problems, the ranks each is given to, and one rank's part of the inputs."""
+"""Problems whose scaling is measured, and one rank's part of their inputs."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -14,10 +14,10 @@ Scaling = Literal["weak", "strong"]
 
 @dataclass(frozen=True)
 class Problem:
-    """A layer, its routing, and how its tokens grow with the ranks.
+    """A layer, its routing, and how the number of its tokens depends on the number of ranks.
 
-    scaling: "weak": every rank has `tokens`; "strong": all ranks together have.
-    Other fields: as `flash_moe.bench.cases.Case`, which refuses wrong ones.
+    scaling: "weak": each rank has `tokens` tokens; "strong": all ranks together have.
+    Other fields: as in `flash_moe.bench.cases.Case`, which checks them.
     """
 
     scaling: Scaling
@@ -31,36 +31,39 @@ class Problem:
 
     @property
     def name(self) -> str:
-        whose = "a rank" if self.scaling == "weak" else "in all"
+        """Title for tables and plots."""
+        of = "per rank" if self.scaling == "weak" else "in all"
         bias = f", key bias {self.key_bias:g}" if self.routing == "product_keys" else ""
         return (
-            f"{self.scaling} scaling, {self.tokens} tokens {whose}, K={self.num_experts_per_tok}, "
+            f"{self.scaling} scaling, {self.tokens} tokens {of}, K={self.num_experts_per_tok}, "
             f"H={self.hidden_size}, E={self.num_experts}, {self.dtype}, {self.routing}{bias}"
         )
 
     def tokens_per_rank(self, ranks: int) -> int:
+        """Tokens of each of `ranks` ranks."""
         return self.tokens if self.scaling == "weak" else self.tokens // ranks
 
-    def widths(self, ranks: int) -> ElementSizes:
+    def element_sizes(self, ranks: int) -> ElementSizes:
+        """Sizes that `flash_moe_dist.dispatch.comm_volume` computes bytes from."""
         dtype = DTYPES[self.dtype]
         sum_dtype = accumulator_dtype(dtype, dtype)
         sizes = (dtype.itemsize, sum_dtype.itemsize, dtype.itemsize)
         return ElementSizes(ranks, self.hidden_size, *sizes)
 
     def auto(self, ranks: int) -> DispatcherName:
-        """The dispatcher that "auto" stands for."""
-        return cheaper_dispatcher(self.widths(ranks), self.num_experts_per_tok)
+        """The dispatcher that "auto" chooses on this many ranks."""
+        return cheaper_dispatcher(self.element_sizes(ranks), self.num_experts_per_tok)
 
     def case(self, ranks: int) -> Case:
-        """All ranks' tokens as one problem of one device.
+        """The tokens of all ranks as one case for one device.
 
         Raises:
-            ValueError: the tokens of all do not divide by `ranks`; as `Case`.
+            ValueError: in strong scaling, `ranks` does not divide the tokens; and as `Case`.
         """
         if self.scaling == "strong" and self.tokens % ranks:
             raise ValueError(
-                f"--total-tokens must divide by every number of ranks, got {self.tokens} tokens "
-                f"and {ranks} ranks"
+                f"--total-tokens must be a multiple of every number of ranks, got {self.tokens} "
+                f"tokens and {ranks} ranks"
             )
         return Case(
             self.name,
@@ -76,7 +79,10 @@ class Problem:
 
 @dataclass(frozen=True)
 class Tokens:
-    """One rank's tokens: hidden states (T, H), ids and routing weights (T, K), gradient (T, H)."""
+    """One rank's tokens.
+
+    Hidden states (T, H), expert ids and routing weights (T, K), gradient of the output (T, H).
+    """
 
     hidden_TH: Tensor
     indices_TK: Tensor
@@ -85,7 +91,7 @@ class Tokens:
 
     @classmethod
     def of_rank(cls, inputs: Inputs, rank: int, ranks: int) -> "Tokens":
-        """The `rank`-th of `ranks` equal parts, in memory of its own."""
+        """Copy the `rank`-th of `ranks` equal parts."""
         hidden_NH, _, _, weights_NK = inputs.leaves
         hidden_TH, indices_TK, weights_TK, grad_TH = (
             rows.detach().chunk(ranks)[rank].clone()
@@ -94,4 +100,5 @@ class Tokens:
         return cls(hidden_TH.requires_grad_(), indices_TK, weights_TK.requires_grad_(), grad_TH)
 
     def leaves(self, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The tensors that get a gradient, in the order of `flash_moe.bench.cases.LEAVES`."""
         return self.hidden_TH, *tables, self.weights_TK

@@ -1,4 +1,4 @@
-"""What was measured and predicted, as tables, as JSON and as plots."""
+"""Reports of what was measured and predicted: tables, JSON and plots."""
 
 import argparse
 import json
@@ -18,33 +18,47 @@ from flash_moe_dist.phases import PHASES
 from flash_moe_dist.runtime import Runtime
 from scaling.predict import Network, Prediction
 from scaling.problems import Problem
-from scaling.results import ALONE, CONVENTIONAL, Result
+from scaling.results import CONVENTIONAL, SINGLE_RANK, Result
 from scaling.traffic import Traffic
 
 PARTS = (*PHASES, "other")
 COLOURS = {"all_to_all": "tab:blue", "all_gather": "tab:orange"}
+# What JSON fields of a result hold, for readers of the file.
+FIELDS = {
+    "seconds.forward, seconds.backward": "device time of each repeat, of the slowest rank; on CPUs "
+    "host time",
+    "seconds.loop": "wall clock of a forward and backward pass in a loop of options.repeats "
+    "passes, launching included, of the slowest rank; one number for each loop",
+    "phases": "device time of a forward and backward pass by phase, mean over ranks and repeats",
+    "efficiencies.total": "weak- or strong-scaling efficiency by medians of forward + backward",
+    "efficiencies.loop": "weak- or strong-scaling efficiency by the median of seconds.loop",
+    "load": "pairs of the busiest rank over the mean of all ranks",
+}
 
 
 @dataclass(frozen=True)
 class Point:
-    """A problem on some ranks.
+    """A problem measured on one number of ranks.
 
-    results: by variant; traffic: of these ranks; further: of more ranks, from one rank's tokens;
-    predictions: by dispatcher.
+    results: by variant. traffic: between these ranks. extrapolated_traffic: between more ranks than
+    there are, by their number. predictions: by dispatcher.
     """
 
     ranks: int
     results: dict[str, Result]
     traffic: Traffic
-    further: dict[int, Traffic] = field(default_factory=dict)
+    extrapolated_traffic: dict[int, Traffic] = field(default_factory=dict)
     predictions: dict[str, Prediction] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class ProblemReport:
-    """The first point is of one rank; extrapolated: predictions by ranks and dispatcher.
+    """Measurements and predictions of one problem.
 
-    launching_hidden: times other than of loops are begun on devices that have work before.
+    launching_hidden: whether forward and backward passes begin on devices that are busy until the
+        pass has been launched, so that their times are device times.
+    points: by number of ranks, the first is one rank.
+    extrapolated: predictions for more ranks than there are, by number of ranks and dispatcher.
     """
 
     problem: Problem
@@ -54,24 +68,28 @@ class ProblemReport:
     extrapolated: dict[int, dict[str, Prediction]] = field(default_factory=dict)
 
     def one_rank(self, what: str) -> float:
-        """Seconds on one rank, which has nothing to dispatch."""
-        return self.points[0].results[ALONE].median(what)
+        """Median seconds on one rank, which dispatches nothing."""
+        return self.points[0].results[SINGLE_RANK].median(what)
 
     def efficiency(self, ranks: int, seconds: float, what: str = "total") -> float:
-        """1 where time stays as on one rank (weak scaling), or falls to 1/ranks of it (strong)."""
-        shared = 1 if self.problem.scaling == "weak" else ranks
-        return self.one_rank(what) / (seconds * shared)
+        """Scaling efficiency of `ranks` ranks that take `seconds`; 1 is ideal.
+
+        Weak scaling: time on one rank over time on `ranks`; strong scaling: that over `ranks`.
+        """
+        speedup = 1 if self.problem.scaling == "weak" else ranks
+        return self.one_rank(what) / (seconds * speedup)
 
 
-def assumptions(near: dict[int, Network], beyond: Network | None) -> list[str]:
-    """What predictions are made from: a line for each number of ranks."""
-    lines = [_rates(f"links of {ranks} ranks", network) for ranks, network in near.items()]
-    if beyond is None:
+def assumptions(measured_links: dict[int, Network], assumed_links: Network | None) -> list[str]:
+    """Lines with the rates that predictions use, by number of ranks."""
+    lines = [_rates(f"links of {ranks} ranks", net) for ranks, net in measured_links.items()]
+    if assumed_links is None:
         return [*lines, "no links between ranks to measure: nothing is predicted"]
     return [
         *lines,
-        f"{_rates('predicted for more ranks', beyond)}; {beyond.ranks_per_host} ranks a host, "
-        f"{beyond.between_hosts / 1e9:g} GB/s between hosts at most",
+        f"{_rates('assumed for more ranks', assumed_links)}; "
+        f"{assumed_links.ranks_per_host} ranks per host, "
+        f"{assumed_links.between_hosts / 1e9:g} GB/s between hosts at most",
     ]
 
 
@@ -84,37 +102,45 @@ def _rates(what: str, network: Network) -> str:
 
 
 def table(report: ProblemReport) -> str:
-    """A line for each number of ranks and variant, then one for the steps of each."""
-    rows, steps = [], []
+    """Two tables, each with a row for every number of ranks and variant: times, then phases."""
+    rows, phases = [], []
     for point in report.points:
         for name, result in point.results.items():
             label = _label(report, point.ranks, name)
             rows.append(label + _cells(report, point, name, result))
-            if result.steps:
-                parts = "".join(f"{_ms(result.steps.get(part, 0.0)):>15}" for part in PARTS)
-                steps.append(f"{label}{point.traffic.load:>8.2f}{parts}")
+            if result.phases:
+                parts = "".join(f"{_ms(result.phases.get(part, 0.0)):>15}" for part in PARTS)
+                phases.append(f"{label}{point.traffic.imbalance:>11.2f}{parts}")
     for ranks, predictions in report.extrapolated.items():
         for name, prediction in predictions.items():
             rows.append(
-                f"{_label(report, ranks, name)}{'':48}{_predicted(report, ranks, prediction)}"
+                f"{_label(report, ranks, name)}{'':58}{_predicted(report, ranks, prediction)}"
                 f"  predicted only: communication {_ms(prediction.communication)}"
             )
-    title = f"  {'ranks':>5}  {'dispatcher':18}"
-    begun = "begun on busy devices" if report.launching_hidden else "begun together"
+    if report.launching_hidden:
+        clock, begun = "device time", "begun on devices that are busy until it has been launched"
+    else:
+        clock, begun = "host time", "begun on all ranks at once"
+    scaling = report.problem.scaling
+    ratio = "time on one rank / time" + ("" if scaling == "weak" else " / ranks")
+    label = f"  {'ranks':>5}  {'dispatcher':18}"
     return "\n".join(
         [
             report.problem.name,
-            f"  ms, medians of {report.repeats}, of the rank that took longest; eff.: efficiency "
-            "against one rank;",
-            "  loop: a pass of many without a wait, launching included; other times: " + begun,
-            f"{title}{'forward':>9}{'backward':>9}{'total':>9}{'eff.':>6}{'loop':>9}{'eff.':>6}"
-            f"{'predicted':>10}{'eff.':>6}{'peak MB':>10}{'error':>9}",
+            f"  ms, medians of {report.repeats}, of the slowest rank; "
+            f"{scaling}-scaling efficiency: {ratio}",
+            f"  {clock}: a pass {begun}",
+            f"  wall clock: a forward and backward pass in a loop of {report.repeats}, launching "
+            "included",
+            f"{'':{len(label)}}{clock:>38}{'wall clock':>20}{'predicted':>21}",
+            f"{label}{'forward':>9}{'backward':>9}{'total':>9}{'efficiency':>11}{'loop':>9}"
+            f"{'efficiency':>11}{'total':>10}{'efficiency':>11}{'peak MB':>10}{'error':>9}",
             *rows,
-            "  steps of both passes, ms, means over ranks of passes of their own; load: pairs of "
-            "the busiest rank over",
-            "  the mean; communication: what nothing else hides, and waiting for busier ranks",
-            title + f"{'load':>8}" + "".join(f"{part:>15}" for part in PARTS),
-            *steps,
+            f"  phases of a forward and backward pass, {clock} in ms, mean over ranks",
+            "  imbalance: pairs of the busiest rank / mean; communication: waits for other ranks "
+            "that no work overlaps",
+            label + f"{'imbalance':>11}" + "".join(f"{part:>15}" for part in PARTS),
+            *phases,
         ]
     )
 
@@ -135,19 +161,19 @@ def _cells(report: ProblemReport, point: Point, name: str, result: Result) -> st
         return f"{_ms(forward):>9}  {forward / best:.1f} x the fastest, error {result.error:.1e}"
     total, loop = result.median("total"), result.median("loop")
     peak = f"{result.peak_bytes / 1e6:.0f}" if result.peak_bytes else ""
-    error = f"{result.error:.1e}" if name != ALONE else ""
+    error = f"{result.error:.1e}" if name != SINGLE_RANK else ""
     return (
         f"{_ms(forward):>9}{_ms(result.median('backward')):>9}{_ms(total):>9}"
-        f"{report.efficiency(point.ranks, total):6.2f}"
-        f"{_ms(loop):>9}{report.efficiency(point.ranks, loop, 'loop'):6.2f}"
+        f"{report.efficiency(point.ranks, total):11.2f}"
+        f"{_ms(loop):>9}{report.efficiency(point.ranks, loop, 'loop'):11.2f}"
         f"{_predicted(report, point.ranks, point.predictions.get(name))}{peak:>10}{error:>9}"
     )
 
 
 def _predicted(report: ProblemReport, ranks: int, prediction: Prediction | None) -> str:
     if prediction is None:
-        return " " * 16
-    return f"{_ms(prediction.total):>10}{report.efficiency(ranks, prediction.total):6.2f}"
+        return " " * 21
+    return f"{_ms(prediction.total):>10}{report.efficiency(ranks, prediction.total):11.2f}"
 
 
 def _ms(seconds: float) -> str:
@@ -158,14 +184,15 @@ def write_json(
     path: Path,
     args: argparse.Namespace,
     runtime: Runtime,
-    near: dict[int, Network],
-    beyond: Network | None,
+    measured_links: dict[int, Network],
+    assumed_links: Network | None,
     reports: list[ProblemReport],
 ) -> None:
-    """The whole file at once, so that nobody finds half of it."""
+    """Write options, environment, links, measurements and predictions; replaces `path` at once."""
     device = runtime.device
     content = {
         "units": "seconds, bytes, bytes/s; predictions and extrapolated were not measured",
+        "fields": FIELDS,
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": sys.argv[1:],
         "options": {name: _plain(value) for name, value in vars(args).items()},
@@ -178,8 +205,8 @@ def write_json(
         "ranks_read_each_others_memory": symmetric_memory_bytes() > 0,
         "world_size": runtime.world_size,
         "ranks_of_a_host": int(os.environ["LOCAL_WORLD_SIZE"]),
-        "networks": {ranks: asdict(network) for ranks, network in near.items()},
-        "assumed_network": None if beyond is None else asdict(beyond),
+        "networks": {ranks: asdict(network) for ranks, network in measured_links.items()},
+        "assumed_network": None if assumed_links is None else asdict(assumed_links),
         "problems": [
             {
                 "problem": asdict(report.problem),
@@ -228,7 +255,7 @@ def _as_fields(report: ProblemReport, point: Point) -> dict[str, Any]:
         "rows_sent": point.traffic.rows_WW.tolist(),
         "pairs_sent": point.traffic.pairs_WW.tolist(),
         "results": {name: asdict(result) for name, result in point.results.items()},
-        "load": point.traffic.load,
+        "load": point.traffic.imbalance,
         "predictions": _predictions(report, point.ranks, dict(point.predictions)),
         "efficiencies": {
             name: {
@@ -242,20 +269,20 @@ def _as_fields(report: ProblemReport, point: Point) -> dict[str, Any]:
 
 
 def write_plot(path: Path, title: str, reports: list[ProblemReport]) -> None:
-    """For each problem: time and efficiency against ranks, and the steps on all of them."""
+    """Plot time and efficiency against the number of ranks, and phases; a row for each problem."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(16, 4.6 * len(reports)), layout="constrained")
     figure.suptitle(title)
     rows = figure.subplots(len(reports), 3, squeeze=False)
-    for (times, efficiencies, steps), report in zip(rows, reports, strict=True):
+    for (times, efficiencies, phases), report in zip(rows, reports, strict=True):
         _plot_against_ranks(times, efficiencies, report)
-        _plot_steps(steps, report)
+        _plot_phases(phases, report)
     figure.savefig(path, dpi=100)
 
 
 def _plot_against_ranks(times: Any, efficiencies: Any, report: ProblemReport) -> None:
-    """Solid where measured; dotted where predicted, with crosses where there is nothing else."""
+    """Draw measurements as solid lines, predictions dotted; crosses are predicted only."""
     from matplotlib.ticker import LogFormatter
 
     ones = {1: report.one_rank("total")}
@@ -296,23 +323,25 @@ def _plot_against_ranks(times: Any, efficiencies: Any, report: ProblemReport) ->
     times.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))
     times.set(ylabel="ms, forward and backward")
     times.set_title(report.problem.name, fontsize="small", loc="left")
-    efficiencies.set(ylabel="efficiency", title="efficiency against one rank")
+    clock = "device time" if report.launching_hidden else "host time"
+    title = f"{report.problem.scaling}-scaling efficiency ({clock})"
+    efficiencies.set(ylabel="efficiency", title=title)
     efficiencies.set_ylim(bottom=0)
 
 
-def _plot_steps(axes: Any, report: ProblemReport) -> None:
+def _plot_phases(axes: Any, report: ProblemReport) -> None:
     bars = [
-        (f"{point.ranks} {name}", result.steps)
+        (f"{point.ranks} {name}", result.phases)
         for point in report.points
         for name, result in point.results.items()
-        if result.steps
+        if result.phases
     ]
     left = [0.0] * len(bars)
     for part in PARTS:
-        widths = [max(0.0, steps.get(part, 0.0)) * 1e3 for _, steps in bars]
+        widths = [max(0.0, phases.get(part, 0.0)) * 1e3 for _, phases in bars]
         axes.barh(range(len(bars)), widths, left=left, label=part, height=0.7)
         left = [before + width for before, width in zip(left, widths, strict=True)]
     axes.set_yticks(range(len(bars)), [name for name, _ in bars], fontsize="small")
     axes.set_ylim(len(bars) - 0.4, -0.6)
-    axes.set(xlabel="ms, forward and backward", title="steps, by ranks and dispatcher")
+    axes.set(xlabel="ms, forward and backward", title="phases, by ranks and dispatcher")
     axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=5)

@@ -1,9 +1,11 @@
-"""Rows and pairs that every rank sends to every other, and the bytes of each message.
+"""Rows and pairs that each rank sends to each other rank, and the bytes of each message.
 
-W ranks, H hidden size, E experts; matrices (W, W) say what rank i sends to rank j, i = j included.
+W ranks, H hidden size, E experts. In a matrix (W, W), element [i, j] is what rank i sends to rank
+j; the diagonal is what a rank sends to itself.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -13,28 +15,34 @@ from flash_moe_dist.dispatch.comm_volume import DispatcherName, ElementSizes
 from flash_moe_dist.dispatch.header import HEADER_BYTES, Header
 from flash_moe_dist.dispatch.routing import Routing
 
-ALL_TO_ALL, ALL_GATHER = "all_to_all", "all_gather"
+# Kinds of collective that carry messages. Both dispatchers use all-to-alls, so these are not
+# DispatcherName, and they are not the names of PyTorch's functions.
+Collective = Literal["all_to_all", "all_gather"]
+COLLECTIVES: tuple[Collective, ...] = ("all_to_all", "all_gather")
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """rows_WW, pairs_WW: float64, on the CPU; most_tokens: of any rank."""
+    """What the ranks send each other in a pass.
+
+    rows_WW, pairs_WW: (W, W) float64 on the CPU. most_tokens: the most tokens of any rank.
+    """
 
     rows_WW: Tensor
     pairs_WW: Tensor
     most_tokens: float
 
     @property
-    def load(self) -> float:
-        """Pairs of the busiest rank's experts over the mean."""
+    def imbalance(self) -> float:
+        """Pairs of the busiest rank's experts over the mean of all ranks."""
         pairs_W = self.pairs_WW.sum(0)
         return float(pairs_W.max() / pairs_W.mean().clamp(min=1e-9))
 
     @classmethod
-    def drawn_alike(
+    def extrapolated(
         cls, indices_TK: Tensor, num_experts: int, ranks: int, tokens: float
     ) -> "Traffic":
-        """Of ranks that have so many tokens each, all of which route as these do."""
+        """Traffic of `ranks` ranks if every one has `tokens` tokens, routed as `indices_TK`."""
         rows_W, pairs_W = sent_by_one_rank(indices_TK, num_experts, ranks)
         scale = tokens / max(1, len(indices_TK))
         rows_WW, pairs_WW = (one.mul(scale).expand(ranks, ranks) for one in (rows_W, pairs_W))
@@ -42,7 +50,7 @@ class Traffic:
 
 
 def sent_by_one_rank(indices_TK: Tensor, num_experts: int, ranks: int) -> tuple[Tensor, Tensor]:
-    """Rows and pairs (W,) to each rank; waits for the device."""
+    """Count the rows and the pairs, (W,) each, that go to each rank; waits for the device."""
     header_WF = torch.zeros(ranks, len(Header), device=indices_TK.device, dtype=torch.int64)
     in_kernels = default_backend(indices_TK.device) in TRITON_BACKENDS
     routing = Routing.from_indices(indices_TK, num_experts, ranks, in_kernels)
@@ -52,29 +60,35 @@ def sent_by_one_rank(indices_TK: Tensor, num_experts: int, ranks: int) -> tuple[
 
 
 def busiest(sent_WW: Tensor) -> float:
-    """Most that any rank sends or receives."""
+    """The most that any rank sends in all, or receives in all."""
     return float(torch.maximum(sent_WW.sum(0), sent_WW.sum(1)).max())
 
 
 @dataclass(frozen=True)
 class Message:
-    """bytes_WW: handed over by rank i for rank j; of an all-gather each row is the same."""
+    """One collective of a pass.
 
-    collective: str
+    bytes_WW: bytes that rank i hands over for rank j; equal within a row for an all-gather.
+    """
+
+    collective: Collective
     bytes_WW: Tensor
 
 
-def messages(dispatcher: DispatcherName, widths: ElementSizes, traffic: Traffic) -> list[Message]:
-    """Of a forward and a backward pass; bytes as `flash_moe_dist.dispatch.comm_volume` has them."""
+def messages(dispatcher: DispatcherName, sizes: ElementSizes, traffic: Traffic) -> list[Message]:
+    """List the messages of a forward and a backward pass.
+
+    The bytes are those in the table of `flash_moe_dist.dispatch.comm_volume`.
+    """
     rows_WW, pairs_WW = traffic.rows_WW, traffic.pairs_WW
-    gathers = dispatcher == "all_gather"
-    if gathers:
+    rows_collective: Collective = "all_to_all"
+    if dispatcher == "all_gather":
         rows_WW = torch.full_like(rows_WW, traffic.most_tokens)
-    row_bytes = widths.hidden_size * widths.hidden_bytes
-    rows = Message(ALL_GATHER if gathers else ALL_TO_ALL, rows_WW * row_bytes)
-    sums = Message(ALL_TO_ALL, rows_WW.t() * widths.hidden_size * widths.sum_bytes)
-    counts = Message(ALL_TO_ALL, torch.full_like(rows_WW, HEADER_BYTES))
-    pair_bytes = 4 + max(4, widths.weight_bytes)
-    pairs = Message(ALL_TO_ALL, 4 * rows_WW + pair_bytes * pairs_WW)
-    weights = Message(ALL_TO_ALL, widths.weight_bytes * pairs_WW.t())
-    return [counts, pairs, rows, sums, rows, sums, weights]
+        rows_collective = "all_gather"
+    rows = Message(rows_collective, rows_WW * sizes.hidden_size * sizes.hidden_bytes)
+    sums = Message("all_to_all", rows_WW.t() * sizes.hidden_size * sizes.sum_bytes)
+    headers = Message("all_to_all", torch.full_like(rows_WW, HEADER_BYTES))
+    pair_bytes = 4 + max(4, sizes.weight_bytes)
+    pairs = Message("all_to_all", 4 * rows_WW + pair_bytes * pairs_WW)
+    weights = Message("all_to_all", sizes.weight_bytes * pairs_WW.t())
+    return [headers, pairs, rows, sums, rows, sums, weights]

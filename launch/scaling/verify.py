@@ -1,4 +1,4 @@
-"""Every variant beside what one device computes, before it gets a time."""
+"""Compare the results of every variant with those of one device, before it is timed."""
 
 from typing import Any
 
@@ -9,8 +9,8 @@ from torch import Tensor
 from flash_moe.bench.cases import Inputs
 from flash_moe.bench.measure import (
     EXACT_ELEMENTS,
-    LARGEST_ERROR,
-    LARGEST_PEER_ERROR,
+    MAX_BASELINE_ERROR,
+    MAX_ERROR,
     RESULTS,
     relative_error,
 )
@@ -18,38 +18,39 @@ from flash_moe.ops.flash_expert import triton_flash_expert_func
 from flash_moe.ops.naive import naive_expert_func
 from flash_moe_dist.agreement import same_error_on_all_ranks
 from scaling.conventional import bytes_needed
-from scaling.layer import Layer, rows_of
+from scaling.layer import Layer, owned_rows
 from scaling.results import CONVENTIONAL, Result
 from scaling.traffic import Traffic, busiest
 
+# Tokens of the op on one device that are compared with float64.
 EXACT_TOKENS = 64
 
 
 def results_of_one_device(inputs: Inputs, layer: Layer) -> tuple[Tensor, ...]:
-    """What `Layer.results` should give: the op on this rank's tokens with whole tables.
+    """Compute what `Layer.results` should return: the op on this rank's tokens with whole tables.
 
-    Gradients of tables are averaged over the ranks.
+    Gradients of tables are averaged over the ranks and cut to this rank's rows.
 
     Raises:
-        RuntimeError: on all ranks, if the op's output is not, for some tokens, what gather and
-            matrix product give in float64.
+        RuntimeError: on all ranks, if the op's output for the first tokens differs from gather and
+            matmul in float64.
     """
     ranks, tokens = layer.ranks, layer.tokens
     leaves = tokens.leaves((inputs.leaves[1], inputs.leaves[2]))
     hidden_TH, down_EH, up_EH, weights_TK = leaves
     out_TH = triton_flash_expert_func(hidden_TH, down_EH, up_EH, tokens.indices_TK, weights_TK)
     with same_error_on_all_ranks(ranks.group):
-        limit = 2 * LARGEST_ERROR[hidden_TH.dtype]
+        limit = 2 * MAX_ERROR[hidden_TH.dtype]
         exact = _exact_output(hidden_TH, down_EH, up_EH, tokens.indices_TK, weights_TK)
         _checked_error("one device: output", out_TH.detach()[: len(exact)], exact, limit)
     grads = list(torch.autograd.grad(out_TH, leaves, tokens.grad_TH))
-    for place in (1, 2):
+    for table in (1, 2):
         for rank in range(ranks.size):
-            part = grads[place][rows_of(layer.num_experts, ranks.size, rank)].float()
+            part = grads[table][owned_rows(layer.num_experts, ranks.size, rank)].float()
             dist.all_reduce(part, group=ranks.group)
             if rank == ranks.rank:
                 own_eH = part / ranks.size
-        grads[place] = own_eH
+        grads[table] = own_eH
     return out_TH.detach(), *grads
 
 
@@ -57,7 +58,7 @@ def results_of_one_device(inputs: Inputs, layer: Layer) -> tuple[Tensor, ...]:
 def _exact_output(
     hidden_TH: Tensor, down_EH: Tensor, up_EH: Tensor, indices_TK: Tensor, weights_TK: Tensor
 ) -> Tensor:
-    """Of the first tokens, in float64, with the rows of the tables that they use."""
+    """Compute the output of the first tokens in float64, from the table rows that they use."""
     some = slice(0, EXACT_TOKENS)
     used, ids = indices_TK[some].clamp(min=0).unique(return_inverse=True)
     return naive_expert_func(
@@ -72,7 +73,11 @@ def _exact_output(
 def verify_all(
     layer: Layer, expected: tuple[Tensor, ...], variants: list[str], traffic: Traffic
 ) -> dict[str, Result]:
-    """Results with an error, or a reason for having none; raises as `verify`."""
+    """Verify every variant; return results that have an error, or the reason for a failure.
+
+    Raises:
+        RuntimeError: as `verify`.
+    """
     results = {name: Result() for name in variants}
     for name, result in results.items():
         if name == CONVENTIONAL:
@@ -86,16 +91,16 @@ def verify_all(
 
 
 def why_not_conventional(layer: Layer, traffic: Traffic) -> str:
-    """Why the baseline's rows do not fit, on any rank; empty if they do."""
+    """Say why the conventional dispatch does not fit into some rank's memory; empty if it does."""
     needed = bytes_needed(int(busiest(traffic.pairs_WW)), layer.tokens.hidden_TH)
     if layer.ranks.device.type == "cuda":
         torch.cuda.empty_cache()
         free = torch.cuda.mem_get_info()[0]
     else:
-        # All ranks of a machine share it.
+        # All ranks of a host share its memory.
         free = _available_bytes() // layer.ranks.size
     if needed > 0.9 * min(layer.ranks.gather(free)):
-        return f"left out: rows of all pairs take {needed / 1e9:.1f} GB a rank"
+        return f"left out: rows of all pairs take {needed / 1e9:.1f} GB on each rank"
     return ""
 
 
@@ -106,16 +111,16 @@ def _available_bytes() -> int:
 
 
 def verify(layer: Layer, expected: tuple[Tensor, ...], dispatcher: Any) -> float:
-    """The largest relative error on any rank.
+    """Run the layer twice and return the largest relative error on any rank.
 
     Raises:
-        RuntimeError: on all ranks, if it is too large for the dtype, of a whole result or of a row
-            of it, or if a second pass does not give the same bits.
+        RuntimeError: on all ranks, if the error of a result, or of a row of it, is above the limit
+            of the dtype, or if the two runs differ in any bit.
     """
     layer.choose(dispatcher)
     first, second = layer.results(), layer.results()
-    # Either of the two may be so far from the truth.
-    limit = 2 * LARGEST_ERROR[layer.tokens.hidden_TH.dtype]
+    # Twice, because the result of one device may have an error too.
+    limit = 2 * MAX_ERROR[layer.tokens.hidden_TH.dtype]
     with same_error_on_all_ranks(layer.ranks.group):
         for name, one, other in zip(RESULTS, first, second, strict=True):
             if not torch.equal(one, other):
@@ -128,9 +133,15 @@ def verify(layer: Layer, expected: tuple[Tensor, ...], dispatcher: Any) -> float
 
 
 def verify_conventional(layer: Layer, expected: tuple[Tensor, ...]) -> float:
-    """As `verify`, of the forward pass, once: results of pairs are rounded, and nobody promises."""
+    """Run the conventional dispatch and return the largest relative error on any rank.
+
+    Runs once only: this baseline rounds the result of each pair, and is not bitwise repeatable.
+
+    Raises:
+        RuntimeError: on all ranks, if the error is above the limit of the dtype.
+    """
     out_TH = layer.conventional()
-    limit = LARGEST_PEER_ERROR[layer.tokens.hidden_TH.dtype]
+    limit = MAX_BASELINE_ERROR[layer.tokens.hidden_TH.dtype]
     with same_error_on_all_ranks(layer.ranks.group):
         error = _checked_error("conventional dispatch: output", out_TH, expected[0], limit)
     return max(layer.ranks.gather(error))
@@ -149,9 +160,10 @@ def _checked_error(what: str, result: Tensor, exact: Tensor, limit: float) -> fl
 
 
 def largest_row_error(result: Tensor, exact: Tensor) -> float:
-    """Distance of any row from that of `exact`, over that row's norm, or the mean row's if larger.
+    """Largest distance between a row and its row of `exact`, relative to the norm of the latter.
 
-    A row that went wrong is lost in the error of a whole table.
+    Rows below the root mean square norm are compared with that norm instead. Finds a single wrong
+    row, which would hardly change the relative error of a whole table.
     """
     rows = max(1, EXACT_ELEMENTS[exact.device.type] // exact.shape[1])
     parts = list(zip(result.split(rows), exact.split(rows), strict=True))

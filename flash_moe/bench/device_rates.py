@@ -1,4 +1,4 @@
-"""What the device can do at best, measured: copies, gathers of table rows, matrix products."""
+"""Highest rates of a device, measured: bytes/s of copies and row gathers, FLOP/s of matmuls."""
 
 from dataclasses import dataclass
 from functools import cache, partial
@@ -6,7 +6,7 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
-from flash_moe.bench.ceilings_kernels import gather_kernel
+from flash_moe.bench.device_rates_kernels import gather_kernel
 from flash_moe.bench.measure import Clock
 
 REPEATS = {"cuda": 20, "cpu": 3}
@@ -18,7 +18,7 @@ MATRIX_COLUMNS = {"cuda": 102_400, "cpu": 4096}
 
 
 @dataclass(frozen=True)
-class Ceilings:
+class DeviceRates:
     """Bytes/s of a copy (read and written) and of gathered rows, FLOP/s of matrix products."""
 
     copy: float
@@ -28,7 +28,11 @@ class Ceilings:
 
 @dataclass(frozen=True)
 class GatherShape:
-    """Pairs of a program, rows it loads at a time, int32 words of a row at a time, warps."""
+    """Tile sizes of the gather kernel.
+
+    pairs: rows summed by a program. rows: rows loaded at once. block_words: int32 words of each row
+    loaded at once. warps: of a program.
+    """
 
     pairs: int
     rows: int
@@ -44,16 +48,20 @@ GATHER_SHAPES = (
 )
 
 
-def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
-    """Once for each device and dtype. On the CPU: gathers as copies, products in float32."""
+def measure_device_rates(device: torch.device, dtype: torch.dtype) -> DeviceRates:
+    """Measure all rates, once for each device and dtype.
+
+    On the CPU the rate of a copy stands for that of a gather, and matmuls are in float32.
+    """
     copied = copy_rate(device)
     if device.type == "cpu":
-        return Ceilings(copied, copied, matrix_rate(device, torch.float32))
-    return Ceilings(copied, gather_rate(device), matrix_rate(device, dtype))
+        return DeviceRates(copied, copied, matrix_rate(device, torch.float32))
+    return DeviceRates(copied, gather_rate(device), matrix_rate(device, dtype))
 
 
 @cache
 def copy_rate(device: torch.device) -> float:
+    """Bytes/s of a copy within the device's memory, read and written bytes added."""
     source = torch.ones(COPIED_BYTES[device.type], device=device, dtype=torch.int8)
     target = torch.zeros_like(source)
     seconds = Clock(device).median(lambda: target.copy_(source), REPEATS[device.type])
@@ -62,7 +70,10 @@ def copy_rate(device: torch.device) -> float:
 
 @cache
 def gather_rate(device: torch.device) -> float:
-    """Of the best program shape, ids sorted within each token as fast kernels have them."""
+    """Bytes/s of gathered table rows, with the best of GATHER_SHAPES.
+
+    Ids are sorted within each token, as the op's kernels have them.
+    """
     tokens, row_bytes, rows, slots = GATHERED
     table = torch.randint(2**31 - 1, (rows, row_bytes // 4), device=device, dtype=torch.int32)
     ids = torch.randint(rows, (tokens, slots), device=device, dtype=torch.int32).sort().values
@@ -75,7 +86,15 @@ def gather_rate(device: torch.device) -> float:
 
 
 def sum_rows(table: Tensor, ids: Tensor, shape: GatherShape) -> Tensor:
-    """Sums of the words (rows, words) int32 of `shape.pairs` ids after the other of each token."""
+    """Gather table rows and sum all their words, wrapping; `gather_kernel` gives the formula.
+
+    Args:
+        table: (rows, words) int32.
+        ids: (tokens, slots) int32, rows to gather; `shape.pairs` divides slots.
+
+    Returns:
+        (tokens, slots // shape.pairs) int32, a sum for each run of `shape.pairs` ids.
+    """
     tokens, slots = ids.shape
     programs = slots // shape.pairs
     out = torch.empty(tokens, programs, device=ids.device, dtype=torch.int32)
@@ -95,9 +114,9 @@ def sum_rows(table: Tensor, ids: Tensor, shape: GatherShape) -> Tensor:
 
 @cache
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Of the two products of a dense form, T=H=1024, as one time for both.
+    """FLOP/s of the two matmuls of a dense forward pass with T = H = 1024, timed together.
 
-    In float32 with the default of PyTorch, which keeps TF32 out.
+    In float32 without TF32, PyTorch's default.
     """
     side, columns = 1024, MATRIX_COLUMNS[device.type]
     narrow = torch.randn(side, side, device=device).to(dtype)

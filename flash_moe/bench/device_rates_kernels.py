@@ -1,4 +1,4 @@
-"""The Triton kernel behind the gather ceiling."""
+"""Triton kernel that measures the rate of gathered table rows."""
 
 # Triton's language has no types.
 # mypy: ignore-errors
@@ -18,10 +18,10 @@ def gather_kernel(
     ROWS: tl.constexpr,
     BLOCK_WORDS: tl.constexpr,
 ):
-    """out[t, p] = sum of all words of the rows ids[t, p * PAIRS : (p + 1) * PAIRS] of the table.
+    """Sum all words of the gathered rows: out[t, p] = sum table[ids[t, p PAIRS : (p + 1) PAIRS]].
 
     table (rows, WORDS) int32, ids (tokens, SLOTS) int32, out (tokens, SLOTS // PAIRS) int32,
-    wrapping; grid (tokens, SLOTS // PAIRS). ROWS divides PAIRS, which divides SLOTS; BLOCK_WORDS
+    wrapping. Grid (tokens, SLOTS // PAIRS). ROWS divides PAIRS, which divides SLOTS; BLOCK_WORDS
     divides WORDS.
     """
     token = tl.program_id(0).to(tl.int64)
@@ -32,6 +32,6 @@ def gather_kernel(
         rows = tl.load(ids + pairs + step).to(tl.int64)
         for begin in tl.static_range(0, WORDS, BLOCK_WORDS):
             words = begin + tl.arange(0, BLOCK_WORDS)
-            # One addition for each four bytes, so that loading is all that takes time.
+            # Only one addition for every four bytes, so that loads bound the time.
             total += tl.sum(tl.load(table + rows[:, None] * WORDS + words[None, :]), 0)
     tl.store(out + token * tl.num_programs(1) + part, tl.sum(total, 0))

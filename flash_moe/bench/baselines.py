@@ -1,4 +1,9 @@
-"""What the op is compared with: gathers in plain PyTorch, compiled ones, functions of others."""
+"""Functions that the op is compared with: plain PyTorch, compiled PyTorch, and any the user names.
+
+T tokens, H hidden size, E experts, K experts per token. All take the arguments of the op:
+hidden_states (T, H), down_weights and up_weights (E, H), indices and routing_weights (T, K), and
+return (T, H).
+"""
 
 import importlib
 import os
@@ -11,7 +16,8 @@ from flash_moe.bench.cases import Func
 from flash_moe.ops.flash_expert import triton_flash_expert_func
 from flash_moe.ops.naive import naive_expert_func
 
-SUBJECT = "flash_moe"
+# Name of the variant that the benchmark is about; all others are baselines.
+OURS = "flash_moe"
 
 
 def elementwise_expert_func(
@@ -21,7 +27,10 @@ def elementwise_expert_func(
     indices: Tensor,
     routing_weights: Tensor,
 ) -> Tensor:
-    """The op as products and sums that a compiler can fuse with the gathers; no empty slots."""
+    """The op as elementwise products and sums, which a compiler can fuse with the gathers.
+
+    Does not support empty slots (indices of -1).
+    """
     scores_TK = (down_weights[indices] * hidden_states[:, None, :]).sum(-1)
     activations_TK = torch.nn.functional.silu(scores_TK) * routing_weights
     return (activations_TK[..., None] * up_weights[indices]).sum(1)
@@ -34,7 +43,10 @@ def embedding_bag_expert_func(
     indices: Tensor,
     routing_weights: Tensor,
 ) -> Tensor:
-    """The op with `embedding_bag`, which sums table rows without copying them; no empty slots."""
+    """The op with `embedding_bag`, which sums rows of the up table without copying them.
+
+    Does not support empty slots (indices of -1).
+    """
     scores_TK = torch.bmm(down_weights[indices], hidden_states.unsqueeze(-1)).squeeze(-1)
     activations_TK = torch.nn.functional.silu(scores_TK) * routing_weights
     return torch.nn.functional.embedding_bag(
@@ -43,16 +55,24 @@ def embedding_bag_expert_func(
 
 
 def variants(
-    device: torch.device, with_peers: bool, against: dict[str, Func]
+    device: torch.device, with_baselines: bool, against: dict[str, Func]
 ) -> tuple[dict[str, Func], list[str]]:
-    """The op first, then its peers, by name; and a line for each peer that had to be left out."""
-    chosen: dict[str, Func] = {SUBJECT: triton_flash_expert_func}
+    """Choose what to measure on `device`: the op, then the baselines.
+
+    Args:
+        with_baselines: include the built-in baselines.
+        against: further baselines by name.
+
+    Returns:
+        Functions by name, the op first; and a message for each baseline that cannot run here.
+    """
+    chosen: dict[str, Func] = {OURS: triton_flash_expert_func}
     left_out = []
-    if with_peers:
+    if with_baselines:
         chosen["gather and matmul"] = naive_expert_func
         compiler = os.environ.get("CXX", "g++")
         if device.type == "cuda" or shutil.which(compiler):
-            # Or shapes of earlier cases would make it compile for dynamic ones, or not at all.
+            # Cached shapes of earlier cases would reach the recompile limit.
             torch.compiler.reset()
             chosen["torch.compile"] = torch.compile(elementwise_expert_func, dynamic=False)
         else:
@@ -63,17 +83,18 @@ def variants(
 
 
 def load_func(name: str) -> Func:
-    """The function that "package.module:function" names.
+    """Import the function that "package.module:function" names.
 
     Raises:
-        ValueError: it is no such name, cannot be imported, or is not callable.
+        ValueError: `name` does not have this form, the module cannot be imported, or it has no
+            such callable.
     """
     module_name, colon, function_name = name.partition(":")
     if not (module_name and colon and function_name):
         raise ValueError(f"expected package.module:function, got {name!r}")
     try:
         module = importlib.import_module(module_name)
-    # Whatever a module does when it is imported.
+    # A module may raise anything while it is imported.
     except Exception as error:
         raise ValueError(
             f"cannot import {module_name!r}: {type(error).__name__}: {error}"
