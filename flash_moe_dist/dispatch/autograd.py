@@ -10,8 +10,17 @@ import torch
 from torch import Tensor
 
 from flash_moe.ops.backend_choice import choose_backend
-from flash_moe.ops.backends import accumulator_dtype
-from flash_moe.ops.expert_math import Backward, forward, slots_of
+from flash_moe.ops.dtypes import accumulator_dtype
+from flash_moe.ops.expert_math import (
+    ExpertTables,
+    NeedsGrad,
+    backward_scores,
+    expert_forward,
+    table_grads,
+    token_grads,
+)
+from flash_moe.ops.overlap import WholeOutput
+from flash_moe.ops.pairs import Pairs, SavedPairs
 from flash_moe_dist.dispatch.base import TokenDispatcher
 from flash_moe_dist.dispatch.capacity import LayerDispatch
 from flash_moe_dist.dispatch.handshake import Input, Settings
@@ -49,31 +58,31 @@ class ShardedExperts(torch.autograd.Function):
                 backend = choose_backend(None, rows_RH, down_eH, up_eH, None)
                 sum_dtype = accumulator_dtype(rows_RH.dtype, down_eH.dtype)
                 sums = dispatched.sums(sum_dtype)
-                partial_RH, *kept = forward(
-                    rows_RH,
-                    down_eH,
-                    up_eH,
-                    received.expert_ids_M,
+                pairs = Pairs.from_checked_offsets(
                     received.row_offsets,
+                    received.expert_ids_M,
+                    down_eH.shape[0],
+                    received.mean_pairs,
+                )
+                partial_RH = WholeOutput(rows_RH.shape, sum_dtype, rows_RH.device)
+                scores_M = expert_forward(
+                    rows_RH,
+                    ExpertTables(down_eH, up_eH),
+                    pairs,
                     received.weights_M,
                     backend,
-                    sum_dtype,
-                    checked=True,
-                    mean_pairs=received.mean_pairs,
-                    rows_in=received.rows_in,
-                    rows_out=sums.parts,
+                    received.rows_in,
+                    outputs=sums.parts or partial_RH,
                 )
             with phase("combine"):
-                sums.start(partial_RH)
+                sums.start(rows_RH if sums.parts else partial_RH.value)
                 out_TH = sums.collect()
             metadata = layer_dispatch.settle(given, dispatched)
         num_pairs = sum(metadata.pairs_received)
-        ids_M, weights_M = received.expert_ids_M[:num_pairs], received.weights_M[:num_pairs]
+        saved, weights_M = pairs.saved(scores_M).first(num_pairs), received.weights_M[:num_pairs]
         for count in counters:
-            count(ids_M)
-        scores_M, _, *others = kept
-        kept_M = (scores_M[:num_pairs], ids_M, *others)
-        ctx.save_for_backward(rows_RH, down_eH, up_eH, weights_M, *kept_M, *metadata.tensors())
+            count(saved.expert_ids)
+        ctx.save_for_backward(rows_RH, down_eH, up_eH, weights_M, *saved, *metadata.tensors())
         ctx.dispatched = metadata.with_tensors()
         ctx.dispatcher, ctx.backend = dispatched.dispatcher, backend
         ctx.hidden_dtype, ctx.mean_pairs = hidden_TH.dtype, received.mean_pairs
@@ -90,49 +99,60 @@ class ShardedExperts(torch.autograd.Function):
     @staticmethod
     def _backward(ctx: Any, grad_TH: Tensor) -> tuple[Tensor | None, ...]:
         rows_RH, down_eH, up_eH, weights_M, *rest = ctx.saved_tensors
-        kept, metadata = tuple(rest[:5]), ctx.dispatched.with_tensors(*rest[5:])
+        num_saved = len(SavedPairs._fields)
+        saved = SavedPairs(*rest[:num_saved])
+        metadata = ctx.dispatched.with_tensors(*rest[num_saved:])
         dispatcher: TokenDispatcher = ctx.dispatcher
-        hidden_needed, down_needed, up_needed, _, weights_needed, *_ = ctx.needs_input_grad
+        tables, backend = ExpertTables(down_eH, up_eH), ctx.backend
+        hidden, down, up, _, weights, *_ = ctx.needs_input_grad
+        needs_grad = NeedsGrad(hidden, down, up, weights)
         sum_dtype = accumulator_dtype(ctx.hidden_dtype, down_eH.dtype)
         sums = None
         with phase("dispatch_backward"):
             arriving = dispatcher.start_rows(grad_TH, metadata)
             arriving.fetch()
         with phase("experts_backward"):
-            backward = Backward(
+            pairs = Pairs.from_saved(saved, down_eH.shape[0], tile_pairs=ctx.mean_pairs)
+            score_grads = backward_scores(
                 arriving.rows_RH,
-                rows_RH,
-                down_eH,
-                up_eH,
+                tables,
+                pairs,
+                saved.scores,
                 weights_M,
-                kept,
-                slots_of(kept[1]),
-                (hidden_needed, down_needed, up_needed, weights_needed),
-                ctx.backend,
-                ctx.mean_pairs,
+                needs_grad,
+                backend,
                 arriving.parts,
             )
         with phase("combine_backward"):
             # Before the sums, so that these travel while those are computed.
-            if backward.weights_grad is not None:
-                weights_returned = dispatcher.start_return(backward.weights_grad, metadata)
+            if score_grads.weights is not None:
+                weights_returned = dispatcher.start_return(score_grads.weights, metadata)
         with phase("experts_backward"):
-            if hidden_needed:
+            if needs_grad.hidden:
                 sums = dispatcher.sums(metadata, rows_RH.shape[1], sum_dtype, ctx.hidden_dtype)
-                partial_RH = backward.for_tokens(sum_dtype, sums.parts)
+                partial_RH = WholeOutput(rows_RH.shape, sum_dtype, rows_RH.device)
+                token_grads(score_grads, tables, pairs, backend, sums.parts or partial_RH)
         with phase("combine_backward"):
             if sums is not None:
-                assert partial_RH is not None
-                sums.start(partial_RH)
-            if backward.weights_grad is not None:
+                sums.start(rows_RH if sums.parts else partial_RH.value)
+            if score_grads.weights is not None:
                 weights_returned.arrange()
         with phase("experts_backward"):
             # The loss is averaged over the ranks.
-            down_grad, up_grad = backward.for_tables(1 / dispatcher.ep_size)
+            down_grad, up_grad = table_grads(
+                score_grads,
+                rows_RH,
+                arriving.rows_RH,
+                tables,
+                pairs,
+                needs_grad,
+                backend,
+                scale=1 / dispatcher.ep_size,
+            )
         with phase("combine_backward"):
             hidden_grad = None if sums is None else sums.collect()
             weights_grad = None
-            if backward.weights_grad is not None:
+            if score_grads.weights is not None:
                 weights_grad = weights_returned.collect()
         return hidden_grad, down_grad, up_grad, None, weights_grad, None, None, None, None
 

@@ -22,10 +22,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from flash_moe.ops.backend_choice import TRITON_BACKENDS, default_backend, ragged_backend
+from flash_moe.ops.backend_choice import default_backend, ragged_backend, uses_triton
 from flash_moe.ops.backends import load_backend
-from flash_moe.ops.backends.gather import sum_pieces
-from flash_moe.ops.overlap import InputChunk, OutputChunk, nothing
+from flash_moe.ops.backends.gather import add_partial_sums
+from flash_moe.ops.overlap import InputChunk, OutputChunk, WholeOutput
 from flash_moe.ops.pairs import Pairs
 from flash_moe_dist.dispatch.collectives import Pending, start_all_gather, start_all_to_all
 from flash_moe_dist.dispatch.comm_volume import DispatcherName
@@ -91,7 +91,7 @@ class ArrivingRows:
 
     rows_RH: Tensor
     parts: Sequence[InputChunk]
-    fetch: Callable[[], None] = nothing
+    fetch: Callable[[], object] = lambda: None
 
     @classmethod
     def all_at_once(cls, pending: Pending) -> "ArrivingRows":
@@ -339,16 +339,18 @@ DISPATCHERS: dict[DispatcherName, type[TokenDispatcher]] = {
 
 def sum_copies(rows_SH: Tensor, sent_TW: Tensor, dtype: torch.dtype) -> Tensor:
     """For each token the sum of its rows among (S, H), in the order of the ranks, as (T, H)."""
-    pattern = Pairs.from_slots(sent_TW, rows_SH.shape[0])
+    pattern = Pairs.from_checked_indices(sent_TW, rows_SH.shape[0])
     ones_N = torch.ones(pattern.num_pairs, device=rows_SH.device)
     primitives = load_backend(ragged_backend(default_backend(rows_SH.device)))
-    return primitives.spmm(ones_N, rows_SH, pattern, dtype)
+    sums_TH = WholeOutput((len(sent_TW), rows_SH.shape[1]), dtype, rows_SH.device)
+    primitives.spmm(ones_N, rows_SH, pattern, sums_TH)
+    return sums_TH.value
 
 
 def sum_over_ranks(pieces_WXH: Tensor, total_XH: Tensor) -> None:
     """The sum over the first dimension, in its order, rounded once."""
-    if default_backend(pieces_WXH.device) in TRITON_BACKENDS:
-        sum_pieces(pieces_WXH, total_XH.dtype, total_XH)
+    if uses_triton(default_backend(pieces_WXH.device)):
+        add_partial_sums(pieces_WXH, total_XH.dtype, total_XH)
         return
     sum_XH = pieces_WXH[0].clone()
     for piece_XH in pieces_WXH[1:]:

@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from flash_moe.ops.backend_choice import TRITON_BACKENDS, default_backend
-from flash_moe.ops.backends import accumulator_dtype
+from flash_moe.ops.dtypes import accumulator_dtype
 from flash_moe.ops.side_stream import SideStream
 from flash_moe_dist.agreement import raise_same_error
 from flash_moe_dist.dispatch.base import (
@@ -258,7 +258,7 @@ class LayerDispatch:
         sums = dispatcher.sums(metadata, reservation.hidden_size, *dtypes)
         for part in sums.parts:
             part.out.zero_()
-            part.written()
+            part.on_written()
         sums.start(partial_RH)
         sums.collect()
         return InRoom(reservation, counts_2WC, *_to_host(counts_2WC))

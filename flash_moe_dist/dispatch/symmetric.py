@@ -168,8 +168,8 @@ class _SumsOfPeers(Sums):
         own_rows = dispatcher.rows_of(rank, num_rows)
         self.parts = [
             *others,
-            replace(last, written=self._meet_others),
-            OutputChunk(own_rows, self.total_XH, addends=received_WXH, place=rank),
+            replace(last, on_written=self._meet_others),
+            OutputChunk(own_rows, self.total_XH, accumulate_with=received_WXH, own_index=rank),
         ]
 
     def _meet_others(self) -> None:
