@@ -13,7 +13,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ParallelStyle
 
-from flash_moe.ops.backends import accumulator_dtype
+from flash_moe.ops.dtypes import accumulator_dtype
+from flash_moe.ops.expert_math import NeedsGrad
 from flash_moe.ops.flash_expert import triton_flash_expert_func
 from flash_moe_dist.agreement import raise_differences, same_error_on_all_ranks
 from flash_moe_dist.dispatch.autograd import ShardedExperts
@@ -234,8 +235,8 @@ class ExpertParallelFunc:
             return out
         inputs = (hidden_states, down_eH, up_eH, routing_weights)
         is_grad_enabled = torch.is_grad_enabled()
-        hidden, down, up, weights = (
-            is_grad_enabled and isinstance(one, Tensor) and one.requires_grad for one in inputs
+        needs_grad = NeedsGrad(
+            *(is_grad_enabled and isinstance(one, Tensor) and one.requires_grad for one in inputs)
         )
         dispatcher = self._dispatcher_for(hidden_states, indices, routing_weights, down_eH)
         settings = LayerSettings(
@@ -244,7 +245,7 @@ class ExpertParallelFunc:
             table_dtypes=(down_eH.dtype, up_eH.dtype),
             device=down_eH.device,
             dispatcher=dispatcher,
-            needs_grad=(hidden, down, up, weights),
+            needs_grad=needs_grad,
         )
         out_TH: Tensor = ShardedExperts.apply(
             hidden_states,

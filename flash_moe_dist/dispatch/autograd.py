@@ -3,17 +3,25 @@
 T local tokens, K experts per token, H hidden size, e local experts; R rows and M pairs received.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from flash_moe.ops.backend_choice import choose_backend
-from flash_moe.ops.backends import accumulator_dtype
-from flash_moe.ops.expert_math import Backward, forward
-from flash_moe.ops.overlap import OutputChunk
+from flash_moe.ops.backend_choice import default_backend, ragged_backend
+from flash_moe.ops.dtypes import accumulator_dtype
+from flash_moe.ops.expert_math import (
+    ExpertTables,
+    NeedsGrad,
+    backward_scores,
+    expert_forward,
+    table_grads,
+    token_grads,
+)
+from flash_moe.ops.pairs import Pairs, SavedPairs
 from flash_moe_dist.dispatch.base import (
+    Combine,
     Dispatcher,
     DispatchMetadata,
     MetadataTensors,
@@ -34,9 +42,7 @@ class _SavedTensors(NamedTuple):
     weights_M: Tensor
     scores_M: Tensor
     expert_ids_M: Tensor
-    slot_order: Tensor
     row_offsets: Tensor
-    hot_workspace: Tensor
     slots_P: Tensor | None
     tokens_S: Tensor | None
     sent_TW: Tensor | None
@@ -62,50 +68,38 @@ class ShardedExperts(torch.autograd.Function):
         settings: LayerSettings,
         counters: tuple[Callable[[Tensor], None], ...],
     ) -> Tensor:
-        backend = choose_backend(None, down_eH, down_eH, up_eH, None)
+        tables = ExpertTables(down_eH, up_eH)
+        backend = ragged_backend(default_backend(down_eH.device))
 
-        def experts(
-            received: ReceivedTokens, outputs: Callable[[], Sequence[OutputChunk]]
-        ) -> tuple[Tensor, ...]:
-            chunks = outputs()
-            partial_RH, *saved = forward(
-                received.hidden_RH,
-                down_eH,
-                up_eH,
-                received.expert_ids_M,
-                received.row_offsets,
-                received.weights_M,
-                backend,
-                accumulator_dtype(received.hidden_RH.dtype, down_eH.dtype),
-                checked=True,
-                mean_pairs=received.tile_pairs,
-                rows_in=received.inputs,
-                rows_out=chunks if backend == "gather" else (),
+        def experts(received: ReceivedTokens, combine: Combine) -> SavedPairs:
+            pairs = Pairs.from_checked_offsets(
+                received.row_offsets, received.expert_ids_M, down_eH.shape[0], received.tile_pairs
             )
-            if backend != "gather":
-                (chunk,) = chunks
-                chunk.out.copy_(partial_RH)
-                chunk.on_written()
-            return tuple(saved)
+            rows_RH, weights_M = received.hidden_RH, received.weights_M
+            scores_M = expert_forward(
+                rows_RH, tables, pairs, weights_M, backend, received.inputs, outputs=combine
+            )
+            return pairs.saved(scores_M)
 
         inp = RankInput.check(hidden_TH, indices_TK, weights_TK, settings)
         completed = layer.run(inp, dispatcher, experts)
         received, metadata = completed.received, completed.metadata
         assert metadata.pairs is not None
         num_pairs = sum(metadata.pairs.received)
-        scores_M, expert_ids_M, *others = completed.saved
-        expert_ids_M = expert_ids_M[:num_pairs]
+        pairs: SavedPairs = completed.saved.first(num_pairs)
         for count in counters:
-            count(expert_ids_M)
+            count(pairs.expert_ids)
         saved = _SavedTensors(
-            received.hidden_RH,
-            down_eH,
-            up_eH,
-            received.weights_M[:num_pairs],
-            scores_M[:num_pairs],
-            expert_ids_M,
-            *others,  # type: ignore[arg-type]
-            *metadata.tensors,
+            rows_RH=received.hidden_RH,
+            down_eH=down_eH,
+            up_eH=up_eH,
+            weights_M=received.weights_M[:num_pairs],
+            scores_M=pairs.scores,
+            expert_ids_M=pairs.expert_ids,
+            row_offsets=pairs.row_offsets,
+            slots_P=metadata.tensors.slots_P,
+            tokens_S=metadata.tensors.tokens_S,
+            sent_TW=metadata.tensors.sent_TW,
         )
         ctx.save_for_backward(*saved)
         ctx.dispatch_metadata = metadata.with_tensors(MetadataTensors())
@@ -128,57 +122,57 @@ class ShardedExperts(torch.autograd.Function):
         metadata: DispatchMetadata = ctx.dispatch_metadata.with_tensors(
             MetadataTensors(saved.slots_P, saved.tokens_S, saved.sent_TW)
         )
-        hidden_needed, down_needed, up_needed, _, weights_needed, *_ = ctx.needs_input_grad
-        sum_dtype = accumulator_dtype(ctx.hidden_dtype, saved.down_eH.dtype)
+        hidden, down, up, _, weights, *_ = ctx.needs_input_grad
+        needs_grad = NeedsGrad(hidden, down, up, weights)
+        tables = ExpertTables(saved.down_eH, saved.up_eH)
+        num_local_experts, hidden_size = saved.down_eH.shape
+        pairs = Pairs.from_checked_offsets(
+            saved.row_offsets, saved.expert_ids_M, num_local_experts, ctx.tile_pairs
+        )
         combine = weights_returned = None
         with phase("dispatch_backward"):
             arriving = dispatcher.send_rows(grad_TH, metadata)
             arriving.start_transfer()
         with phase("experts_backward"):
-            backward = Backward(
+            score_grads = backward_scores(
                 arriving.rows_RH,
-                saved.rows_RH,
-                saved.down_eH,
-                saved.up_eH,
+                tables,
+                pairs,
+                saved.scores_M,
                 saved.weights_M,
-                (
-                    saved.scores_M,
-                    saved.expert_ids_M,
-                    saved.slot_order,
-                    saved.row_offsets,
-                    saved.hot_workspace,
-                ),
-                -1,
-                (hidden_needed, down_needed, up_needed, weights_needed),
+                needs_grad,
                 ctx.backend,
-                ctx.tile_pairs,
                 arriving.chunks,
             )
         with phase("combine_backward"):
             # Before the partial sums, so that these values travel while those are computed.
-            if backward.weights_grad is not None:
-                weights_returned = dispatcher.return_values(backward.weights_grad, metadata)
+            if score_grads.weights is not None:
+                weights_returned = dispatcher.return_values(score_grads.weights, metadata)
         with phase("experts_backward"):
-            if hidden_needed:
-                hidden_size = saved.rows_RH.shape[1]
+            if needs_grad.hidden:
+                sum_dtype = accumulator_dtype(ctx.hidden_dtype, saved.down_eH.dtype)
                 combine = dispatcher.combine(metadata, hidden_size, sum_dtype, ctx.hidden_dtype)
-                chunks = combine.outputs()
-                partial_RH = backward.for_tokens(
-                    sum_dtype, chunks if ctx.backend == "gather" else ()
-                )
-                if ctx.backend != "gather":
-                    chunks[0].out.copy_(partial_RH)
-                    chunks[0].on_written()
+                token_grads(score_grads, tables, pairs, ctx.backend, combine)
         with phase("combine_backward"):
             if weights_returned is not None:
                 weights_returned.scatter_on_side_stream()
         with phase("experts_backward"):
             # The loss is averaged over the ranks.
-            down_grad, up_grad = backward.for_tables(1 / dispatcher.ep_size)
+            of_tables = table_grads(
+                score_grads,
+                saved.rows_RH,
+                arriving.rows_RH,
+                tables,
+                pairs,
+                needs_grad,
+                ctx.backend,
+                scale=1 / dispatcher.ep_size,
+            )
         with phase("combine_backward"):
             hidden_grad = None if combine is None else combine.result()
             weights_grad = None if weights_returned is None else weights_returned.result()
-        return hidden_grad, down_grad, up_grad, None, weights_grad, None, None, None, None
+        grads = (hidden_grad, of_tables.down, of_tables.up, None, weights_grad)
+        return *grads, None, None, None, None
 
 
 class _Final(torch.autograd.Function):

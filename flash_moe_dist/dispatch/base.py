@@ -9,7 +9,7 @@ partial sum for it, and the token's rank adds these up.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from flash_moe.ops.overlap import InputChunk, OutputChunk, nothing
+from flash_moe.ops.overlap import InputChunk, OutputChunk
 from flash_moe_dist.dispatch.collectives import Pending
 from flash_moe_dist.dispatch.comm_volume import DispatcherName
 from flash_moe_dist.dispatch.handshake import Splits
@@ -96,7 +96,7 @@ class ArrivingRows:
 
     rows_RH: Tensor
     chunks: Sequence[InputChunk]
-    start_transfer: Callable[[], None] = nothing
+    start_transfer: Callable[[], object] = lambda: None
 
     @classmethod
     def from_pending(cls, pending: Pending) -> "ArrivingRows":
@@ -131,15 +131,14 @@ class ReturningValues:
 class Combine(ABC):
     """Partial sums (R, H) on their way to the ranks of their tokens, where they are added up.
 
-    A pass calls `outputs`, writes every chunk, and then asks for the `result`.
+    An iterable of the chunks into which the partial sums are written. It is iterated over once,
+    when they are about to be written, as memory is allocated then. Once every chunk is written,
+    `result` has the sums.
     """
 
     @abstractmethod
-    def outputs(self) -> Sequence[OutputChunk]:
-        """Where to write the partial sums, in this order; the last chunk starts the transfer.
-
-        Called once, when the partial sums are about to be written, as it may allocate memory.
-        """
+    def __iter__(self) -> Iterator[OutputChunk]:
+        """Chunks in the order in which they must be written."""
 
     @abstractmethod
     def result(self) -> Tensor:

@@ -23,7 +23,7 @@ more than the busiest rank needs, up to MAX_PADDING times as much where the load
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple, NoReturn
 
@@ -31,9 +31,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from flash_moe.ops.overlap import OutputChunk
+from flash_moe.ops.overlap import wait_for_rows
 from flash_moe.ops.side_stream import SideStream
 from flash_moe_dist.dispatch.base import (
+    Combine,
     Dispatched,
     Dispatcher,
     DispatchMetadata,
@@ -262,8 +263,8 @@ class CompletedPass(NamedTuple):
     dispatcher: Dispatcher
 
 
-# Computes the experts of the tokens received into the output chunks, and returns what to save.
-Experts = Callable[[ReceivedTokens, Callable[[], Sequence[OutputChunk]]], Any]
+# Computes the experts of the tokens received into the chunks of the combine; returns what to save.
+Experts = Callable[[ReceivedTokens, Combine], Any]
 
 
 class LayerDispatch:
@@ -365,16 +366,15 @@ def _compute(
     """Output (T, H) of the experts of all ranks, and what to save of this rank's."""
     with phase("experts"):
         combine = dispatched.combine(sum_dtype)
-        saved = experts(dispatched.received, combine.outputs)
+        saved = experts(dispatched.received, combine)
     with phase("combine"):
         return combine.result(), saved
 
 
-def _write_zeros(received: ReceivedTokens, outputs: Callable[[], Sequence[OutputChunk]]) -> None:
+def _write_zeros(received: ReceivedTokens, combine: Combine) -> None:
     """Stand in for the experts: a rank without tokens still sends and adds up partial sums."""
-    for arriving in received.inputs:
-        arriving.wait()
-    for chunk in outputs():
+    wait_for_rows(received.inputs)
+    for chunk in combine:
         chunk.out.zero_()
         chunk.on_written()
 

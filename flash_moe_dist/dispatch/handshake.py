@@ -15,8 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from flash_moe.ops.backend_choice import TRITON_BACKENDS, check_backend, default_backend
-from flash_moe.ops.backends import accumulator_dtype
+from flash_moe.ops.backend_choice import check_backend, default_backend, uses_triton
+from flash_moe.ops.dtypes import accumulator_dtype
+from flash_moe.ops.expert_math import NeedsGrad
 from flash_moe.ops.indices import poll_index_errors, raise_ids_out_of_range
 from flash_moe.ops.input_checks import check_routing
 from flash_moe_dist.agreement import raise_differences, raise_same_error
@@ -34,7 +35,7 @@ class LayerSettings:
     table_dtypes: of the down and the up table.
     device: of the tables.
     dispatcher: name of the dispatcher.
-    needs_grad: whether hidden states, down table, up table, routing weights need gradients.
+    needs_grad: which gradients are needed.
     """
 
     num_experts: int
@@ -42,7 +43,7 @@ class LayerSettings:
     table_dtypes: tuple[torch.dtype, torch.dtype]
     device: torch.device
     dispatcher: str
-    needs_grad: tuple[bool, bool, bool, bool]
+    needs_grad: NeedsGrad
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ class RankInput:
             num_experts=settings.num_experts,
             sum_dtype=accumulator_dtype(hidden_TH.dtype, settings.table_dtypes[0]),
             shared=shared,
-            in_kernels=backend in TRITON_BACKENDS,
+            in_kernels=uses_triton(backend),
         )
 
     @property
