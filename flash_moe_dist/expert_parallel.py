@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ParallelStyle
 
-from flash_moe.ops.backends import accumulator_dtype
+from flash_moe.ops.dtypes import accumulator_dtype
 from flash_moe.ops.flash_expert import triton_flash_expert_func
 from flash_moe_dist.agreement import raise_differences, same_error_on_all_ranks
 from flash_moe_dist.dispatch.autograd import ShardedExperts

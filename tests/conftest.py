@@ -35,13 +35,13 @@ def device() -> torch.device:
 
 
 @pytest.fixture(autouse=True)
-def small_blocks(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton's interpreter scans element by element, in each of the programs of a token."""
-    if device.type == "cpu":
-        monkeypatch.setattr(hot_cold, "FILL_PROGRAMS", 26)
-        monkeypatch.setattr(hot_cold, "REST_BLOCK", 16)
-        monkeypatch.setattr(dense, "BLOCK", 16)
-        monkeypatch.setattr(dense, "BLOCK_ZEROS", 16)
+def small_blocks(device: torch.device) -> Iterator[None]:
+    """Small blocks for Triton's interpreter, which scans them element by element."""
+    if device.type != "cpu":
+        yield
+        return
+    with hot_cold.tuning(fill_programs=26, repeat_block=16), dense.tuning(block=16, block_zeros=16):
+        yield
 
 
 # Not of a session: in each group that tests leave behind, threads of gloo wake 100 times a second.

@@ -20,7 +20,6 @@ import torch.distributed as dist
 from torch.distributed.tensor.parallel import parallelize_module
 
 from flash_moe import FlashExperts
-from flash_moe.ops import expert_math
 from flash_moe_dist import ExpertParallel
 from flash_moe_dist.dispatch import autograd
 from flash_moe_dist.runtime import distributed
@@ -48,14 +47,14 @@ with distributed(timedelta(seconds=float(timeout)), int(ep_size)) as runtime:
                 the_original_error()
 
             patched: Any = autograd
-            patched.forward = fail
+            patched.expert_forward = fail
         hidden_states = torch.randn(6, 8, device=runtime.device, requires_grad=True)
         indices = torch.randint(10, (6, 8), device=runtime.device)
         out = experts(hidden_states, indices, torch.ones(6, 8, device=runtime.device))
         if failing and where == "after combine":
             the_original_error()
         if failing and where == "in the backward pass":
-            expert_math.Backward.for_tokens = lambda *_: the_original_error()  # type: ignore
+            autograd.token_grads = lambda *_: the_original_error()  # type: ignore
         if where == "before a collective":
             if failing:
                 the_original_error()

@@ -11,7 +11,7 @@ import torch
 from cases import make_case
 
 from flash_moe import ragged_flash_expert_func, triton_flash_expert_func
-from flash_moe.ops.backends.gather import spmm_into
+from flash_moe.ops.backends.gather import spmm
 from flash_moe.ops.indices import raise_index_errors
 from flash_moe.ops.overlap import OutputChunk
 from flash_moe.ops.pairs import Pairs
@@ -41,16 +41,18 @@ for dtype, shape, backend in CASES:
     ragged.backward(case.grad)
 
 
-# Sums of a part of the rows, added to those of other ranks.
-pairs = Pairs(torch.tensor([0, 3, 3, 9], device="cuda"), torch.arange(9, device="cuda").int(), 9)
+# Output chunks, one of which is added to the sums of other ranks.
+pairs = Pairs.from_checked_offsets(
+    torch.tensor([0, 3, 3, 9], device="cuda"), torch.arange(9, device="cuda").int(), 9
+)
 table, values = torch.randn(9, 40, device="cuda"), torch.ones(9, device="cuda")
 first, others = torch.empty(1, 40, device="cuda"), torch.ones(3, 2, 40, device="cuda")
 rest = torch.empty(2, 40, device="cuda", dtype=torch.bfloat16)
-parts = [
+chunks = [
     OutputChunk(slice(0, 1), first),
-    OutputChunk(slice(1, 3), rest, addends=others, place=1),
+    OutputChunk(slice(1, 3), rest, accumulate_with=others, own_index=1),
 ]
-spmm_into(values, table, pairs, parts)
+spmm(values, table, pairs, lambda: chunks)
 if not torch.allclose(rest[0], torch.full_like(rest[0], 2)):
     raise AssertionError("a row without pairs must be the sum of the two others")
 

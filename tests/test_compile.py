@@ -6,7 +6,6 @@ from cases import RESULTS, Case, make_case
 from torch import Tensor
 
 from flash_moe import ragged_flash_expert_func, triton_flash_expert_func
-from flash_moe.ops import flash_expert
 from flash_moe.ops.backend_choice import MIN_PAIRS_FOR_SIDE_STREAM, TRITON_BACKENDS
 
 BACKENDS = ("reference", "torch_sparse", "gather")
@@ -36,14 +35,15 @@ def test_opcheck(backend: str, ragged: bool, device: torch.device) -> None:
         ids, weights = ids.flatten(), weights.detach().flatten().requires_grad_()
         offsets = torch.arange(5, device=ids.device) * 3
     tensors = (case.hidden_states, case.down_weights, case.up_weights, ids, offsets, weights)
-    torch.library.opcheck(flash_expert._expert_forward, (*tensors, 0.5, backend))
+    ops = torch.ops.flash_moe
+    torch.library.opcheck(ops.expert_forward.default, (*tensors, 0.5, backend))
     hidden, down, up, weights = (tensor.detach() for tensor in (*tensors[:3], weights))
-    kept = flash_expert._expert_forward(hidden, down, up, ids, offsets, weights, 0.5, backend)[1:]
-    slots = -1 if ragged else 3
-    for needed in ([True] * 4, [False, True, False, False]):
+    _, *saved = ops.expert_forward(hidden, down, up, ids, offsets, weights, 0.5, backend)
+    top_k = None if ragged else 3
+    for needs_grad in ([True] * 4, [False, True, False, False]):
         torch.library.opcheck(
-            flash_expert._expert_backward,
-            (case.grad, hidden, down, up, weights, *kept, slots, needed, 0.5, backend),
+            ops.expert_backward.default,
+            (case.grad, hidden, down, up, weights, *saved, top_k, needs_grad, 0.5, backend),
         )
 
 

@@ -1,5 +1,7 @@
 """Experts sharded over processes against the same experts on one, in float64."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -12,8 +14,9 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import parallelize_module
 
 from flash_moe import triton_flash_expert_func
-from flash_moe.ops.expert_math import Backward
+from flash_moe.ops.expert_math import TableGrads
 from flash_moe_dist import ExpertParallel, clip_grad_norm_
+from flash_moe_dist.dispatch import autograd
 from flash_moe_dist.expert_parallel import ExpertParallelFunc
 from flash_moe_dist.runtime import Runtime
 
@@ -152,11 +155,13 @@ def test_parity_with_fewer_ep_ranks_than_ranks(
 
 def wrong_factor(factor: float, dispatcher: str) -> None:
     """Parity, with gradients of the tables wrong by that factor."""
-    right = Backward.for_tables
+    right = autograd.table_grads
+
+    def wrong(*args: Any, scale: float) -> TableGrads:
+        return right(*args, scale=scale * factor)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            Backward, "for_tables", lambda backward, scale: right(backward, scale * factor)
-        )
+        patch.setattr(autograd, "table_grads", wrong)
         parity("uniform", NUM_EXPERTS, torch.float32, dispatcher)
 
 

@@ -181,11 +181,11 @@ def test_repeats_are_bitwise_equal(backend: str, skewed: bool, device: torch.dev
             assert torch.equal(once, again), name
 
 
-def test_reference_in_many_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reference_in_many_blocks() -> None:
     from flash_moe.ops.backends import reference
 
-    monkeypatch.setattr(reference, "BLOCK_ELEMENTS", 64)
-    check(make_case(9, 16, 12, 5), "reference", TOLERANCES[torch.float32])
+    with reference.tuning(block_elements=64):
+        check(make_case(9, 16, 12, 5), "reference", TOLERANCES[torch.float32])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -422,10 +422,10 @@ def test_bad_offsets_and_ids_are_made_harmless(
     offsets = torch.tensor([-3, 9, 2, 4], device=device)
     ids = torch.tensor([5, 6, -2, -1], device=device)
     with monkeypatch.context() as patch:
-        patch.setattr(indices._Record, "poll", lambda record: None)
-        arranged_offsets, arranged_ids = indices.check_ragged(offsets, ids, 6, in_kernels=True)
-    assert arranged_offsets.tolist() == [0, 4, 2, 4]
-    assert arranged_ids.tolist() == [5, -1, -1, -1]
+        patch.setattr(indices.IndexErrorRecord, "poll", lambda record: None)
+        checked_offsets, checked_ids = indices.check_ragged(offsets, ids, 6, in_kernels=True)
+    assert checked_offsets.tolist() == [0, 4, 2, 4]
+    assert checked_ids.tolist() == [5, -1, -1, -1]
     with pytest.raises(ValueError, match="row_offsets must ascend"):
         indices.raise_index_errors()
 
@@ -486,19 +486,18 @@ def test_ids_out_of_range_in_kernels(
     device: torch.device,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-
-    monkeypatch.setattr(indices, "MAX_SORTED_SLOTS", sort_limit)
     monkeypatch.setenv("FLASH_MOE_STRICT_INDICES", "1")
     case = make_case(9, 8, 6, 3, device=device)
-    check(case, "gather", TOLERANCES[torch.float32])
-    case.indices = case.indices.to(index_dtype)
-    for least, greatest in ((-2, -2), (6, 6), (-9, 2**31 - 1)):
-        bad = case.indices.clone()
-        bad[2, 1], bad[7, 0] = greatest, least
-        arguments = (*case.args()[:3], bad, case.routing_weights)
-        message = rf"\[-1, 6\).* ids from {least} to {greatest} were found"
-        with pytest.raises(ValueError, match=message):
-            triton_flash_expert_func(*arguments, backend="gather")
+    with indices.tuning(max_sorted_slots=sort_limit):
+        check(case, "gather", TOLERANCES[torch.float32])
+        case.indices = case.indices.to(index_dtype)
+        for least, greatest in ((-2, -2), (6, 6), (-9, 2**31 - 1)):
+            bad = case.indices.clone()
+            bad[2, 1], bad[7, 0] = greatest, least
+            arguments = (*case.args()[:3], bad, case.routing_weights)
+            message = rf"\[-1, 6\).* ids from {least} to {greatest} were found"
+            with pytest.raises(ValueError, match=message):
+                triton_flash_expert_func(*arguments, backend="gather")
 
 
 @pytest.mark.parametrize("num_experts", [50, 2**31 - 1])
@@ -509,6 +508,7 @@ def test_slots_are_sorted_stably(num_experts: int, device: torch.device) -> None
     indices_TK = torch.randint(-1, 50, (7, 33), generator=draw)
     indices_TK[3, 5] = num_experts - 1
     ids, order = check_and_sort(indices_TK.to(device), num_experts, in_kernels=True)
+    assert order is not None
     expected, slots = indices_TK.sort(dim=1, stable=True)
     assert torch.equal(ids.cpu().view(7, 33).long(), expected)
     assert torch.equal(order.cpu().view(7, 33) - 33 * torch.arange(7).unsqueeze(1), slots)

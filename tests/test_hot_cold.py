@@ -1,7 +1,6 @@
 """Hot experts by matrix products, and everything dense: right, bounded and repeatable."""
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import pytest
 import torch
@@ -9,16 +8,10 @@ from cases import INTERPRETED_TOLERANCES, RESULTS, Case, assert_close, make_case
 from torch import Tensor
 
 from flash_moe import triton_flash_expert_func
-from flash_moe.ops import expert_math
+from flash_moe.ops import hot_experts
 from flash_moe.ops.backend_choice import cheapest_backend, hot_threshold
 from flash_moe.ops.backends import dense, gather, hot_cold
-from flash_moe.ops.hot_experts import (
-    HotPairs,
-    most_hot_experts,
-    set_hot_apart,
-    workspace_size,
-    zero_counts,
-)
+from flash_moe.ops.hot_experts import HotPairs, hot_workspace_size, partition_hot_pairs
 from flash_moe.ops.indices import check_and_sort
 
 NUM_TOKENS, NUM_EXPERTS, SLOTS = 13, 41, 12
@@ -75,15 +68,12 @@ def test_hot_cold(
     threshold: int,
     hidden_size: int,
     device: torch.device,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Thresholds at which all, some, hardly any and no experts are hot."""
-    monkeypatch.setattr(expert_math, "hot_threshold", lambda num_tokens: threshold)
     ids = ROUTINGS[routing]()
-    check(
-        make_case(NUM_TOKENS, hidden_size, NUM_EXPERTS, SLOTS, torch.float16, device, indices=ids),
-        "hot_cold",
-    )
+    shape = (NUM_TOKENS, hidden_size, NUM_EXPERTS, SLOTS)
+    with hot_experts.tuning(threshold=threshold):
+        check(make_case(*shape, torch.float16, device, indices=ids), "hot_cold")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -94,36 +84,36 @@ def test_dense(routing: str, dtype: torch.dtype, device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("backend", ["hot_cold", "dense"])
-def test_several_chunks_of_experts(
-    backend: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """200 experts in chunks of 128 places, or of 30 experts."""
-    monkeypatch.setattr(expert_math, "hot_threshold", lambda num_tokens: 1)
-    monkeypatch.setattr(hot_cold, "MATRIX_ELEMENTS", 128 * NUM_TOKENS)
-    monkeypatch.setattr(dense, "MATRIX_ELEMENTS", 30 * NUM_TOKENS)
-    check(make_case(NUM_TOKENS, 24, 200, 30, torch.float16, device), backend)
+def test_several_ranges_of_experts(backend: str, device: torch.device) -> None:
+    """200 experts in ranges of 128 hot ones, or of any 30."""
+    with (
+        hot_experts.tuning(threshold=1),
+        hot_cold.tuning(matrix_elements=128 * NUM_TOKENS),
+        dense.tuning(matrix_elements=30 * NUM_TOKENS),
+    ):
+        check(make_case(NUM_TOKENS, 24, 200, 30, torch.float16, device), backend)
 
 
 @pytest.mark.parametrize("backend", ["hot_cold", "dense"])
-def test_many_repeats_in_blocks(
-    backend: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_many_repeats_in_blocks(backend: str, device: torch.device) -> None:
     """Runs of one expert that go on from block to block, and end with a block."""
-    monkeypatch.setattr(expert_math, "hot_threshold", lambda num_tokens: 1)
-    monkeypatch.setattr(hot_cold, "REST_BLOCK", 8)
-    monkeypatch.setattr(dense, "BLOCK", 8)
     ids = torch.tensor([[3] * 20 + [5] * 9, [1] * 8 + [2] * 16 + [4] * 5, list(range(29))])
-    check(make_case(3, 24, 30, 29, torch.float16, device, indices=ids), backend)
+    with (
+        hot_experts.tuning(threshold=1),
+        hot_cold.tuning(repeat_block=8),
+        dense.tuning(block=8),
+    ):
+        check(make_case(3, 24, 30, 29, torch.float16, device, indices=ids), backend)
 
 
 @pytest.mark.parametrize("backend", ["hot_cold", "dense", "gather"])
-def test_repeatable(backend: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(expert_math, "hot_threshold", lambda num_tokens: 4)
+def test_repeatable(backend: str, device: torch.device) -> None:
     case = make_case(13, 40, 41, 12, torch.float16, device, indices=skewed())
-    first = results(case, backend)
-    for _ in range(3):
-        for name, one, other in zip(RESULTS, first, results(case, backend), strict=True):
-            assert torch.equal(one, other), name
+    with hot_experts.tuning(threshold=4):
+        first = results(case, backend)
+        for _ in range(3):
+            for name, one, other in zip(RESULTS, first, results(case, backend), strict=True):
+                assert torch.equal(one, other), name
 
 
 @pytest.mark.parametrize("backend", ["hot_cold", "dense"])
@@ -140,33 +130,34 @@ def test_one_gradient_alone(backend: str, place: int, device: torch.device) -> N
 
 
 def test_example_of_the_arrays(device: torch.device) -> None:
-    """The numbers in the head of flash_moe/ops/hot_pairs.py."""
+    """The numbers in the docstring of flash_moe.ops.hot_experts."""
     ids = torch.tensor([[7, 2, 7, 5]], device=device)
-    most = most_hot_experts(num_pairs=4, num_experts=9, threshold=1)
-    workspace = torch.empty(workspace_size(1, 9, most), device=device, dtype=torch.int32)
-    hot = HotPairs.in_workspace(workspace, 1, 9, most)
-    counts = zero_counts(hot)
-    ids_N, order_N = check_and_sort(ids, 9, True, counts)
-    assert counts.tolist() == [0, 0, 1, 0, 0, 1, 0, 1, 0]
-    counts[5] = 0
-    set_hot_apart(hot, ids_N, order_N, slots=4, threshold=1)
+    with hot_experts.tuning(threshold=1):
+        size = hot_workspace_size(num_tokens=1, top_k=4, num_experts=9)
+        workspace = torch.empty(size, device=device, dtype=torch.int32)
+        hot = HotPairs.in_workspace(workspace, num_tokens=1, top_k=4, num_experts=9)
+        counts = hot.zero_token_counts()
+        ids_N, slot_order = check_and_sort(ids, 9, True, counts)
+        assert slot_order is not None
+        assert counts.tolist() == [0, 0, 1, 0, 0, 1, 0, 1, 0]
+        counts[5] = 0
+        partition_hot_pairs(hot, ids_N, slot_order, top_k=4)
     assert ids_N.tolist() == [5, -4, -9, -9]
-    assert order_N.tolist() == [3, 1, 0, 2]
+    assert slot_order.tolist() == [3, 1, 0, 2]
     assert hot.pair_counts.tolist() == [[1, 2, 1]]
-    assert hot.words.tolist() == [[3 + ((1 + 2) << 32)]]
-    assert hot.places.tolist() == [-1, -1, 0, -1, -1, -1, -1, 1, -1]
+    assert hot.bitmaps.tolist() == [[3 + ((1 + 2) << 32)]]
+    assert hot.hot_index.tolist() == [-1, -1, 0, -1, -1, -1, -1, 1, -1]
     assert hot.experts[: int(hot.num_hot)].tolist() == [2, 7]
 
 
-def test_experts_with_more_pairs_than_a_chunk(
-    device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Sums cut into chunks of 4 pairs: experts that begin, end or lie across their bounds."""
-    monkeypatch.setattr(gather, "SPMM_T", replace(gather.SPMM_T, chunk=4))
+def test_experts_with_more_pairs_than_a_split(device: torch.device) -> None:
+    """Splits of 4 pairs: experts that begin, end or lie across their bounds."""
     for loads in ([30], [4, 5, 4], [5, 5, 6, 1], [3, 0, 9, 2, 8], [1, 1, 4, 4, 12]):
         ids = torch.repeat_interleave(torch.arange(len(loads)), torch.tensor(loads))
         ids = ids[torch.randperm(len(ids))].unsqueeze(1)
-        check(make_case(len(ids), 40, len(loads), 1, torch.float32, device, indices=ids), "gather")
+        case = make_case(len(ids), 40, len(loads), 1, torch.float32, device, indices=ids)
+        with gather.tuning(spmm_t_split_pairs=4):
+            check(case, "gather")
 
 
 def test_rows_in_several_slices(device: torch.device) -> None:

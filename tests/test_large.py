@@ -7,7 +7,7 @@ from torch import Tensor
 
 from flash_moe import triton_flash_expert_func
 from flash_moe.ops.backends import load_backend
-from flash_moe.ops.backends.gather import sum_pieces
+from flash_moe.ops.backends.gather import add_partial_sums
 from flash_moe.ops.naive import naive_expert_func
 from flash_moe.ops.pairs import Pairs
 
@@ -72,12 +72,12 @@ def test_tokens() -> None:
 
 
 @pytest.mark.gpu
-def test_sums_of_pieces() -> None:
+def test_partial_sums() -> None:
     needs_gib(12)
-    pieces = torch.zeros(3, 2**30 + 8, device="cuda", dtype=torch.bfloat16)
-    for place in (0, 5, 2**30 + 7):
-        pieces[:, place] = torch.tensor([1.0, 2.0, 4.0])
-    total = sum_pieces(pieces, torch.bfloat16)
+    partial_sums = torch.zeros(3, 2**30 + 8, device="cuda", dtype=torch.bfloat16)
+    for element in (0, 5, 2**30 + 7):
+        partial_sums[:, element] = torch.tensor([1.0, 2.0, 4.0])
+    total = add_partial_sums(partial_sums, torch.bfloat16)
     assert total.nonzero().squeeze(1).tolist() == [0, 5, 2**30 + 7]
     assert total[[0, 5, 2**30 + 7]].tolist() == [7.0] * 3
 
@@ -111,7 +111,7 @@ def test_pairs() -> None:
     del out, results, hidden_grad, weights_grad, weights
     torch.cuda.empty_cache()
 
-    pairs = Pairs.from_slots(indices, num_experts)
+    pairs = Pairs.from_checked_indices(indices, num_experts)
     values_TK = torch.zeros(num_tokens, slots, device="cuda")
     values_TK[tokens] = torch.rand(len(tokens), slots, device="cuda")
     sums_EH = load_backend("gather").spmm_t(

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from flash_moe import ProductKeyRouter, triton_flash_expert_func
 from flash_moe.ops.backends import load_backend, reference
+from flash_moe.ops.overlap import WholeOutput
 from flash_moe.ops.pairs import Pairs
 
 
@@ -30,16 +31,16 @@ class LargestTensor(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("backend", ["reference", "torch_sparse"])
-def test_no_large_tensor_on_the_cpu(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reference, "BLOCK_ELEMENTS", 4096)
+def test_no_large_tensor_on_the_cpu(backend: str) -> None:
     num_tokens, hidden_size, num_experts, slots = 60, 64, 200, 40
     case = make_case(num_tokens, hidden_size, num_experts, slots)
     rows_TH, table_EH = case.hidden_states.detach(), case.down_weights.detach()
-    pairs = Pairs.from_slots(case.indices, num_experts)
+    pairs = Pairs.from_checked_indices(case.indices, num_experts)
     primitives = load_backend(backend)
-    with LargestTensor() as largest:
+    out = WholeOutput(rows_TH.shape, torch.float32, rows_TH.device)
+    with reference.tuning(block_elements=4096), LargestTensor() as largest:
         values_N = primitives.sddmm(rows_TH, table_EH, pairs)
-        primitives.spmm(values_N, table_EH, pairs, torch.float32)
+        primitives.spmm(values_N, table_EH, pairs, out.chunks)
         primitives.spmm_t(values_N, rows_TH, pairs, torch.float32)
     allowed = num_experts * hidden_size
     assert num_tokens * slots <= largest.elements <= allowed

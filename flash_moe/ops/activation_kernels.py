@@ -1,7 +1,7 @@
-"""Triton kernels for what happens to each pair between the primitives.
+"""Triton kernels for the elementwise step between the primitives.
 
-N pairs, token by token; the i-th pair stands in slot order[i] of the caller's (T, K) arrays, or
-in slot i where HAS_ORDER is False. Grid (blocks of pairs,).
+N pairs, token by token; the i-th pair is in slot order[i] of the caller's (T, K) arrays, or in
+slot i where HAS_ORDER is False. Grid (blocks of pairs,).
 """
 
 # Triton's language has no types.
@@ -9,6 +9,8 @@ in slot i where HAS_ORDER is False. Grid (blocks of pairs,).
 
 import triton
 import triton.language as tl
+
+from flash_moe.ops.backends.kernel_utils import store_rounded
 
 
 @triton.jit
@@ -22,7 +24,7 @@ def _slots(pairs, order, in_block, HAS_ORDER: tl.constexpr):
 def activate_kernel(
     scores, weights, order, activations, num_pairs, HAS_ORDER: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """activations = silu(scores) * weights[order]."""
+    """Compute activations = silu(scores) * weights[order]."""
     pairs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     in_block = pairs < num_pairs
     slots = _slots(pairs, order, in_block, HAS_ORDER)
@@ -47,7 +49,7 @@ def activate_backward_kernel(
     WEIGHTS_NEEDED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Those needed of score_grads (N,), activations (N,) and weight_grads, by slot."""
+    """Store score_grads (N,), activations (N,) and weight_grads (by slot) as far as needed."""
     pairs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     in_block = pairs < num_pairs
     slots = _slots(pairs, order, in_block, HAS_ORDER)
@@ -64,8 +66,4 @@ def activate_backward_kernel(
         slope = sigmoid * (1 + scored * (1 - sigmoid))
         tl.store(score_grads + pairs, grads * weighted * slope, mask=in_block)
     if WEIGHTS_NEEDED:
-        weight_grad = grads * scored * sigmoid
-        if weight_grads.dtype.element_ty.primitive_bitwidth < 32:
-            # From 64 bits in two steps: Triton's interpreter cannot do it in one.
-            weight_grad = weight_grad.to(tl.float32)
-        tl.store(weight_grads + slots, weight_grad.to(weight_grads.dtype.element_ty), mask=in_block)
+        store_rounded(weight_grads + slots, grads * scored * sigmoid, in_block)

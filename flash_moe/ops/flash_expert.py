@@ -1,20 +1,28 @@
-"""The expert op: public functions and custom ops with their autograd.
+"""The expert op: public functions, and custom ops with their fakes and autograd.
 
 T tokens, H hidden size, E experts, K experts per token, N (token, expert) pairs. The mathematics
 is in `flash_moe.ops.expert_math`.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
-from flash_moe.ops.backend_choice import TRITON_BACKENDS, choose_backend
-from flash_moe.ops.backends import accumulator_dtype
-from flash_moe.ops.expert_math import Backward, forward, size_of_workspace, slots_of
-from flash_moe.ops.indices import order_dtype, poll_index_errors
+from flash_moe.ops.backend_choice import choose_backend
+from flash_moe.ops.expert_math import (
+    ExpertTables,
+    NeedsGrad,
+    backward_scores,
+    expert_forward,
+    table_grads,
+    token_grads,
+)
+from flash_moe.ops.indices import poll_index_errors
 from flash_moe.ops.input_checks import check_expert_inputs, check_ragged_inputs
+from flash_moe.ops.overlap import WholeOutput
+from flash_moe.ops.pairs import Pairs, SavedPairs
 
 
 def triton_flash_expert_func(
@@ -26,10 +34,10 @@ def triton_flash_expert_func(
     *,
     backend: str | None = None,
 ) -> Tensor:
-    """Mixture of experts of which each is one row of two tables.
+    """Compute a mixture of experts, each of which is one row of two tables.
 
     For token t: sum over k of silu(<x_t, d_e>) * g_tk * u_e, with e = indices[t, k]. Sums are
-    kept in float32 and rounded once. Results are bitwise repeatable. An index of -1 marks an
+    computed in float32 and rounded once. Results are bitwise repeatable. An index of -1 marks an
     empty slot, which contributes nothing and gets zero gradient.
 
     Args:
@@ -38,42 +46,42 @@ def triton_flash_expert_func(
         up_weights: (E, H), a float dtype.
         indices: (T, K) int64 or int32, each in [-1, E).
         routing_weights: (T, K), a float dtype.
-        backend: "gather" (Triton; CUDA tensors), "hot_cold" and "dense" (CUDA tensors too, for
-            hidden states and tables of one 16-bit dtype: experts that many tokens use, or all of
-            them, by matrix products, with values of pairs rounded to 16 bits before a product),
-            "torch_sparse" (CPU tensors) or "reference" (any). If None, chosen by device, and on
-            CUDA by cost from the shapes (`flash_moe.ops.backend_choice`); the environment variable
-            FLASH_MOE_BACKEND overrides that choice.
+        backend: "gather" (CUDA tensors; Triton kernels), "hot_cold" or "dense" (CUDA tensors;
+            hidden states and tables of the same 16-bit dtype; matrix products for experts that many
+            tokens use, or for all, before which values of pairs are rounded to 16 bits),
+            "torch_sparse" (CPU tensors) or "reference" (any device). If None, chosen by device, and
+            on CUDA by cost from the shapes (`flash_moe.ops.backend_choice`); the environment
+            variable FLASH_MOE_BACKEND overrides that choice.
 
     Returns:
         (T, H) in the dtype of `hidden_states`. Gradients flow to all arguments but `indices`,
         each in its argument's dtype.
 
-    Memory on CUDA in bytes, with N = T K pairs and b for an element of the tables, by the
-    backend "gather": forward at its peak max(16 N + output, 12 N + 4 N S) more than before, the
-    output included, where S = 1 for rows of up to 2 KB (of 1 KB if K <= 128), else
-    ceil(b H / 1024); and up to 4 MB where tokens are few. 12 N stay for the backward pass. (Ids,
-    their order, scores and activations take 4 N each, all but the last stay; scores of longer rows
-    are summed from S parts. This is for contiguous arguments of at most 32 bits, K <= 4096 and
-    N < 2^31; a tensor whose rows are not contiguous is copied by each primitive that reads it.)
-    "hot_cold" takes up to 256 MB and 64 T H more for a matrix of hot pairs and sums over it, and
-    keeps 4 (E + M + 3 T) + 8 T (M / 32 + 1), where M = min(E, N / max(1, floor(0.019 T)))
-    bounds the number of hot experts; "dense" takes up to 512 MB and 8 T H more.
+    Peak memory on CUDA in bytes, with N = T K pairs and b bytes for an element of the tables, by
+    the backend "gather": the forward pass takes max(16 N + output, 12 N + 4 N S), the output
+    included, where S = 1 for rows of up to 2 KB (of up to 1 KB if K <= 128), else
+    ceil(b H / 1024); and up to 4 MB more where tokens are few. Of that, 12 N stay for the backward
+    pass. (Ids, their order, scores and activations take 4 N each; all but the activations stay.
+    Scores of longer rows are sums of S parts. This holds for contiguous arguments of at most 32
+    bits, K <= 4096 and N < 2^31; each primitive copies a tensor whose rows are not contiguous.)
+    "hot_cold" takes up to 256 MB and 64 T H more, for a matrix of hot pairs and sums over it, and
+    saves 4 (E + M + 3 T) + 8 T (M / 32 + 1) more, where M = min(E, N / max(1, floor(0.019 T)))
+    bounds the number of hot experts. "dense" takes up to 512 MB and 8 T H more.
 
     Raises:
         TypeError: an argument has a dtype that is not listed above.
-        RuntimeError: a second or a forward-mode derivative is asked for.
-        ValueError: a shape or device does not fit, or an index is out of range. On CUDA the
-            ids are never followed out of range, and the error comes without waiting for the
-            device: at the next call or backward pass, from
-            `flash_moe.ops.indices.raise_index_errors` (call it now and then where CUDA graphs
-            alone are replayed), or at once when FLASH_MOE_STRICT_INDICES=1.
+        RuntimeError: a second or a forward-mode derivative was requested.
+        ValueError: a shape or device does not fit, or an index is out of range. On CUDA, an index
+            out of range never reads memory out of range, and the error is raised without waiting
+            for the device: at the next call or backward pass, by
+            `flash_moe.ops.indices.raise_index_errors` (call it now and then where only CUDA graphs
+            are replayed), or at once if FLASH_MOE_STRICT_INDICES=1.
     """
     check_expert_inputs(hidden_states, down_weights, up_weights, indices, routing_weights)
     _refuse_forward_mode(hidden_states, down_weights, up_weights, routing_weights)
     name = choose_backend(backend, hidden_states, down_weights, up_weights, indices.shape[1])
     tensors = (hidden_states, down_weights, up_weights, indices, None, routing_weights)
-    return _expert_forward(*tensors, 1.0, name)[0]
+    return _forward_op(*tensors, 1.0, name)[0]
 
 
 def ragged_flash_expert_func(
@@ -87,7 +95,7 @@ def ragged_flash_expert_func(
     weight_grad_scale: float = 1.0,
     backend: str | None = None,
 ) -> Tensor:
-    """`triton_flash_expert_func` with a different number of experts for each token.
+    """Compute `triton_flash_expert_func` with a different number of experts for each token.
 
     Fastest on a GPU when the ids of each token are sorted: all tokens then sweep the tables
     in the same order and find rows in cache.
@@ -95,14 +103,14 @@ def ragged_flash_expert_func(
     Args:
         hidden_states: (T, H), down_weights: (E, H), up_weights: (E, H), as there.
         row_offsets: (T + 1,) int64 or int32, ascending from 0 to N: the pairs of token t are
-            row_offsets[t]:row_offsets[t + 1]. Wrong offsets are reported as wrong ids are.
+            row_offsets[t]:row_offsets[t + 1]. Wrong offsets are reported like wrong ids.
         expert_ids: (N,) int64 or int32, each in [-1, E).
         routing_weights: (N,), a float dtype.
-        weight_grad_scale: factor on the gradients of the two tables, applied before their one
-            rounding. Expert parallelism averages over ranks with it.
-        backend: as there; "hot_cold" and "dense" gather here too.
+        weight_grad_scale: factor on the gradients of the two tables, applied before they are
+            rounded. Expert parallelism averages over ranks with it.
+        backend: as there, but "hot_cold" and "dense" stand for "gather".
 
-    Returns and raises: as there.
+    Returns and raises: as `triton_flash_expert_func`.
     """
     check_ragged_inputs(
         hidden_states, down_weights, up_weights, row_offsets, expert_ids, routing_weights
@@ -110,17 +118,73 @@ def ragged_flash_expert_func(
     _refuse_forward_mode(hidden_states, down_weights, up_weights, routing_weights)
     name = choose_backend(backend, hidden_states, down_weights, up_weights, None)
     tensors = (hidden_states, down_weights, up_weights, expert_ids, row_offsets, routing_weights)
-    return _expert_forward(*tensors, weight_grad_scale, name)[0]
+    return _forward_op(*tensors, weight_grad_scale, name)[0]
 
 
 def _refuse_forward_mode(*tensors: Tensor) -> None:
-    # PyTorch would go on with a tangent of zero.
+    # PyTorch would take the tangent of a custom op to be zero.
     if any(unpack_dual(tensor).tangent is not None for tensor in tensors):
         raise RuntimeError("triton_flash_expert_func has no forward-mode derivative (jvp)")
 
 
+class ForwardOutputs(NamedTuple):
+    """What the forward op returns, in this order: the output (T, H), and `SavedPairs`."""
+
+    out: Tensor
+    scores: Tensor
+    expert_ids: Tensor
+    slot_order: Tensor
+    row_offsets: Tensor
+    hot_workspace: Tensor
+
+    @property
+    def saved(self) -> SavedPairs:
+        """What the backward pass needs."""
+        return SavedPairs(*self[1:])
+
+    @classmethod
+    def fake(
+        cls,
+        hidden_TH: Tensor,
+        down_EH: Tensor,
+        ids: Tensor,
+        row_offsets: Tensor | None,
+        backend: str,
+    ) -> "ForwardOutputs":
+        """Build tensors of the shapes and dtypes that the op returns for these arguments."""
+        saved = SavedPairs.fake(hidden_TH, down_EH, ids, row_offsets, backend)
+        return cls(hidden_TH.new_empty(hidden_TH.shape), *saved)
+
+
+class ExpertGrads(NamedTuple):
+    """What the backward op returns, in this order: a gradient for each field of `NeedsGrad`.
+
+    A gradient that is not needed is an empty tensor.
+    """
+
+    hidden: Tensor
+    down: Tensor
+    up: Tensor
+    weights: Tensor
+
+    @classmethod
+    def from_optional(cls, hidden_TH: Tensor, *grads: Tensor | None) -> "ExpertGrads":
+        """Replace None by an empty tensor: a new one each, as outputs of an op may not alias."""
+        return cls(*(hidden_TH.new_empty(0) if grad is None else grad for grad in grads))
+
+    @classmethod
+    def fake(cls, needs_grad: NeedsGrad, *inputs: Tensor) -> "ExpertGrads":
+        """Build tensors of the shapes and dtypes that the op returns for these inputs."""
+        return cls(
+            *(
+                one.new_empty(one.shape if needed else 0)
+                for one, needed in zip(inputs, needs_grad, strict=True)
+            )
+        )
+
+
 @torch.library.custom_op("flash_moe::expert_forward", mutates_args=())
-def _expert_forward(
+def _forward_op(
     hidden_TH: Tensor,
     down_EH: Tensor,
     up_EH: Tensor,
@@ -130,15 +194,24 @@ def _expert_forward(
     weight_grad_scale: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Output (T, H), scores (N,), and what `formulas.Backward` keeps.
+    """Return the fields of `ForwardOutputs`.
 
     Args:
         ids, weights: (T, K); with row_offsets (T + 1,): (N,).
+        weight_grad_scale: for the backward pass only, which sees the arguments of this op alone.
     """
-    return forward(hidden_TH, down_EH, up_EH, ids, row_offsets, weights, backend, hidden_TH.dtype)
+    num_experts = down_EH.shape[0]
+    if row_offsets is None:
+        pairs = Pairs.from_indices(ids, num_experts, backend)
+    else:
+        pairs = Pairs.from_offsets(row_offsets, ids, num_experts, backend)
+    tables = ExpertTables(down_EH, up_EH)
+    output = WholeOutput(hidden_TH.shape, hidden_TH.dtype, hidden_TH.device)
+    scores_N = expert_forward(hidden_TH, tables, pairs, weights, backend, outputs=output.chunks)
+    return ForwardOutputs(output.value, *pairs.saved(scores_N))
 
 
-@_expert_forward.register_fake
+@_forward_op.register_fake
 def _(
     hidden_TH: Tensor,
     down_EH: Tensor,
@@ -149,91 +222,87 @@ def _(
     weight_grad_scale: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    num_pairs = ids.numel()
-    is_sorted = backend in TRITON_BACKENDS and row_offsets is None
-    return (
-        hidden_TH.new_empty(hidden_TH.shape),
-        hidden_TH.new_empty(num_pairs, dtype=accumulator_dtype(hidden_TH.dtype, down_EH.dtype)),
-        ids.new_empty(num_pairs, dtype=torch.int32),
-        ids.new_empty(num_pairs if is_sorted else 0, dtype=order_dtype(num_pairs)),
-        ids.new_empty(0 if row_offsets is None else row_offsets.shape[0], dtype=torch.int64),
-        ids.new_empty(
-            size_of_workspace(hidden_TH.shape[0], slots_of(ids), down_EH.shape[0], backend),
-            dtype=torch.int32,
-        ),
-    )
+    return ForwardOutputs.fake(hidden_TH, down_EH, ids, row_offsets, backend)
 
 
 @torch.library.custom_op("flash_moe::expert_backward", mutates_args=())
-def _expert_backward(
+def _backward_op(
     grad_TH: Tensor,
     hidden_TH: Tensor,
     down_EH: Tensor,
     up_EH: Tensor,
     weights: Tensor,
-    scores_N: Tensor,
-    ids_N: Tensor,
-    order_N: Tensor,
-    offsets: Tensor,
-    workspace: Tensor,
-    slots: int,
-    needed: list[bool],
+    scores: Tensor,
+    expert_ids: Tensor,
+    slot_order: Tensor,
+    row_offsets: Tensor,
+    hot_workspace: Tensor,
+    top_k: int | None,
+    needs_grad: list[bool],
     weight_grad_scale: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of hidden states, down table, up table, routing weights; empty if not needed."""
+    """Return the fields of `ExpertGrads`.
+
+    Args:
+        scores, expert_ids, slot_order, row_offsets, hot_workspace: the fields of `SavedPairs`.
+        top_k: K; None for ragged rows.
+        needs_grad: the fields of `NeedsGrad`.
+    """
     poll_index_errors(hidden_TH.device)
-    kept = (scores_N, ids_N, order_N, offsets, workspace)
-    backward = Backward(grad_TH, hidden_TH, down_EH, up_EH, weights, kept, slots, needed, backend)
-    hidden_grad = backward.for_tokens(hidden_TH.dtype)
-    grads = (hidden_grad, *backward.for_tables(weight_grad_scale), backward.weights_grad)
-    # One tensor each: the outputs of a custom op may not alias.
-    hidden, down, up, of_weights = (
-        hidden_TH.new_empty(0) if grad is None else grad for grad in grads
+    tables, needed = ExpertTables(down_EH, up_EH), NeedsGrad(*needs_grad)
+    saved = SavedPairs(scores, expert_ids, slot_order, row_offsets, hot_workspace)
+    pairs = Pairs.from_saved(saved, down_EH.shape[0], top_k)
+    score_grads = backward_scores(grad_TH, tables, pairs, scores, weights, needed, backend)
+    hidden_grad = None
+    if needed.hidden:
+        output = WholeOutput(hidden_TH.shape, hidden_TH.dtype, hidden_TH.device)
+        token_grads(score_grads, tables, pairs, backend, output.chunks)
+        hidden_grad = output.value
+    down_grad, up_grad = table_grads(
+        score_grads, hidden_TH, grad_TH, tables, pairs, needed, backend, weight_grad_scale
     )
-    return hidden, down, up, of_weights
+    grads = (hidden_grad, down_grad, up_grad, score_grads.weights)
+    return ExpertGrads.from_optional(hidden_TH, *grads)
 
 
-@_expert_backward.register_fake
+@_backward_op.register_fake
 def _(
     grad_TH: Tensor,
     hidden_TH: Tensor,
     down_EH: Tensor,
     up_EH: Tensor,
     weights: Tensor,
-    scores_N: Tensor,
-    ids_N: Tensor,
-    order_N: Tensor,
-    offsets: Tensor,
-    workspace: Tensor,
-    slots: int,
-    needed: list[bool],
+    scores: Tensor,
+    expert_ids: Tensor,
+    slot_order: Tensor,
+    row_offsets: Tensor,
+    hot_workspace: Tensor,
+    top_k: int | None,
+    needs_grad: list[bool],
     weight_grad_scale: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    hidden, down, up, weights_grad = (
-        like.new_empty(like.shape if wanted else 0)
-        for like, wanted in zip((hidden_TH, down_EH, up_EH, weights), needed, strict=True)
-    )
-    return hidden, down, up, weights_grad
+    return ExpertGrads.fake(NeedsGrad(*needs_grad), hidden_TH, down_EH, up_EH, weights)
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden_TH, down_EH, up_EH, ids, _, weights, weight_grad_scale, backend = inputs
-    _, *kept = output
-    ctx.mark_non_differentiable(*kept)
+    hidden_TH, down_EH, up_EH, ids, row_offsets, weights, weight_grad_scale, backend = inputs
+    saved = ForwardOutputs(*output).saved
+    ctx.mark_non_differentiable(*saved)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(hidden_TH, down_EH, up_EH, weights, *kept)
-    ctx.slots, ctx.weight_grad_scale, ctx.backend = slots_of(ids), weight_grad_scale, backend
+    ctx.save_for_backward(hidden_TH, down_EH, up_EH, weights, *saved)
+    ctx.top_k = ids.shape[1] if row_offsets is None else None
+    ctx.weight_grad_scale, ctx.backend = weight_grad_scale, backend
 
 
 def _backward(ctx: Any, grad_TH: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     hidden, down, up, _, _, weights, _, _ = ctx.needs_input_grad
-    needed = [hidden, down, up, weights]
-    grads: list[Tensor | None] = [None] * 4
+    needed = NeedsGrad(hidden, down, up, weights)
+    grads: list[Tensor | None] = [None] * len(needed)
     if grad_TH is not None:
-        computed = _expert_backward(
-            grad_TH, *ctx.saved_tensors, ctx.slots, needed, ctx.weight_grad_scale, ctx.backend
+        computed = _backward_op(
+            grad_TH, *ctx.saved_tensors, ctx.top_k, list(needed), ctx.weight_grad_scale, ctx.backend
         )
         grads = [grad if wanted else None for grad, wanted in zip(computed, needed, strict=True)]
     hidden_grad, down_grad, up_grad, weights_grad = grads
@@ -247,5 +316,5 @@ def _refuse(ctx: Any, *grads: Tensor) -> None:
     )
 
 
-_expert_forward.register_autograd(_backward, setup_context=_save_for_backward)
-_expert_backward.register_autograd(_refuse)
+_forward_op.register_autograd(_backward, setup_context=_save_for_backward)
+_backward_op.register_autograd(_refuse)

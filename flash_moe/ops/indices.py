@@ -1,8 +1,8 @@
-"""From the ids a user gives to a pair pattern that no backend can be hurt by.
+"""Checks of expert ids and row offsets, and the sort of ids within each token.
 
-On the CPU bad ids and offsets raise before any work. On CUDA kernels turn an id out of range
-into an empty slot, clamp offsets, and record what they found; the record is read without waiting
-for the device, at the next call or backward pass of the op or by `raise_index_errors`. With
+On the CPU, wrong ids and offsets raise before any work. On CUDA, kernels turn an id out of range
+into an empty slot, clamp offsets, and record what they found. The record is read without waiting
+for the device: at the next call or backward pass of the op, or by `raise_index_errors`. With
 FLASH_MOE_STRICT_INDICES=1 every call waits for its own record instead.
 """
 
@@ -20,46 +20,56 @@ from flash_moe.ops.indices_kernels import (
     sort_slots_kernel,
 )
 from flash_moe.ops.triton_launch import cdiv, launch, next_power_of_2
+from flash_moe.ops.tuning import Tuning
 
 CHECK_BLOCK = 1024
 NOTHING_FOUND = (2**63 - 1, 1 - 2**63, 0, -1)
 
 
+@dataclass(frozen=True)
+class IndicesConfig:
+    """max_sorted_slots: tokens with more slots are sorted by torch.sort, not by a kernel."""
+
+    max_sorted_slots: int = MAX_SORTED_SLOTS
+
+
+tuning = Tuning(IndicesConfig())
+
+
 def check_and_sort(
     indices_TK: Tensor, num_experts: int, in_kernels: bool, num_tokens_E: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Checked ids of tokens that all have K slots.
+) -> tuple[Tensor, Tensor | None]:
+    """Check ids and, in kernels, sort them within each token.
 
     Args:
         indices_TK: (T, K) int32 or int64.
         num_experts: E.
-        in_kernels: check in Triton kernels, and sort the ids within each token.
-        num_tokens_E: (E,) int32, to be raised by the number of tokens that use each expert; for
-            K <= MAX_SORTED_SLOTS, in kernels.
+        in_kernels: check in Triton kernels, and sort.
+        num_tokens_E: (E,) int32, to which the number of tokens that use each expert is added. Needs
+            0 < K <= MAX_SORTED_SLOTS, T > 0, and in_kernels.
 
     Returns:
-        ids (T*K,) int32 in [-1, E); and, if sorted, the position (T*K,) in `indices_TK` that each
-        came from, int32 if that holds T*K, else int64 (empty if not sorted).
+        ids (T*K,) int32 in [-1, E), and the position (T*K,) in `indices_TK` that each came from,
+        in the dtype of `order_dtype`, or None if the order is unchanged.
 
     Raises:
         ValueError: an id is out of range; on CUDA, an id or offset of an earlier call was.
     """
-    slots = indices_TK.shape[1]
+    top_k = indices_TK.shape[1]
     if not in_kernels or indices_TK.numel() == 0:
-        unsorted = torch.empty(0, device=indices_TK.device, dtype=torch.int32)
-        return _checked_ids(indices_TK.reshape(-1), num_experts, in_kernels), unsorted
-    if slots > MAX_SORTED_SLOTS:
+        return _checked_ids(indices_TK.reshape(-1), num_experts, in_kernels), None
+    if top_k > tuning.config.max_sorted_slots:
         ids_N = _checked_ids(indices_TK.reshape(-1), num_experts, in_kernels)
-        ids_TK, slot_TK = ids_N.view(-1, slots).sort(dim=1, stable=True)
-        first_slot_T = torch.arange(len(ids_TK), device=ids_TK.device) * slots
-        order_TK = (slot_TK + first_slot_T.unsqueeze(1)).to(order_dtype(ids_N.numel()))
+        ids_TK, slots_TK = ids_N.view(-1, top_k).sort(dim=1, stable=True)
+        first_slot_T = torch.arange(len(ids_TK), device=ids_TK.device) * top_k
+        order_TK = (slots_TK + first_slot_T.unsqueeze(1)).to(order_dtype(ids_N.numel()))
         return ids_TK.view(-1), order_TK.view(-1)
     record = _poll_and_get_record(indices_TK.device)
     ids_N = torch.empty(indices_TK.numel(), device=indices_TK.device, dtype=torch.int32)
     order_N = torch.empty(
         indices_TK.numel(), device=indices_TK.device, dtype=order_dtype(ids_N.numel())
     )
-    block = next_power_of_2(slots)
+    block = next_power_of_2(top_k)
     narrow = (num_experts + 2) * block < 2**31
     launch(
         sort_slots_kernel,
@@ -71,7 +81,7 @@ def check_and_sort(
         record.found,
         record.flag,
         num_experts,
-        SLOTS=slots,
+        TOP_K=top_k,
         BLOCK=block,
         KEY=triton.language.int32 if narrow else triton.language.int64,
         HAS_COUNTS=num_tokens_E is not None,
@@ -82,19 +92,28 @@ def check_and_sort(
 
 
 def _sorting_warps(block: int) -> int:
-    # As long as one warp can hold the keys, none of them crosses to another.
+    # A single warp exchanges no keys with others, as long as it can hold them all.
     return 1 if block <= 1024 else block // 128
 
 
 def order_dtype(num_pairs: int) -> torch.dtype:
-    """Of positions among `num_pairs` pairs."""
+    """The integer dtype that can index `num_pairs` pairs."""
     return torch.int32 if num_pairs < 2**31 else torch.int64
 
 
 def check_ragged(
     row_offsets: Tensor, expert_ids_N: Tensor, num_experts: int, in_kernels: bool
 ) -> tuple[Tensor, Tensor]:
-    """Checked row offsets (T+1,) int64 in [0, N] and checked ids (N,) int32 in [-1, E).
+    """Check the row offsets and ids of a ragged pattern.
+
+    Args:
+        row_offsets: (T+1,) int32 or int64.
+        expert_ids_N: (N,) int32 or int64.
+        num_experts: E.
+        in_kernels: check in Triton kernels.
+
+    Returns:
+        row offsets (T+1,) int64 in [0, N] and ids (N,) int32 in [-1, E).
 
     Raises:
         ValueError: an id is out of range, or the offsets do not ascend from 0 to N; on CUDA, an
@@ -162,15 +181,15 @@ def _checked_offsets(row_offsets: Tensor, num_pairs: int, in_kernels: bool) -> T
 
 
 @dataclass(frozen=True)
-class _Record:
-    """What the kernels of one device found: see `arrange_kernels`."""
+class IndexErrorRecord:
+    """What the checks on one device found: `found` and `flag` of `indices_kernels`."""
 
     found: Tensor
     flag: Tensor
 
     @classmethod
-    def on(cls, device: torch.device) -> "_Record":
-        # They outlive an inference mode that is on now.
+    def on(cls, device: torch.device) -> "IndexErrorRecord":
+        # As ordinary tensors, since they outlive an inference mode that is on now.
         with torch.inference_mode(False):
             flag = torch.zeros(1, dtype=torch.int32)
             # The device writes to pinned host memory, where the host looks without a sync.
@@ -178,7 +197,7 @@ class _Record:
             return cls(torch.tensor(NOTHING_FOUND, device=device), flag)
 
     def after_launch(self) -> None:
-        """Raise at once where that needs no waiting, or where waiting was asked for."""
+        """Poll at once where results are there already or FLASH_MOE_STRICT_INDICES=1."""
         if self.found.is_cuda:
             if os.environ.get("FLASH_MOE_STRICT_INDICES") != "1":
                 return
@@ -186,6 +205,7 @@ class _Record:
         self.poll()
 
     def poll(self) -> None:
+        """Raise ValueError and reset the record if anything wrong has been found so far."""
         if self.flag.item() == 0:
             return
         if self.found.is_cuda:
@@ -198,7 +218,7 @@ class _Record:
         raise ValueError(_id_message(least, greatest, num_experts))
 
 
-_records: dict[torch.device, _Record] = {}
+_records: dict[torch.device, IndexErrorRecord] = {}
 
 
 def raise_index_errors() -> None:
@@ -226,8 +246,8 @@ def _offsets_message(num_pairs: int) -> str:
     return f"row_offsets must ascend from 0 to the number of pairs = {num_pairs}, but do not"
 
 
-def _poll_and_get_record(device: torch.device) -> _Record:
+def _poll_and_get_record(device: torch.device) -> IndexErrorRecord:
     if device not in _records:
-        _records[device] = _Record.on(device)
+        _records[device] = IndexErrorRecord.on(device)
     _records[device].poll()
     return _records[device]

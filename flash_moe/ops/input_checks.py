@@ -1,7 +1,6 @@
-"""Every input error of the expert op, in one place.
+"""Checks of the expert op's arguments by shape, dtype and device, which cost no device time.
 
-These checks read shapes, dtypes and devices only, so they cost no device time. The
-range of the ids is data: `flash_moe.ops.indices` looks after it.
+Whether ids and offsets are in range depends on the data: `flash_moe.ops.indices` checks that.
 """
 
 import torch
@@ -22,7 +21,7 @@ def check_expert_inputs(
     """Raise unless the arguments of `triton_flash_expert_func` fit together.
 
     Raises:
-        TypeError: an argument is no tensor, or has a dtype that the op does not take.
+        TypeError: an argument is not a plain dense tensor, or has an unsupported dtype.
         ValueError: a shape or a device does not fit the others.
     """
     _check_tables(hidden_states, down_weights, up_weights)
@@ -37,7 +36,7 @@ def check_expert_inputs(
 
 
 def check_routing(hidden_states: Tensor, indices: Tensor, routing_weights: Tensor) -> None:
-    """Raise, as `check_expert_inputs`, unless tokens, ids and routing weights fit together."""
+    """Raise as `check_expert_inputs` unless tokens, ids and routing weights fit together."""
     _check_dtype("hidden_states", hidden_states, FLOAT_DTYPES)
     _check_dtype("indices", indices, INDEX_DTYPES)
     _check_dtype("routing_weights", routing_weights, FLOAT_DTYPES)
@@ -64,7 +63,7 @@ def check_ragged_inputs(
     expert_ids: Tensor,
     routing_weights: Tensor,
 ) -> None:
-    """Raise, as `check_expert_inputs`, unless `ragged_flash_expert_func` can take these."""
+    """Raise as `check_expert_inputs` unless the arguments of `ragged_flash_expert_func` fit."""
     _check_tables(hidden_states, down_weights, up_weights)
     _check_dtype("row_offsets", row_offsets, INDEX_DTYPES)
     _check_dtype("expert_ids", expert_ids, INDEX_DTYPES)
@@ -119,7 +118,7 @@ def _check_tables(hidden_states: Tensor, down_weights: Tensor, up_weights: Tenso
 def _check_dtype(name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...]) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
-    # By name: this package does without torch.distributed.
+    # By name, since this package does not import torch.distributed.
     if type(tensor).__name__ == "DTensor":
         raise TypeError(
             f"{name} must be a plain tensor, got a DTensor: shard tables with "

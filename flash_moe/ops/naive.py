@@ -1,7 +1,7 @@
 """The expert op as gather and matrix product, differentiated by autograd.
 
-It shares no code with the op: it is the oracle of the tests and the first peer of every
-benchmark. It builds two (T, K, H) tensors, which is why the op exists.
+Shares no code with the op: it is the oracle of the tests and a baseline of every benchmark. It
+builds two (T, K, H) tensors; avoiding them is what the op is for.
 """
 
 import torch
@@ -15,12 +15,12 @@ def naive_expert_func(
     indices: Tensor,
     routing_weights: Tensor,
 ) -> Tensor:
-    """Same arguments and result as `triton_flash_expert_func`; ids of -1 contribute nothing.
+    """Compute `triton_flash_expert_func`, from the same arguments; ids of -1 contribute nothing.
 
     All floating-point arguments must share one dtype, in which everything is computed.
     """
     empty = indices < 0
-    # An empty slot reads row 0 with a weight of zero: nothing, as long as that row is finite.
+    # An empty slot reads row 0 with a weight of zero, which gives 0 as long as that row is finite.
     ids = indices.masked_fill(empty, 0).long()
     weights_TK = routing_weights.masked_fill(empty, 0)
     scores_TK = torch.matmul(down_weights[ids], hidden_states.unsqueeze(-1)).squeeze(-1)

@@ -1,4 +1,4 @@
-"""A second CUDA stream, for work that something else can run beside."""
+"""A second CUDA stream for work that may run concurrently with the current one."""
 
 from functools import cache
 from types import TracebackType
@@ -8,13 +8,14 @@ from torch import Tensor
 
 
 class SideStream:
-    """Inside `with`, work goes to a second stream, after what the current one has to do so far.
+    """Context manager that enqueues work on a side stream, after the current stream's so far.
 
-    What the current stream does after that runs beside it, until `join`. Can be captured in a
-    CUDA graph. Does nothing for a device without streams.
+    What the current stream gets after the `with` block may run concurrently, until `wait`. Can be
+    captured in a CUDA graph. Does nothing on a device without streams.
 
     Args:
-        stream: of `device`; None: one that all share who name none.
+        device: where the work runs.
+        stream: the side stream; defaults to one per device, shared by all callers.
     """
 
     def __init__(self, device: torch.device, stream: torch.Stream | None = None) -> None:
@@ -24,7 +25,7 @@ class SideStream:
             self._stream = _second_stream(device)
 
     def __enter__(self) -> None:
-        # torch.cuda.stream takes some times as long as launching a kernel.
+        # torch.cuda.stream takes several times as long as launching a kernel.
         if self._stream is not None:
             self._device_before = torch.accelerator.current_device_index()
             self._before = current_stream(self.device)
@@ -43,7 +44,12 @@ class SideStream:
                 torch.accelerator.set_device_index(self._device_before)
 
     def wait(self, *tensors: Tensor) -> None:
-        """Let the current stream wait; it is going to use the tensors `made` inside."""
+        """Make the current stream wait for the side stream.
+
+        Args:
+            tensors: allocated on the side stream and used on the current one; recorded there, so
+                that the caching allocator does not reuse their memory too early.
+        """
         if self._stream is not None:
             current = current_stream(self.device)
             current.wait_stream(self._stream)
@@ -52,8 +58,8 @@ class SideStream:
 
 
 def new_stream(device: torch.device) -> torch.Stream:
-    """For `SideStream`, and nobody else's."""
-    # Of higher priority, or its blocks would wait until those of the current stream run out.
+    """A new high-priority stream for `SideStream`."""
+    # With equal priority its blocks would wait until those of the current stream run out.
     return torch.Stream(device, priority=-1)
 
 
@@ -61,5 +67,5 @@ _second_stream = cache(new_stream)
 
 
 def current_stream(device: torch.device) -> torch.Stream:
-    """Of a CUDA device."""
+    """The current stream of a CUDA device."""
     return torch.accelerator.current_stream(device.index)

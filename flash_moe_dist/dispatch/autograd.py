@@ -3,16 +3,24 @@
 T local tokens, K experts per token, H hidden size, e local experts; R rows and M pairs received.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from flash_moe.ops.backend_choice import choose_backend
-from flash_moe.ops.backends import accumulator_dtype
-from flash_moe.ops.expert_math import Backward, forward
-from flash_moe.ops.overlap import OutputChunk
+from flash_moe.ops.dtypes import accumulator_dtype
+from flash_moe.ops.expert_math import (
+    ExpertTables,
+    NeedsGrad,
+    backward_scores,
+    expert_forward,
+    table_grads,
+    token_grads,
+)
+from flash_moe.ops.overlap import Outputs
+from flash_moe.ops.pairs import Pairs, SavedPairs
 from flash_moe_dist.dispatch.base import (
     Dispatcher,
     DispatchMetadata,
@@ -32,14 +40,18 @@ class _SavedTensors(NamedTuple):
     down_eH: Tensor
     up_eH: Tensor
     weights_M: Tensor
-    scores_M: Tensor
-    expert_ids_M: Tensor
+    scores: Tensor
+    expert_ids: Tensor
     slot_order: Tensor
     row_offsets: Tensor
     hot_workspace: Tensor
     slots_P: Tensor | None
     tokens_S: Tensor | None
     sent_TW: Tensor | None
+
+    @property
+    def pairs(self) -> SavedPairs:
+        return SavedPairs(*(getattr(self, name) for name in SavedPairs._fields))
 
 
 class ShardedExperts(torch.autograd.Function):
@@ -64,47 +76,37 @@ class ShardedExperts(torch.autograd.Function):
     ) -> Tensor:
         backend = choose_backend(None, down_eH, down_eH, up_eH, None)
 
-        def experts(
-            received: ReceivedTokens, outputs: Callable[[], Sequence[OutputChunk]]
-        ) -> tuple[Tensor, ...]:
-            chunks = outputs()
-            partial_RH, *saved = forward(
+        tables = ExpertTables(down_eH, up_eH)
+
+        def experts(received: ReceivedTokens, outputs: Outputs) -> SavedPairs:
+            pairs = Pairs.from_checked_offsets(
+                received.row_offsets, received.expert_ids_M, len(down_eH), received.tile_pairs
+            )
+            scores_M = expert_forward(
                 received.hidden_RH,
-                down_eH,
-                up_eH,
-                received.expert_ids_M,
-                received.row_offsets,
+                tables,
+                pairs,
                 received.weights_M,
                 backend,
-                accumulator_dtype(received.hidden_RH.dtype, down_eH.dtype),
-                checked=True,
-                mean_pairs=received.tile_pairs,
-                rows_in=received.inputs,
-                rows_out=chunks if backend == "gather" else (),
+                received.inputs,
+                outputs=outputs,
             )
-            if backend != "gather":
-                (chunk,) = chunks
-                chunk.out.copy_(partial_RH)
-                chunk.on_written()
-            return tuple(saved)
+            return pairs.saved(scores_M)
 
         inp = RankInput.check(hidden_TH, indices_TK, weights_TK, settings)
         completed = layer.run(inp, dispatcher, experts)
         received, metadata = completed.received, completed.metadata
         assert metadata.pairs is not None
         num_pairs = sum(metadata.pairs.received)
-        scores_M, expert_ids_M, *others = completed.saved
-        expert_ids_M = expert_ids_M[:num_pairs]
+        pairs: SavedPairs = completed.saved.first(num_pairs)
         for count in counters:
-            count(expert_ids_M)
+            count(pairs.expert_ids)
         saved = _SavedTensors(
             received.hidden_RH,
             down_eH,
             up_eH,
             received.weights_M[:num_pairs],
-            scores_M[:num_pairs],
-            expert_ids_M,
-            *others,  # type: ignore[arg-type]
+            *pairs,
             *metadata.tensors,
         )
         ctx.save_for_backward(*saved)
@@ -128,53 +130,50 @@ class ShardedExperts(torch.autograd.Function):
         metadata: DispatchMetadata = ctx.dispatch_metadata.with_tensors(
             MetadataTensors(saved.slots_P, saved.tokens_S, saved.sent_TW)
         )
-        hidden_needed, down_needed, up_needed, _, weights_needed, *_ = ctx.needs_input_grad
+        hidden, down, up, _, weights, *_ = ctx.needs_input_grad
+        needs_grad = NeedsGrad(hidden, down, up, weights)
+        tables, backend = ExpertTables(saved.down_eH, saved.up_eH), ctx.backend
         sum_dtype = accumulator_dtype(ctx.hidden_dtype, saved.down_eH.dtype)
         combine = weights_returned = None
         with phase("dispatch_backward"):
             arriving = dispatcher.send_rows(grad_TH, metadata)
             arriving.start_transfer()
         with phase("experts_backward"):
-            backward = Backward(
+            pairs = Pairs.from_saved(saved.pairs, len(saved.down_eH), tile_pairs=ctx.tile_pairs)
+            score_grads = backward_scores(
                 arriving.rows_RH,
-                saved.rows_RH,
-                saved.down_eH,
-                saved.up_eH,
+                tables,
+                pairs,
+                saved.scores,
                 saved.weights_M,
-                (
-                    saved.scores_M,
-                    saved.expert_ids_M,
-                    saved.slot_order,
-                    saved.row_offsets,
-                    saved.hot_workspace,
-                ),
-                -1,
-                (hidden_needed, down_needed, up_needed, weights_needed),
-                ctx.backend,
-                ctx.tile_pairs,
+                needs_grad,
+                backend,
                 arriving.chunks,
             )
         with phase("combine_backward"):
             # Before the partial sums, so that these values travel while those are computed.
-            if backward.weights_grad is not None:
-                weights_returned = dispatcher.return_values(backward.weights_grad, metadata)
+            if score_grads.weights is not None:
+                weights_returned = dispatcher.return_values(score_grads.weights, metadata)
         with phase("experts_backward"):
-            if hidden_needed:
+            if needs_grad.hidden:
                 hidden_size = saved.rows_RH.shape[1]
                 combine = dispatcher.combine(metadata, hidden_size, sum_dtype, ctx.hidden_dtype)
-                chunks = combine.outputs()
-                partial_RH = backward.for_tokens(
-                    sum_dtype, chunks if ctx.backend == "gather" else ()
-                )
-                if ctx.backend != "gather":
-                    chunks[0].out.copy_(partial_RH)
-                    chunks[0].on_written()
+                token_grads(score_grads, tables, pairs, backend, combine.outputs)
         with phase("combine_backward"):
             if weights_returned is not None:
                 weights_returned.scatter_on_side_stream()
         with phase("experts_backward"):
             # The loss is averaged over the ranks.
-            down_grad, up_grad = backward.for_tables(1 / dispatcher.ep_size)
+            down_grad, up_grad = table_grads(
+                score_grads,
+                saved.rows_RH,
+                arriving.rows_RH,
+                tables,
+                pairs,
+                needs_grad,
+                backend,
+                scale=1 / dispatcher.ep_size,
+            )
         with phase("combine_backward"):
             hidden_grad = None if combine is None else combine.result()
             weights_grad = None if weights_returned is None else weights_returned.result()

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from flash_moe.ops.overlap import InputChunk, OutputChunk, nothing
+from flash_moe.ops.overlap import InputChunk, OutputChunk
 from flash_moe_dist.dispatch.collectives import Pending
 from flash_moe_dist.dispatch.comm_volume import DispatcherName
 from flash_moe_dist.dispatch.handshake import Splits
@@ -96,7 +96,7 @@ class ArrivingRows:
 
     rows_RH: Tensor
     chunks: Sequence[InputChunk]
-    start_transfer: Callable[[], None] = nothing
+    start_transfer: Callable[[], object] = lambda: None
 
     @classmethod
     def from_pending(cls, pending: Pending) -> "ArrivingRows":

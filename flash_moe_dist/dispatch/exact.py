@@ -16,10 +16,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from flash_moe.ops.backend_choice import TRITON_BACKENDS, default_backend, ragged_backend
+from flash_moe.ops.backend_choice import default_backend, ragged_backend, uses_triton
 from flash_moe.ops.backends import load_backend
-from flash_moe.ops.backends.gather import sum_pieces
-from flash_moe.ops.overlap import OutputChunk
+from flash_moe.ops.backends.gather import add_partial_sums
+from flash_moe.ops.overlap import OutputChunk, WholeOutput
 from flash_moe.ops.pairs import Pairs
 from flash_moe_dist.dispatch.base import (
     ArrivingRows,
@@ -203,16 +203,18 @@ DISPATCHERS: dict[DispatcherName, type[ExactDispatcher]] = {
 
 def sum_row_copies(rows_SH: Tensor, sent_TW: Tensor, dtype: torch.dtype) -> Tensor:
     """Sum, for each token, its rows among (S, H), in the order of the ranks: (T, H)."""
-    pattern = Pairs.from_slots(sent_TW, rows_SH.shape[0])
+    pattern = Pairs.from_checked_indices(sent_TW, rows_SH.shape[0])
     ones_N = torch.ones(pattern.num_pairs, device=rows_SH.device)
     primitives = load_backend(ragged_backend(default_backend(rows_SH.device)))
-    return primitives.spmm(ones_N, rows_SH, pattern, dtype)
+    sums_TH = WholeOutput((len(sent_TW), rows_SH.shape[1]), dtype, rows_SH.device)
+    primitives.spmm(ones_N, rows_SH, pattern, sums_TH.chunks)
+    return sums_TH.value
 
 
 def sum_over_ranks(partial_WXH: Tensor, total_XH: Tensor) -> None:
     """Write the sum over the first dimension, in its order, rounded once."""
-    if default_backend(partial_WXH.device) in TRITON_BACKENDS:
-        sum_pieces(partial_WXH, total_XH.dtype, total_XH)
+    if uses_triton(default_backend(partial_WXH.device)):
+        add_partial_sums(partial_WXH, total_XH.dtype, total_XH)
         return
     sum_XH = partial_WXH[0].clone()
     for partial_XH in partial_WXH[1:]:

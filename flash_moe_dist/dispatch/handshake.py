@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from flash_moe.ops.backend_choice import TRITON_BACKENDS, check_backend, default_backend
-from flash_moe.ops.backends import accumulator_dtype
+from flash_moe.ops.backend_choice import check_backend, default_backend, uses_triton
+from flash_moe.ops.dtypes import accumulator_dtype
 from flash_moe.ops.indices import poll_index_errors, raise_ids_out_of_range
 from flash_moe.ops.input_checks import check_routing
 from flash_moe_dist.agreement import raise_differences, raise_same_error
@@ -130,7 +130,7 @@ class RankInput:
             num_experts=settings.num_experts,
             sum_dtype=accumulator_dtype(hidden_TH.dtype, settings.table_dtypes[0]),
             shared=shared,
-            in_kernels=backend in TRITON_BACKENDS,
+            in_kernels=uses_triton(backend),
         )
 
     @property

@@ -6,7 +6,7 @@ from typing import Literal
 from torch import Tensor
 
 from flash_moe.bench.cases import DTYPES, Case, Inputs
-from flash_moe.ops.backends import accumulator_dtype
+from flash_moe.ops.dtypes import accumulator_dtype
 from flash_moe_dist.dispatch.comm_volume import DispatcherName, ElementSizes, cheaper_dispatcher
 
 Scaling = Literal["weak", "strong"]

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from flash_moe.ops.backend_choice import TRITON_BACKENDS, default_backend
+from flash_moe.ops.backend_choice import default_backend, uses_triton
 from flash_moe_dist.dispatch.comm_volume import DispatcherName, ElementSizes
 from flash_moe_dist.dispatch.header import HEADER_BYTES, Header
 from flash_moe_dist.dispatch.routing import Routing
@@ -52,7 +52,7 @@ class Traffic:
 def sent_by_one_rank(indices_TK: Tensor, num_experts: int, ranks: int) -> tuple[Tensor, Tensor]:
     """Count the rows and the pairs, (W,) each, that go to each rank; waits for the device."""
     header_WF = torch.zeros(ranks, len(Header), device=indices_TK.device, dtype=torch.int64)
-    in_kernels = default_backend(indices_TK.device) in TRITON_BACKENDS
+    in_kernels = uses_triton(default_backend(indices_TK.device))
     routing = Routing.from_indices(indices_TK, num_experts, ranks, in_kernels)
     routing.write_header(header_WF, checksum=0)
     header_WF = header_WF.double().cpu()

@@ -1,35 +1,60 @@
 """Backends: each a module that supplies the three primitives of the expert op.
 
-T tokens, E experts, H hidden size, N pairs; `pairs` is a `flash_moe.ops.pairs.Pairs`.
+T tokens, E experts, H hidden size, N pairs. The primitives are sparse linear algebra over the
+pattern of pairs, named as in that field:
 
-    sddmm(rows_TH, table_EH, pairs) -> (N,)
-        the dot product of row and table row for each pair, 0 for an empty slot,
-        in `accumulator_dtype(rows_TH, table_EH)`
-    spmm(values_N, table_EH, pairs, out_dtype) -> (T, H)
-        for each token the sum of its experts' table rows, each times its pair's value
-    spmm_t(values_N, rows_TH, pairs, out_dtype, scale) -> (E, H)
-        for each expert the sum of its tokens' rows, each times its pair's value; times scale
-    spmm_t_both: two of these over the same pairs
+    sddmm     dot products of rows and table rows, one for each pair
+    spmm      weighted sums of table rows, one for each token
+    spmm_t    weighted sums of token rows, one for each expert: a table's gradient
 
-Sums are kept in float32 (float64 where an input is float64) and rounded once, at the end.
+Sums are computed in float32 (float64 where an input is float64) and rounded once, at the end.
 """
 
-from collections.abc import Callable
+from collections.abc import Sequence
+from functools import cache
 from importlib import import_module
 from typing import Protocol, cast
 
 import torch
 from torch import Tensor
 
+from flash_moe.ops.overlap import InputChunk, Outputs
 from flash_moe.ops.pairs import Pairs
 
 
 class Backend(Protocol):
-    def sddmm(self, rows_TH: Tensor, table_EH: Tensor, pairs: Pairs) -> Tensor: ...
+    """The interface of a backend module.
 
-    def spmm(
-        self, values_N: Tensor, table_EH: Tensor, pairs: Pairs, out_dtype: torch.dtype
-    ) -> Tensor: ...
+    gathers_table_grads: `spmm_t` gathers rows in the order by expert, which may be computed
+        concurrently with what comes before, and for ragged rows reads `gather.tokens_by_expert`.
+    """
+
+    gathers_table_grads: bool
+
+    def sddmm(
+        self, rows_TH: Tensor, table_EH: Tensor, pairs: Pairs, inputs: Sequence[InputChunk] = ()
+    ) -> Tensor:
+        """Compute the dot product of row and table row for each pair, 0 for an empty slot.
+
+        Args:
+            rows_TH: (T, H).
+            table_EH: (E, H).
+            inputs: chunks of rows_TH, several only for a ragged pattern; empty: all rows have
+                arrived. A backend may wait for all of them before it reads the first.
+
+        Returns:
+            (N,) in `accumulator_dtype(rows_TH, table_EH)`.
+        """
+
+    def spmm(self, values_N: Tensor, table_EH: Tensor, pairs: Pairs, outputs: Outputs) -> None:
+        """Write for each token the sum of its experts' table rows, each times its pair's value.
+
+        Args:
+            values_N: (N,).
+            table_EH: (E, H).
+            outputs: returns chunks that together have all T rows, several only for a ragged
+                pattern. A backend may compute all rows before it writes any.
+        """
 
     def spmm_t(
         self,
@@ -38,7 +63,17 @@ class Backend(Protocol):
         pairs: Pairs,
         out_dtype: torch.dtype,
         scale: float = 1.0,
-    ) -> Tensor: ...
+    ) -> Tensor:
+        """Compute for each expert the sum of its tokens' rows, each times its pair's value.
+
+        Args:
+            values_N: (N,).
+            rows_TH: (T, H).
+            scale: factor on the sums, before they are rounded.
+
+        Returns:
+            (E, H) in out_dtype.
+        """
 
     def spmm_t_both(
         self,
@@ -47,30 +82,11 @@ class Backend(Protocol):
         pairs: Pairs,
         out_dtypes: tuple[torch.dtype, torch.dtype],
         scale: float = 1.0,
-    ) -> tuple[Tensor, Tensor]: ...
+    ) -> tuple[Tensor, Tensor]:
+        """Compute `spmm_t` of two tables over the same pairs."""
 
 
-def spmm_t_in_turn(
-    spmm_t: Callable[..., Tensor],
-    values_2N: tuple[Tensor, Tensor],
-    rows_2TH: tuple[Tensor, Tensor],
-    pairs: Pairs,
-    out_dtypes: tuple[torch.dtype, torch.dtype],
-    scale: float = 1.0,
-) -> tuple[Tensor, Tensor]:
-    """`spmm_t_both` for a backend that gains nothing by doing both at once."""
-    first, second = (
-        spmm_t(values_N, rows_TH, pairs, dtype, scale)
-        for values_N, rows_TH, dtype in zip(values_2N, rows_2TH, out_dtypes, strict=True)
-    )
-    return first, second
-
-
+@cache
 def load_backend(name: str) -> Backend:
-    """The backend of that name, imported when first used."""
+    """Import the backend of this name, when it is first used."""
     return cast(Backend, import_module(f"{__name__}.{name}"))
-
-
-def accumulator_dtype(*dtypes: torch.dtype) -> torch.dtype:
-    """The dtype in which products of these dtypes are summed."""
-    return torch.float64 if torch.float64 in dtypes else torch.float32

@@ -1,248 +1,261 @@
-"""CUDA tensors through Triton kernels that gather table rows: launchers and their tuning."""
+"""CUDA tensors by Triton kernels that gather table rows: launchers and their tuning."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from flash_moe.ops.backends import accumulator_dtype
 from flash_moe.ops.backends.gather_kernels import (
+    add_partial_sums_kernel,
     sddmm_kernel,
     spmm_kernel,
     spmm_t_kernel,
-    sum_chunks_kernel,
-    sum_pieces_kernel,
+    spmm_t_splits_kernel,
     token_ids_kernel,
 )
-from flash_moe.ops.overlap import InputChunk, OutputChunk
+from flash_moe.ops.dtypes import accumulator_dtype
+from flash_moe.ops.overlap import InputChunk, OutputChunk, Outputs, wait_for_rows
 from flash_moe.ops.pairs import Pairs
 from flash_moe.ops.triton_launch import cdiv, launch, next_power_of_2
+from flash_moe.ops.tuning import Tuning
+
+gathers_table_grads = True
 
 MAX_GRID_Y = 65_535
 SUM_BLOCK = 1024
 TOKEN_IDS_BLOCK = 256
+# Rows of at least this many bytes are long for an spmm, longer ones for an sddmm.
+LONG_BYTES = 2048
+# Up to this many pairs per token a program sweeps the table quickly, so that narrow slices of its
+# columns stay in L2 while all programs read them.
+LOW_TOP_K, VERY_LOW_TOP_K = 128, 32
 
 
 @dataclass(frozen=True)
-class SddmmConfig:
-    """Rows held at one time are block_pairs x block_bytes; the dot product stays in a warp.
+class SddmmTiles:
+    """Tile shapes of an sddmm.
 
-    Wider rows are done in slices of slice_bytes, one after the other, and a program gets
-    least_pairs to most_pairs pairs: few enough that the `programs` which run at one time read a
-    part of the table that stays in a cache of cached_bytes.
+    A program holds block_pairs table rows of block_bytes at a time, few enough for the dot product
+    to stay in one warp. Longer rows are processed in slices of slice_bytes, one after the other. A
+    program gets min_pairs to max_pairs pairs: so few that the part of the table which `programs`
+    concurrent programs read stays in a cache of cached_bytes.
     """
 
     slice_bytes: int
     block_pairs: int
     block_bytes: int = 1024
     num_warps: int = 1
-    least_pairs: int = 8
-    most_pairs: int = 64
+    min_pairs: int = 8
+    max_pairs: int = 64
     programs: int = 4224
     cached_bytes: int = 45_000_000
 
 
 @dataclass(frozen=True)
-class SpmmConfig:
-    """Rows held at one time are block_pairs x block_bytes.
-
-    min_programs: with fewer, a token's pairs are summed in up to max_pieces pieces of least_pairs
-    or more.
-    """
+class SpmmTiles:
+    """Tile shape of an spmm: a program holds block_pairs table rows of block_bytes at a time."""
 
     block_pairs: int
     block_bytes: int
-    min_programs: int = 4096
-    max_pieces: int = 64
-    least_pairs: int = 16
     num_warps: int = 1
 
 
-@dataclass(frozen=True)
-class SpmmTConfig:
-    """Of a row, most_hidden to least_hidden elements are summed at a time, warp_hidden in a warp.
+SDDMM = SddmmTiles(slice_bytes=LONG_BYTES, block_pairs=8)
+SDDMM_IN_SLICES = SddmmTiles(slice_bytes=1024, block_pairs=4)
+SDDMM_IN_NARROW_SLICES = SddmmTiles(slice_bytes=512, block_pairs=8, block_bytes=512)
+SPMM = SpmmTiles(block_pairs=8, block_bytes=512)
+SPMM_LONG = SpmmTiles(block_pairs=32, block_bytes=256)
 
-    So few that what is read of the rows (T, H) of the tables together stays in a cache of
-    cached_bytes, beside the sums that are written. Where not even least_hidden stay there, and
-    experts have least_few to most_few pairs on average, few_hidden are summed at a time. chunk: an
-    expert of more pairs is summed in pieces of that many.
+
+@dataclass(frozen=True)
+class GatherConfig:
+    """How sums are divided among programs.
+
+    With fewer than spmm_min_programs programs, an spmm splits each token's pairs into up to
+    spmm_max_splits splits of at least spmm_min_split_pairs pairs.
+
+    An spmm_t splits the pairs of experts that have more than spmm_t_split_pairs. It sums
+    spmm_t_max_hidden to spmm_t_min_hidden elements of a row at a time, spmm_t_warp_hidden in a
+    warp: so few that what it reads of all token rows stays in a cache of spmm_t_cached_bytes,
+    beside the sums that it writes. Where not even spmm_t_min_hidden do, and experts have
+    spmm_t_narrow_min_pairs to spmm_t_narrow_max_pairs pairs on average, it sums
+    spmm_t_narrow_hidden at a time.
     """
 
-    few_hidden: int = 256
-    least_few: int = 8
-    most_few: int = 64
-    most_hidden: int = 2048
-    least_hidden: int = 512
-    warp_hidden: int = 512
-    cached_bytes: int = 24_000_000
-    chunk: int = 1024
+    spmm_min_programs: int = 4096
+    spmm_max_splits: int = 64
+    spmm_min_split_pairs: int = 16
+    spmm_t_split_pairs: int = 1024
+    spmm_t_max_hidden: int = 2048
+    spmm_t_min_hidden: int = 512
+    spmm_t_warp_hidden: int = 512
+    spmm_t_cached_bytes: int = 24_000_000
+    spmm_t_narrow_hidden: int = 256
+    spmm_t_narrow_min_pairs: int = 8
+    spmm_t_narrow_max_pairs: int = 64
 
 
-# Rows of this many bytes are long for an spmm, longer ones for an sddmm.
-LONG_BYTES = 2048
-# Tokens of this many pairs go fast through the table, and of this many very fast.
-FEW_PAIRS, VERY_FEW_PAIRS = 128, 32
-SDDMM = SddmmConfig(slice_bytes=LONG_BYTES, block_pairs=8)
-SDDMM_IN_SLICES = SddmmConfig(slice_bytes=1024, block_pairs=4)
-SDDMM_IN_NARROW_SLICES = SddmmConfig(slice_bytes=512, block_pairs=8, block_bytes=512)
-SPMM = SpmmConfig(block_pairs=8, block_bytes=512)
-SPMM_LONG = SpmmConfig(block_pairs=32, block_bytes=256)
-SPMM_T = SpmmTConfig()
+tuning = Tuning(GatherConfig())
 
 
 def sddmm(
-    rows_TH: Tensor, table_EH: Tensor, pairs: Pairs, parts: Sequence[InputChunk] = ()
+    rows_TH: Tensor, table_EH: Tensor, pairs: Pairs, inputs: Sequence[InputChunk] = ()
 ) -> Tensor:
-    """As every backend's; the values of hot pairs are left to others to write.
-
-    parts: of ragged rows, in the order in which they are read.
-    """
+    """See `Backend.sddmm`; leaves the values of partitioned hot pairs unwritten."""
+    if len(inputs) == 1 and inputs[0].source is None:
+        # All rows arrive at once.
+        inputs[0].wait()
+        inputs = ()
     dtype = accumulator_dtype(rows_TH.dtype, table_EH.dtype)
     num_tokens, hidden_size = rows_TH.shape
     element_bytes = table_EH.element_size()
-    mean_pairs = pairs.mean_pairs
-    in_slices = hidden_size * element_bytes > LONG_BYTES or mean_pairs <= FEW_PAIRS
-    config = SDDMM_IN_SLICES if in_slices else SDDMM
-    if mean_pairs <= VERY_FEW_PAIRS:
-        config = SDDMM_IN_NARROW_SLICES
-    width = min(config.slice_bytes // element_bytes, next_power_of_2(max(1, hidden_size)))
+    tile_pairs = pairs.tile_pairs
+    in_slices = hidden_size * element_bytes > LONG_BYTES or tile_pairs <= LOW_TOP_K
+    tiles = SDDMM_IN_SLICES if in_slices else SDDMM
+    if tile_pairs <= VERY_LOW_TOP_K:
+        tiles = SDDMM_IN_NARROW_SLICES
+    width = min(tiles.slice_bytes // element_bytes, next_power_of_2(max(1, hidden_size)))
     slices = max(1, cdiv(hidden_size, width))
     out_SN = torch.empty((slices, pairs.num_pairs), device=rows_TH.device, dtype=dtype)
     if hidden_size == 0 or pairs.num_pairs == 0:
-        for part in parts:
-            part.wait()
+        wait_for_rows(inputs)
         return out_SN.zero_()[0]
     table_EH = contiguous_rows(table_EH)
-    # Programs go through all tokens before they go on in the table.
-    read_at_once = config.programs / num_tokens * pairs.num_experts * width * element_bytes
-    pairs_per_program = config.most_pairs
+    # Programs serve all tokens before their next pairs, which are further down the table.
+    read_at_once = tiles.programs / num_tokens * pairs.num_experts * width * element_bytes
+    pairs_per_program = tiles.max_pairs
     while (
-        pairs_per_program > config.least_pairs
-        and read_at_once * pairs_per_program > config.cached_bytes * mean_pairs
+        pairs_per_program > tiles.min_pairs
+        and read_at_once * pairs_per_program > tiles.cached_bytes * tile_pairs
     ):
         pairs_per_program //= 2
-    # Enough programs for a row of average length; a longer row is walked in strides.
-    blocks = min(cdiv(mean_pairs, pairs_per_program), MAX_GRID_Y)
-    for part in parts or [InputChunk(slice(0, num_tokens))]:
-        part.wait()
-        of_part_TH = rows_TH[part.rows] if part.source is None else part.source
-        of_part_TH = contiguous_rows(of_part_TH)
-        if len(of_part_TH) == 0:
+    # Enough programs for a token with the mean number of pairs; others are walked in strides.
+    blocks = min(cdiv(tile_pairs, pairs_per_program), MAX_GRID_Y)
+    for chunk in inputs or (InputChunk(slice(0, num_tokens)),):
+        chunk.wait()
+        chunk_TH = rows_TH[chunk.rows] if chunk.source is None else chunk.source
+        chunk_TH = contiguous_rows(chunk_TH)
+        if len(chunk_TH) == 0:
             continue
         launch(
             sddmm_kernel,
-            (len(of_part_TH), blocks, slices),
-            of_part_TH,
+            (len(chunk_TH), blocks, slices),
+            chunk_TH,
             table_EH,
-            *_row_pointers(pairs, part.rows.start),
+            *_row_pointers(pairs, chunk.rows.start),
             pairs.expert_ids,
             out_SN,
-            of_part_TH.stride(0),
+            chunk_TH.stride(0),
             table_EH.stride(0),
             pairs.num_pairs,
-            SLOTS=pairs.slots,
+            TOP_K=pairs.top_k or 0,
             HAS_HOT=pairs.hot is not None,
             HIDDEN_SIZE=hidden_size,
             SLICE=width,
-            BLOCK_HIDDEN=min(config.block_bytes // element_bytes, width),
-            BLOCK_PAIRS=config.block_pairs,
+            BLOCK_HIDDEN=min(tiles.block_bytes // element_bytes, width),
+            BLOCK_PAIRS=tiles.block_pairs,
             PAIRS_PER_PROGRAM=pairs_per_program,
-            num_warps=config.num_warps,
+            num_warps=tiles.num_warps,
         )
-    return sum_pieces(out_SN, dtype)
+    return add_partial_sums(out_SN, dtype)
 
 
 def spmm(
     values_N: Tensor,
     table_EH: Tensor,
     pairs: Pairs,
-    out_dtype: torch.dtype,
-    hot_sums_PTH: Tensor | None = None,
-) -> Tensor:
-    """As every backend's; the sums over hot pairs come from elsewhere, as (P, T, H)."""
-    shape = (pairs.num_tokens, table_EH.shape[1])
-    out_TH = torch.empty(shape, device=table_EH.device, dtype=out_dtype)
-    whole = [OutputChunk(slice(0, pairs.num_tokens), out_TH)]
-    spmm_into(values_N, table_EH, pairs, whole, hot_sums_PTH)
-    return out_TH
-
-
-def spmm_into(
-    values_N: Tensor,
-    table_EH: Tensor,
-    pairs: Pairs,
-    parts: Sequence[OutputChunk],
+    outputs: Outputs,
     hot_sums_PTH: Tensor | None = None,
 ) -> None:
-    """`spmm`, of ragged rows if there are several parts, in their order."""
+    """See `Backend.spmm`; adds hot_sums_PTH (P, T, H), the sums over partitioned hot pairs."""
+    chunks = outputs()
     hidden_size = table_EH.shape[1]
     accumulator = accumulator_dtype(values_N.dtype, table_EH.dtype)
     row_bytes = hidden_size * table_EH.element_size()
-    is_long = row_bytes >= LONG_BYTES and pairs.mean_pairs > VERY_FEW_PAIRS
-    config = SPMM_LONG if is_long else SPMM
-    block_hidden = config.block_bytes // table_EH.element_size()
+    is_long = row_bytes >= LONG_BYTES and pairs.tile_pairs > VERY_LOW_TOP_K
+    tiles = SPMM_LONG if is_long else SPMM
+    block_hidden = tiles.block_bytes // table_EH.element_size()
     block_hidden = min(block_hidden, next_power_of_2(max(1, hidden_size)))
     blocks = cdiv(hidden_size, block_hidden)
-    pieces = _spmm_pieces(pairs, blocks, config) if hot_sums_PTH is None else 1
+    splits = spmm_splits(pairs, blocks) if hot_sums_PTH is None else 1
     values_N = values_N.to(accumulator).contiguous()
     table_EH = contiguous_rows(table_EH)
-    for part in parts:
-        out, addends = part.out, part.accumulate_with
-        if pieces > 1:
-            out = torch.empty((pieces, *out.shape), device=out.device, dtype=accumulator)
-            addends = None
+    for chunk in chunks:
+        out, accumulate_with = chunk.out, chunk.accumulate_with
+        if splits > 1:
+            out = torch.empty((splits, *out.shape), device=out.device, dtype=accumulator)
+            accumulate_with = None
         if out.numel() > 0:
             launch(
                 spmm_kernel,
-                (part.out.shape[0], blocks, pieces),
+                (chunk.out.shape[0], blocks, splits),
                 values_N,
                 table_EH,
-                *_row_pointers(pairs, part.rows.start),
+                *_row_pointers(pairs, chunk.rows.start),
                 pairs.expert_ids,
                 values_N if hot_sums_PTH is None else hot_sums_PTH,
                 pairs.expert_ids if pairs.hot is None else pairs.hot.num_hot,
-                values_N if addends is None else addends,
+                values_N if accumulate_with is None else accumulate_with,
                 out,
                 table_EH.stride(0),
-                SLOTS=pairs.slots,
+                TOP_K=pairs.top_k or 0,
                 HAS_HOT=pairs.hot is not None,
                 HIDDEN_SIZE=hidden_size,
                 BLOCK_HIDDEN=block_hidden,
-                BLOCK_PAIRS=config.block_pairs,
-                PIECES=pieces,
-                HOT_PIECES=0 if hot_sums_PTH is None else hot_sums_PTH.shape[0],
-                ADDENDS=0 if addends is None else len(addends),
-                PLACE=0 if addends is None else part.own_index,
-                num_warps=config.num_warps,
+                BLOCK_PAIRS=tiles.block_pairs,
+                SPLIT_K=splits,
+                HOT_SPLITS=0 if hot_sums_PTH is None else hot_sums_PTH.shape[0],
+                NUM_ADDENDS=0 if accumulate_with is None else len(accumulate_with),
+                OWN_INDEX=0 if accumulate_with is None else chunk.own_index,
+                num_warps=tiles.num_warps,
             )
-            if pieces > 1:
-                _sum_with_addends(out, part)
-        part.on_written()
+            if splits > 1:
+                _add_splits(out, chunk)
+        chunk.on_written()
 
 
-def _sum_with_addends(pieces: Tensor, part: OutputChunk) -> None:
-    addends, dtype = part.accumulate_with, part.out.dtype
+def spmm_splits(pairs: Pairs, blocks: int) -> int:
+    """Number of splits of a token's pairs in an spmm over so many blocks of the hidden size."""
+    config = tuning.config
+    programs = pairs.num_tokens * blocks
+    if programs == 0:
+        return 1
+    splits = min(config.spmm_min_programs // programs, config.spmm_max_splits)
+    return max(1, min(splits, pairs.tile_pairs // config.spmm_min_split_pairs))
+
+
+def _add_splits(partial_sums: Tensor, chunk: OutputChunk) -> None:
+    addends, dtype = chunk.accumulate_with, chunk.out.dtype
     if addends is None:
-        sum_pieces(pieces, dtype, part.out)
+        add_partial_sums(partial_sums, dtype, chunk.out)
         return
-    sum_pieces(pieces, addends.dtype, addends[part.own_index])
-    sum_pieces(addends, dtype, part.out)
+    add_partial_sums(partial_sums, addends.dtype, addends[chunk.own_index])
+    add_partial_sums(addends, dtype, chunk.out)
 
 
-def sum_pieces(pieces: Tensor, out_dtype: torch.dtype, total: Tensor | None = None) -> Tensor:
-    """Summed over the first dimension, in order, and rounded once; into `total` if given."""
-    if len(pieces) == 1 and total is None:
-        return pieces[0]
+def add_partial_sums(
+    partial_sums: Tensor, out_dtype: torch.dtype, total: Tensor | None = None
+) -> Tensor:
+    """Sum over the first dimension, in order, in the dtype of the partial sums, rounded once.
+
+    Args:
+        partial_sums: (P, ...) contiguous. If P is 1 and there is no `total`, it is returned as is.
+        out_dtype: of the result.
+        total: where to write the result.
+    """
+    if len(partial_sums) == 1 and total is None:
+        return partial_sums[0]
     if total is None:
-        total = torch.empty(pieces.shape[1:], device=pieces.device, dtype=out_dtype)
+        total = torch.empty(partial_sums.shape[1:], device=partial_sums.device, dtype=out_dtype)
     launch(
-        sum_pieces_kernel,
+        add_partial_sums_kernel,
         (cdiv(total.numel(), SUM_BLOCK),),
-        pieces,
+        partial_sums,
         total,
         total.numel(),
-        NUM_PIECES=len(pieces),
+        NUM_PARTIAL_SUMS=len(partial_sums),
         BLOCK=SUM_BLOCK,
     )
     return total
@@ -251,8 +264,9 @@ def sum_pieces(pieces: Tensor, out_dtype: torch.dtype, total: Tensor | None = No
 def spmm_t(
     values_N: Tensor, rows_TH: Tensor, pairs: Pairs, out_dtype: torch.dtype, scale: float = 1.0
 ) -> Tensor:
+    """See `Backend.spmm_t`."""
     out = torch.empty(pairs.num_experts, rows_TH.shape[1], device=rows_TH.device, dtype=out_dtype)
-    sum_for_experts([(values_N, rows_TH, out)], pairs, scale)
+    spmm_t_into([TableSum(values_N, rows_TH, out)], pairs, scale)
     return out
 
 
@@ -263,105 +277,142 @@ def spmm_t_both(
     out_dtypes: tuple[torch.dtype, torch.dtype],
     scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    shape = (pairs.num_experts, rows_2TH[0].shape[1])
-    first, second = (
-        torch.empty(shape, device=rows_2TH[0].device, dtype=dtype) for dtype in out_dtypes
-    )
-    sums = list(zip(values_2N, rows_2TH, (first, second), strict=True))
-    sum_for_experts(sums, pairs, scale)
-    return first, second
+    """See `Backend.spmm_t_both`: both tables in one launch."""
+    sums = two_table_sums(values_2N, rows_2TH, pairs.num_experts, out_dtypes)
+    spmm_t_into(sums, pairs, scale)
+    return sums[0].out, sums[1].out
 
 
-def sum_for_experts(sums: list[tuple[Tensor, Tensor, Tensor]], pairs: Pairs, scale: float) -> None:
-    """Values (N,), rows (T, H) and where their sums go (E, H), for one table or two."""
-    out = sums[0][2]
+class TableSum(NamedTuple):
+    """One spmm_t: values (N,) and rows (T, H) to sum, and where the sums (E, H) go."""
+
+    values: Tensor
+    rows: Tensor
+    out: Tensor
+
+
+def two_table_sums(
+    values_2N: tuple[Tensor, Tensor],
+    rows_2TH: tuple[Tensor, Tensor],
+    num_experts: int,
+    out_dtypes: tuple[torch.dtype, torch.dtype],
+) -> list[TableSum]:
+    """Allocate the outputs of `spmm_t_both`."""
+    shape = (num_experts, rows_2TH[0].shape[1])
+    outs = [torch.empty(shape, device=rows_2TH[0].device, dtype=dtype) for dtype in out_dtypes]
+    return [TableSum(*one) for one in zip(values_2N, rows_2TH, outs, strict=True)]
+
+
+def spmm_t_into(sums: Sequence[TableSum], pairs: Pairs, scale: float) -> None:
+    """Compute the sums of one table or two, without the rows of partitioned hot experts."""
+    out = sums[0].out
     if out.numel() == 0:
         return
+    config = tuning.config
     hidden_size = out.shape[1]
-    accumulator = accumulator_dtype(*(tensor.dtype for one in sums for tensor in one[:2]))
+    accumulator = accumulator_dtype(*(one.dtype for pair in sums for one in pair[:2]))
     tables: list[tuple[Tensor, Tensor, int, Tensor]] = []
     for values_N, rows_TH, out_EH in sums:
         rows_TH = contiguous_rows(rows_TH)
         values_N = values_N.to(accumulator).contiguous()
         if accumulator == torch.float64:
-            # A number reaches a kernel in float32.
+            # As a kernel argument, the scale would be rounded to float32.
             values_N = values_N * scale
         tables.append((values_N, rows_TH, rows_TH.stride(0), out_EH))
     scale = 1.0 if accumulator == torch.float64 else scale
-    num_chunks = cdiv(pairs.num_pairs, SPMM_T.chunk)
-    # Nobody has more pairs than a chunk takes, if there is one chunk.
-    num_chunks = 0 if num_chunks == 1 else num_chunks
-    partials = torch.empty(
-        (num_chunks, 2, len(sums), hidden_size), device=out.device, dtype=accumulator
+    num_splits = cdiv(pairs.num_pairs, config.spmm_t_split_pairs)
+    # With a single split, no expert has more pairs than one program sums.
+    num_splits = 0 if num_splits == 1 else num_splits
+    partial_sums = torch.empty(
+        (num_splits, 2, len(sums), hidden_size), device=out.device, dtype=accumulator
     )
-    few = SPMM_T.least_few <= pairs.num_pairs / pairs.num_experts <= SPMM_T.most_few
-    block_hidden = _block_of_sums([rows_TH for _, rows_TH, _, _ in tables], few)
+    row_bytes = sum(rows_TH.element_size() for _, rows_TH, _, _ in tables)
+    block_hidden = spmm_t_block_hidden(pairs, hidden_size, row_bytes)
     blocks = cdiv(hidden_size, block_hidden)
     shared = {
         "HIDDEN_SIZE": hidden_size,
         "BLOCK_HIDDEN": block_hidden,
-        "CHUNK": SPMM_T.chunk,
+        "SPLIT": config.spmm_t_split_pairs,
         "TABLES": len(sums),
     }
     launch(
         spmm_t_kernel,
-        (
-            num_chunks + pairs.num_experts,
-            blocks,
-        ),
+        (num_splits + pairs.num_experts, blocks),
         *tables[0],
         *tables[-1],
-        partials,
+        partial_sums,
         pairs.expert_ids,
-        pairs.expert_ids if pairs.slots else tokens_by_expert(pairs),
+        pairs.expert_ids if pairs.top_k else tokens_by_expert(pairs),
         pairs.expert_order,
         pairs.expert_offsets,
-        pairs.expert_ids if pairs.hot is None else pairs.hot.places,
+        pairs.expert_ids if pairs.hot is None else pairs.hot.hot_index,
         scale,
         pairs.num_pairs,
-        num_chunks,
-        SLOTS=pairs.slots,
+        num_splits,
+        TOP_K=pairs.top_k or 0,
         HAS_HOT=pairs.hot is not None,
-        num_warps=max(1, block_hidden // SPMM_T.warp_hidden),
+        num_warps=max(1, block_hidden // config.spmm_t_warp_hidden),
         **shared,
     )
-    if num_chunks > 0:
+    if num_splits > 0:
         launch(
-            sum_chunks_kernel,
-            (
-                num_chunks,
-                blocks,
-                len(sums),
-            ),
-            partials,
-            tables[0][3],
-            tables[-1][3],
+            spmm_t_splits_kernel,
+            (num_splits, blocks, len(sums)),
+            partial_sums,
+            sums[0].out,
+            sums[-1].out,
             pairs.expert_ids,
             pairs.expert_order,
             pairs.expert_offsets,
             scale,
             pairs.num_pairs,
-            BLOCK_CHUNKS=4,
+            BLOCK_SPLITS=4,
             **shared,
         )
 
 
+def spmm_t_block_hidden(pairs: Pairs, hidden_size: int, element_bytes: int) -> int:
+    """Number of elements of a row that an spmm_t sums at a time.
+
+    Args:
+        pairs: the pattern.
+        hidden_size: H.
+        element_bytes: of one element of the rows, those of both tables together.
+    """
+    config = tuning.config
+    column_bytes = pairs.num_tokens * element_bytes
+    block_hidden = config.spmm_t_max_hidden
+    while (
+        block_hidden > config.spmm_t_min_hidden
+        and column_bytes * block_hidden > config.spmm_t_cached_bytes
+    ):
+        block_hidden //= 2
+    mean_pairs = pairs.num_pairs / pairs.num_experts
+    if (
+        config.spmm_t_narrow_min_pairs <= mean_pairs <= config.spmm_t_narrow_max_pairs
+        and column_bytes * block_hidden > config.spmm_t_cached_bytes
+    ):
+        block_hidden = config.spmm_t_narrow_hidden
+    return min(block_hidden, next_power_of_2(hidden_size))
+
+
 def tokens_by_expert(pairs: Pairs) -> Tensor:
-    """`Pairs.token_ids` of ragged rows in the order by expert, kept.
+    """Compute `Pairs.token_ids` of a ragged pattern in the order by expert, once per pattern.
 
     [1, 1, 0, 1] in the example of `Pairs`, where the order is [2, 1, 0, 3].
     """
-    if not pairs.kept:
-        # A kernel that put them in order would wait for the order before it can ask for a token.
-        pairs.kept.append(_find_token_ids(pairs).index_select(0, pairs.expert_order))
-    return pairs.kept[0]
+    scratch = pairs.scratch
+    if scratch.tokens_by_expert is None:
+        # Not by the kernel that finds token ids, which would wait for the order first.
+        scratch.tokens_by_expert = _find_token_ids(pairs).index_select(0, pairs.expert_order)
+    return scratch.tokens_by_expert
 
 
 def _find_token_ids(pairs: Pairs) -> Tensor:
-    # Bad offsets are reported late on CUDA: until then no token may lie outside.
+    # Wrong offsets are reported late on CUDA: until then no token may be out of range.
     found = torch.zeros_like(pairs.expert_ids)
     if pairs.num_pairs > 0:
-        blocks = min(cdiv(pairs.mean_pairs, TOKEN_IDS_BLOCK), MAX_GRID_Y)
+        blocks = min(cdiv(pairs.tile_pairs, TOKEN_IDS_BLOCK), MAX_GRID_Y)
         launch(
             token_ids_kernel,
             (pairs.num_tokens, blocks),
@@ -373,33 +424,14 @@ def _find_token_ids(pairs: Pairs) -> Tensor:
     return found
 
 
-def _block_of_sums(rows: list[Tensor], few: bool) -> int:
-    """How many elements of a row are summed at a time."""
-    num_tokens, hidden_size = rows[0].shape
-    column_bytes = num_tokens * sum(rows_TH.element_size() for rows_TH in rows)
-    block_hidden = SPMM_T.most_hidden
-    while block_hidden > SPMM_T.least_hidden and column_bytes * block_hidden > SPMM_T.cached_bytes:
-        block_hidden //= 2
-    if few and column_bytes * block_hidden > SPMM_T.cached_bytes:
-        block_hidden = SPMM_T.few_hidden
-    return min(block_hidden, next_power_of_2(hidden_size))
-
-
-def _spmm_pieces(pairs: Pairs, blocks: int, config: SpmmConfig) -> int:
-    programs = pairs.num_tokens * blocks
-    if programs == 0:
-        return 1
-    pieces = min(config.min_programs // programs, config.max_pieces)
-    return max(1, min(pieces, pairs.mean_pairs // config.least_pairs))
-
-
 def _row_pointers(pairs: Pairs, first_row: int = 0) -> tuple[Tensor, Tensor]:
-    """row_offsets and pair_counts, or anything where the kernels do not read them."""
+    """row_offsets and pair_counts for kernels, or any tensor where they do not read them."""
     return (
-        pairs.expert_ids if pairs.slots else pairs.row_offsets[first_row:],
+        pairs.expert_ids if pairs.top_k else pairs.row_offsets[first_row:],
         pairs.expert_ids if pairs.hot is None else pairs.hot.pair_counts,
     )
 
 
 def contiguous_rows(table: Tensor) -> Tensor:
+    """Return the table with contiguous rows, as a copy if need be."""
     return table if table.stride(-1) == 1 else table.contiguous()

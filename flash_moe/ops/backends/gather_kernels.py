@@ -1,16 +1,17 @@
 """Triton kernels that gather table rows.
 
-One program serves one output row, a piece of one, or one block of one token's pairs; sums stay
-in registers and run in a fixed order, so results are bitwise repeatable. Every index that meets
-a stride is 64 bits wide.
+One program computes one output row, a split of one, or one block of one token's pairs. Sums stay in
+registers and run in a fixed order, so results are bitwise repeatable. Every index that meets a
+stride is 64 bits wide.
 
     rows, table, out    (rows, HIDDEN_SIZE), last dimension contiguous, any row stride
     row_offsets         (T+1,)   pairs of token t are row_offsets[t]:row_offsets[t+1]; where
-                                 SLOTS > 0, SLOTS*t:SLOTS*(t+1) instead
-    pair_counts         (T, 3)   if HAS_HOT: of these pairs the first pair_counts[t, 0] are meant
-    expert_ids          (N,)     negative: no expert, or not this kernel's
+                                 TOP_K > 0, TOP_K*t:TOP_K*(t+1) instead, and this is not read
+    pair_counts         (T, 3)   if HAS_HOT: only the first pair_counts[t, 0] of them are used
+    expert_ids          (N,)     -1: empty slot; <= -2: a pair of hot expert -2 - id, which
+                                 hot_cold computes
     expert_order        (N,)     pair positions sorted by expert
-    tokens_by_expert    (N,)     tokens of the pairs in that order; where SLOTS > 0, not read
+    tokens_by_expert    (N,)     tokens of the pairs in that order; not read where TOP_K > 0
     expert_offsets      (E+1,)   pairs of expert e are expert_order[offsets[e]:offsets[e+1]]
 """
 
@@ -20,18 +21,7 @@ a stride is 64 bits wide.
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def _row_range(token, row_offsets, pair_counts, SLOTS: tl.constexpr, HAS_HOT: tl.constexpr):
-    if SLOTS > 0:
-        begin = token * SLOTS
-        end = begin + SLOTS
-    else:
-        begin = tl.load(row_offsets + token).to(tl.int64)
-        end = tl.load(row_offsets + token + 1).to(tl.int64)
-    if HAS_HOT:
-        end = begin + tl.load(pair_counts + token * 3)
-    return begin, end
+from flash_moe.ops.backends.kernel_utils import row_range, store_rounded
 
 
 @triton.jit
@@ -45,7 +35,7 @@ def sddmm_kernel(
     rows_stride,
     table_stride,
     num_pairs,
-    SLOTS: tl.constexpr,
+    TOP_K: tl.constexpr,
     HAS_HOT: tl.constexpr,
     HIDDEN_SIZE: tl.constexpr,
     SLICE: tl.constexpr,
@@ -53,7 +43,7 @@ def sddmm_kernel(
     BLOCK_PAIRS: tl.constexpr,
     PAIRS_PER_PROGRAM: tl.constexpr,
 ):
-    """out[i, n] = <rows[token of n], table[expert_ids[n]]> over the i-th SLICE of HIDDEN_SIZE.
+    """Store out[i, n] = <rows[token of n], table[expert_ids[n]]> over the i-th SLICE of a row.
 
     grid (tokens, blocks of a token's pairs, slices).
     """
@@ -62,10 +52,10 @@ def sddmm_kernel(
         slice_begin = tl.program_id(2) * SLICE
         out += tl.program_id(2).to(tl.int64) * num_pairs
     token = tl.program_id(0).to(tl.int64)
-    row_begin, row_end = _row_range(token, row_offsets, pair_counts, SLOTS, HAS_HOT)
+    row_begin, row_end = row_range(token, row_offsets, pair_counts, TOP_K, HAS_HOT)
     length = tl.full([], PAIRS_PER_PROGRAM, tl.int64)
     if HAS_HOT:
-        # Equal shares of what is left: programs that run together read a narrow part of the table.
+        # Equal shares of the cold pairs: concurrent programs then read a narrow part of the table.
         shares = tl.num_programs(1) * BLOCK_PAIRS
         length = tl.maximum(tl.cdiv(row_end - row_begin, shares), 1) * BLOCK_PAIRS
     first = row_begin + tl.program_id(1) * length
@@ -102,37 +92,37 @@ def spmm_kernel(
     addends,
     out,
     table_stride,
-    SLOTS: tl.constexpr,
+    TOP_K: tl.constexpr,
     HAS_HOT: tl.constexpr,
     HIDDEN_SIZE: tl.constexpr,
     BLOCK_HIDDEN: tl.constexpr,
     BLOCK_PAIRS: tl.constexpr,
-    PIECES: tl.constexpr,
-    HOT_PIECES: tl.constexpr,
-    ADDENDS: tl.constexpr,
-    PLACE: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    HOT_SPLITS: tl.constexpr,
+    NUM_ADDENDS: tl.constexpr,
+    OWN_INDEX: tl.constexpr,
 ):
-    """Sum of values[n] * table[expert_ids[n]] over a piece of a token's pairs.
+    """Sum values[n] * table[expert_ids[n]] over a split of a token's pairs.
 
-    If HAS_HOT and there are hot experts, hot_sums (HOT_PIECES, tokens, HIDDEN_SIZE) are added.
-    If ADDENDS > 0, addends (ADDENDS, tokens, HIDDEN_SIZE) are summed in order, with this sum in
-    the PLACE of one, and PIECES is 1.
-    out (PIECES, tokens, HIDDEN_SIZE); grid (tokens, blocks of HIDDEN_SIZE, PIECES).
+    If HAS_HOT and there are hot experts, adds hot_sums (HOT_SPLITS, tokens, HIDDEN_SIZE). If
+    NUM_ADDENDS > 0, stores the sum over addends (NUM_ADDENDS, tokens, HIDDEN_SIZE), in order, with
+    this sum in place of addends[OWN_INDEX]; SPLIT_K is 1 then.
+    out (SPLIT_K, tokens, HIDDEN_SIZE); grid (tokens, blocks of HIDDEN_SIZE, SPLIT_K).
     """
     token = tl.program_id(0).to(tl.int64)
     hidden = tl.program_id(1) * BLOCK_HIDDEN + tl.arange(0, BLOCK_HIDDEN)
     in_row = hidden < HIDDEN_SIZE
-    begin, end = _row_range(token, row_offsets, pair_counts, SLOTS, HAS_HOT)
-    if PIECES > 1:
-        length = tl.cdiv(end - begin, PIECES * BLOCK_PAIRS) * BLOCK_PAIRS
+    begin, end = row_range(token, row_offsets, pair_counts, TOP_K, HAS_HOT)
+    if SPLIT_K > 1:
+        length = tl.cdiv(end - begin, SPLIT_K * BLOCK_PAIRS) * BLOCK_PAIRS
         begin += tl.program_id(2) * length
         end = tl.minimum(begin + length, end)
     total = tl.zeros([BLOCK_HIDDEN], dtype=values.dtype.element_ty)
     if HAS_HOT:
-        # Where no expert is hot, nobody wrote sums.
-        pieces = tl.where(tl.load(num_hot) > 0, HOT_PIECES, 0)
-        for piece in range(pieces):
-            row = piece * tl.num_programs(0).to(tl.int64) + token
+        # Without hot experts, hot_sums was not written.
+        hot_splits = tl.where(tl.load(num_hot) > 0, HOT_SPLITS, 0)
+        for split in range(hot_splits):
+            row = split * tl.num_programs(0).to(tl.int64) + token
             total += tl.load(hot_sums + row * HIDDEN_SIZE + hidden, mask=in_row, other=0.0)
     for block_begin in range(begin, end, BLOCK_PAIRS):
         pairs = block_begin + tl.arange(0, BLOCK_PAIRS)
@@ -144,41 +134,46 @@ def spmm_kernel(
             other=0.0,
         )
         total += tl.sum(weights[:, None] * experts.to(total.dtype), 0)
-    if ADDENDS > 0:
-        # Rounded as if it had been stored among them.
+    if NUM_ADDENDS > 0:
+        # Rounded as if it had been stored among the addends.
         own = total.to(addends.dtype.element_ty)
         total = tl.zeros([BLOCK_HIDDEN], dtype=addends.dtype.element_ty)
-        for piece in tl.static_range(ADDENDS):
-            if piece == PLACE:
+        for index in tl.static_range(NUM_ADDENDS):
+            if index == OWN_INDEX:
                 total += own
             else:
-                row = tl.cast(piece, tl.int64) * tl.num_programs(0) + token
+                row = tl.cast(index, tl.int64) * tl.num_programs(0) + token
                 total += tl.load(addends + row * HIDDEN_SIZE + hidden, mask=in_row, other=0.0)
     row = tl.program_id(2).to(tl.int64) * tl.num_programs(0) + token
-    _store_rounded(out + row * HIDDEN_SIZE + hidden, total, in_row)
+    store_rounded(out + row * HIDDEN_SIZE + hidden, total, in_row)
 
 
 @triton.jit
-def sum_pieces_kernel(pieces, out, num_elements, NUM_PIECES: tl.constexpr, BLOCK: tl.constexpr):
-    """out (num_elements,) = sum over the first of pieces (NUM_PIECES, num_elements), in order."""
-    places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = places < num_elements
-    total = tl.zeros([BLOCK], dtype=pieces.dtype.element_ty)
-    for piece in range(NUM_PIECES):
-        begin = tl.cast(piece, tl.int64) * num_elements
-        total += tl.load(pieces + begin + places, mask=inside, other=0.0)
-    _store_rounded(out + places, total, inside)
+def add_partial_sums_kernel(
+    partial_sums, out, num_elements, NUM_PARTIAL_SUMS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Sum partial_sums (NUM_PARTIAL_SUMS, num_elements) over the first dimension, in order.
+
+    out (num_elements,); grid (blocks of elements,).
+    """
+    elements = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = elements < num_elements
+    total = tl.zeros([BLOCK], dtype=partial_sums.dtype.element_ty)
+    for index in range(NUM_PARTIAL_SUMS):
+        begin = tl.cast(index, tl.int64) * num_elements
+        total += tl.load(partial_sums + begin + elements, mask=inside, other=0.0)
+    store_rounded(out + elements, total, inside)
 
 
 @triton.jit
-def _pair_and_token(expert_order, tokens_by_expert, place, end, SLOTS: tl.constexpr):
-    """At that place in the order by expert; 0 from the end on."""
-    inside = place < end
-    pair = tl.load(expert_order + place, mask=inside, other=0).to(tl.int64)
-    if SLOTS > 0:
-        token = pair // SLOTS
+def _pair_and_token(expert_order, tokens_by_expert, position, end, TOP_K: tl.constexpr):
+    """Load the pair at a position in the order by expert, and its token; 0 from the end on."""
+    inside = position < end
+    pair = tl.load(expert_order + position, mask=inside, other=0).to(tl.int64)
+    if TOP_K > 0:
+        token = pair // TOP_K
     else:
-        token = tl.load(tokens_by_expert + place, mask=inside, other=0).to(tl.int64)
+        token = tl.load(tokens_by_expert + position, mask=inside, other=0).to(tl.int64)
     return pair, token
 
 
@@ -198,15 +193,15 @@ def _token_sums(
     in_row,
     total_0,
     total_1,
-    SLOTS: tl.constexpr,
+    TOP_K: tl.constexpr,
     TABLES: tl.constexpr,
 ):
-    """Add values[n] * rows[token of n] of the pairs from begin to end in the order by expert."""
-    pair, token = _pair_and_token(expert_order, tokens_by_expert, begin, end, SLOTS)
-    for place in range(begin, end):
-        # Asked for ahead, as nothing of a row can be before its token is known.
+    """Add values[n] * rows[token of n] for the pairs from begin to end in the order by expert."""
+    pair, token = _pair_and_token(expert_order, tokens_by_expert, begin, end, TOP_K)
+    for position in range(begin, end):
+        # Loaded one step ahead, since a row's address depends on its token.
         next_pair, next_token = _pair_and_token(
-            expert_order, tokens_by_expert, place + 1, end, SLOTS
+            expert_order, tokens_by_expert, position + 1, end, TOP_K
         )
         gathered = tl.load(rows_0 + token * stride_0 + hidden, mask=in_row, other=0.0)
         total_0 += tl.load(values_0 + pair) * gathered.to(total_0.dtype)
@@ -219,7 +214,7 @@ def _token_sums(
 
 @triton.jit
 def token_ids_kernel(row_offsets, token_ids, BLOCK: tl.constexpr):
-    """token_ids (N,): the token of each pair; grid (tokens, blocks of a token's pairs)."""
+    """Store token_ids (N,), the token of each pair; grid (tokens, blocks of a token's pairs)."""
     token = tl.program_id(0)
     begin = tl.load(row_offsets + token).to(tl.int64)
     end = tl.load(row_offsets + token + 1).to(tl.int64)
@@ -238,40 +233,41 @@ def spmm_t_kernel(
     rows_1,
     stride_1,
     out_1,
-    partials,
+    partial_sums,
     expert_ids,
     tokens_by_expert,
     expert_order,
     expert_offsets,
-    hot_places,
+    hot_index,
     scale,
     num_pairs,
-    num_chunks,
-    SLOTS: tl.constexpr,
+    num_splits,
+    TOP_K: tl.constexpr,
     HAS_HOT: tl.constexpr,
     HIDDEN_SIZE: tl.constexpr,
     BLOCK_HIDDEN: tl.constexpr,
-    CHUNK: tl.constexpr,
+    SPLIT: tl.constexpr,
     TABLES: tl.constexpr,
 ):
-    """scale * sum of values[n] * rows[token of n] over each expert's pairs, for one or two tables.
+    """Sum values[n] * rows[token of n] over each expert's pairs, times scale, for one table or two.
 
-    An expert of more than CHUNK pairs is summed in pieces, cut where the order by expert is cut
-    into chunks; a chunk holds pieces of two such experts at most, its first pair's and its last
-    pair's. partials (num_chunks, 2, TABLES, HIDDEN_SIZE). Experts with hot_places >= 0 are left
-    out. grid (num_chunks + experts, blocks of HIDDEN_SIZE).
+    The order by expert is cut into splits of SPLIT pairs. An expert of more than SPLIT pairs is
+    summed split by split, into partial_sums (num_splits, 2, TABLES, HIDDEN_SIZE). A split has pairs
+    of at most two such experts: the expert of its first pair (side 0) and that of its last (side
+    1). Experts with hot_index >= 0 are skipped.
+    grid (num_splits + experts, blocks of HIDDEN_SIZE).
     """
     program = tl.program_id(0).to(tl.int64)
     hidden = tl.program_id(1) * BLOCK_HIDDEN + tl.arange(0, BLOCK_HIDDEN)
     in_row = hidden < HIDDEN_SIZE
     zeros = tl.zeros([BLOCK_HIDDEN], dtype=values_0.dtype.element_ty)
-    if program >= num_chunks:
-        expert = program - num_chunks
+    if program >= num_splits:
+        expert = program - num_splits
         begin = tl.load(expert_offsets + expert)
         end = tl.load(expert_offsets + expert + 1)
-        mine = end - begin <= CHUNK
+        mine = end - begin <= SPLIT
         if HAS_HOT:
-            mine = mine & (tl.load(hot_places + expert) < 0)
+            mine = mine & (tl.load(hot_index + expert) < 0)
         if mine:
             total_0, total_1 = _token_sums(
                 begin,
@@ -288,26 +284,26 @@ def spmm_t_kernel(
                 in_row,
                 zeros,
                 zeros,
-                SLOTS,
+                TOP_K,
                 TABLES,
             )
-            _store_rounded(out_0 + expert * HIDDEN_SIZE + hidden, total_0 * scale, in_row)
+            store_rounded(out_0 + expert * HIDDEN_SIZE + hidden, total_0 * scale, in_row)
             if TABLES == 2:
-                _store_rounded(out_1 + expert * HIDDEN_SIZE + hidden, total_1 * scale, in_row)
+                store_rounded(out_1 + expert * HIDDEN_SIZE + hidden, total_1 * scale, in_row)
     else:
-        chunk_begin = program * CHUNK
-        chunk_end = tl.minimum(chunk_begin + CHUNK, num_pairs)
-        first = tl.load(expert_ids + tl.load(expert_order + chunk_begin))
-        last = tl.load(expert_ids + tl.load(expert_order + chunk_end - 1))
-        for piece in range(2):
-            expert = tl.where(piece == 0, first, last)
-            if (expert >= 0) & ((piece == 0) | (first != last)):
+        split_begin = program * SPLIT
+        split_end = tl.minimum(split_begin + SPLIT, num_pairs)
+        first = tl.load(expert_ids + tl.load(expert_order + split_begin))
+        last = tl.load(expert_ids + tl.load(expert_order + split_end - 1))
+        for side in range(2):
+            expert = tl.where(side == 0, first, last)
+            if (expert >= 0) & ((side == 0) | (first != last)):
                 begin = tl.load(expert_offsets + expert)
                 end = tl.load(expert_offsets + expert + 1)
-                if end - begin > CHUNK:
+                if end - begin > SPLIT:
                     total_0, total_1 = _token_sums(
-                        tl.maximum(begin, chunk_begin),
-                        tl.minimum(end, chunk_end),
+                        tl.maximum(begin, split_begin),
+                        tl.minimum(end, split_end),
                         expert_order,
                         tokens_by_expert,
                         values_0,
@@ -320,18 +316,18 @@ def spmm_t_kernel(
                         in_row,
                         zeros,
                         zeros,
-                        SLOTS,
+                        TOP_K,
                         TABLES,
                     )
-                    place = (program * 2 + piece) * TABLES * HIDDEN_SIZE + hidden
-                    tl.store(partials + place, total_0, mask=in_row)
+                    offset = (program * 2 + side) * TABLES * HIDDEN_SIZE + hidden
+                    tl.store(partial_sums + offset, total_0, mask=in_row)
                     if TABLES == 2:
-                        tl.store(partials + place + HIDDEN_SIZE, total_1, mask=in_row)
+                        tl.store(partial_sums + offset + HIDDEN_SIZE, total_1, mask=in_row)
 
 
 @triton.jit
-def sum_chunks_kernel(
-    partials,
+def spmm_t_splits_kernel(
+    partial_sums,
     out_0,
     out_1,
     expert_ids,
@@ -341,48 +337,40 @@ def sum_chunks_kernel(
     num_pairs,
     HIDDEN_SIZE: tl.constexpr,
     BLOCK_HIDDEN: tl.constexpr,
-    BLOCK_CHUNKS: tl.constexpr,
-    CHUNK: tl.constexpr,
+    BLOCK_SPLITS: tl.constexpr,
+    SPLIT: tl.constexpr,
     TABLES: tl.constexpr,
 ):
-    """The rows that `spmm_t_kernel` left in pieces; grid (chunks, blocks of HIDDEN_SIZE, TABLES).
+    """Add up the partial sums of `spmm_t_kernel`, and scale; grid (splits, blocks of H, TABLES).
 
-    A program does the expert whose pairs begin in its chunk and go on past its end.
+    A program serves the expert whose pairs begin in its split and continue in the next.
     """
-    chunk = tl.program_id(0).to(tl.int64)
-    chunk_begin = chunk * CHUNK
-    chunk_end = tl.minimum(chunk_begin + CHUNK, num_pairs)
-    expert = tl.load(expert_ids + tl.load(expert_order + chunk_end - 1))
+    split = tl.program_id(0).to(tl.int64)
+    split_begin = split * SPLIT
+    split_end = tl.minimum(split_begin + SPLIT, num_pairs)
+    expert = tl.load(expert_ids + tl.load(expert_order + split_end - 1))
     if expert >= 0:
         begin = tl.load(expert_offsets + expert)
         end = tl.load(expert_offsets + expert + 1)
-        if (begin >= chunk_begin) & (end - begin > CHUNK):
+        if (begin >= split_begin) & (end - begin > SPLIT):
             table = tl.program_id(2)
             hidden = tl.program_id(1) * BLOCK_HIDDEN + tl.arange(0, BLOCK_HIDDEN)
             in_row = hidden < HIDDEN_SIZE
-            piece = tl.where(begin > chunk_begin, 1, 0)
+            side = tl.where(begin > split_begin, 1, 0)
             stride = TABLES * HIDDEN_SIZE
-            source = partials + table * HIDDEN_SIZE + hidden
-            total = tl.load(source + (chunk * 2 + piece) * stride, mask=in_row, other=0.0)
-            chunks_end = tl.cdiv(end, CHUNK)
-            for block in range(chunk + 1, chunks_end, BLOCK_CHUNKS):
-                chunks = block + tl.arange(0, BLOCK_CHUNKS)
+            source = partial_sums + table * HIDDEN_SIZE + hidden
+            total = tl.load(source + (split * 2 + side) * stride, mask=in_row, other=0.0)
+            splits_end = tl.cdiv(end, SPLIT)
+            for block in range(split + 1, splits_end, BLOCK_SPLITS):
+                splits = block + tl.arange(0, BLOCK_SPLITS)
                 loaded = tl.load(
-                    source[None, :] + (chunks * 2 * stride)[:, None],
-                    mask=(chunks < chunks_end)[:, None] & in_row[None, :],
+                    source[None, :] + (splits * 2 * stride)[:, None],
+                    mask=(splits < splits_end)[:, None] & in_row[None, :],
                     other=0.0,
                 )
                 total += tl.sum(loaded, 0)
-            place = expert.to(tl.int64) * HIDDEN_SIZE + hidden
+            offset = expert.to(tl.int64) * HIDDEN_SIZE + hidden
             if table == 0:
-                _store_rounded(out_0 + place, total * scale, in_row)
+                store_rounded(out_0 + offset, total * scale, in_row)
             else:
-                _store_rounded(out_1 + place, total * scale, in_row)
-
-
-@triton.jit
-def _store_rounded(pointers, values, mask):
-    if pointers.dtype.element_ty.primitive_bitwidth < 32:
-        # From 64 bits in two steps: Triton's interpreter cannot do it in one.
-        values = values.to(tl.float32)
-    tl.store(pointers, values.to(pointers.dtype.element_ty), mask=mask)
+                store_rounded(out_1 + offset, total * scale, in_row)

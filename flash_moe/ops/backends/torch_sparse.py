@@ -1,62 +1,79 @@
-"""CPU tensors through torch.sparse CSR: nothing of size N x H is ever built.
+"""CPU tensors by torch.sparse CSR products, without anything of size N x H.
 
-float32 and float64 with a PyTorch built with MKL; everything else goes to the reference
+For float32 and float64 with a PyTorch built with MKL; everything else goes to the reference
 backend, whose memory is bounded too.
 """
 
 import warnings
+from collections.abc import Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from flash_moe.ops.backends import accumulator_dtype, reference, spmm_t_in_turn
+from flash_moe.ops.backends import reference
+from flash_moe.ops.backends.defaults import fill_chunks, memory_for_sums, spmm_t_in_turn
+from flash_moe.ops.dtypes import accumulator_dtype
+from flash_moe.ops.overlap import InputChunk, Outputs, wait_for_rows
 from flash_moe.ops.pairs import Pairs
 
+gathers_table_grads = False
 
-def sddmm(rows_TH: Tensor, table_EH: Tensor, pairs: Pairs) -> Tensor:
-    # sampled_addmm refuses a pattern of more entries than the matrix has places.
+
+def sddmm(
+    rows_TH: Tensor, table_EH: Tensor, pairs: Pairs, inputs: Sequence[InputChunk] = ()
+) -> Tensor:
+    """See `Backend.sddmm`."""
+    wait_for_rows(inputs)
+    # sampled_addmm refuses a pattern with more entries than the matrix has elements.
     crowded = pairs.num_pairs > pairs.num_tokens * pairs.num_experts
     if crowded or not _supported(rows_TH, table_EH):
         return reference.sddmm(rows_TH, table_EH, pairs)
     dtype = accumulator_dtype(rows_TH.dtype, table_EH.dtype)
     rows_TH, table_EH = rows_TH.to(dtype).contiguous(), table_EH.to(dtype).contiguous()
-    full, kept = pairs.occupied
+    full, positions = pairs.occupied
     zeros = torch.zeros(full.num_pairs, dtype=dtype)
     # The larger operand is read once, in order; rows of the smaller, from cache, many times.
     if full.num_tokens < full.num_experts:
         token_ids = full.token_ids[full.expert_order]
         pattern_ET = _csr(full.expert_offsets, token_ids, zeros, full.num_tokens)
         products = torch.sparse.sampled_addmm(pattern_ET, table_EH, rows_TH.t(), beta=0.0)
-        places = full.expert_order if kept is None else kept[full.expert_order]
+        order = full.expert_order
+        targets = order if positions is None else positions[order]
     else:
         pattern_TE = _csr(full.row_offsets, full.expert_ids, zeros, full.num_experts)
         products = torch.sparse.sampled_addmm(pattern_TE, rows_TH, table_EH.t(), beta=0.0)
-        if kept is None:
-            # A copy: a view would keep the whole matrix, its indices too, alive until backward.
+        if positions is None:
+            # A view would hold the whole matrix, with its indices, until the backward pass.
             return products.values().clone()
-        places = kept
-    return torch.zeros(pairs.num_pairs, dtype=dtype).index_copy_(0, places, products.values())
+        targets = positions
+    return torch.zeros(pairs.num_pairs, dtype=dtype).index_copy_(0, targets, products.values())
 
 
-def spmm(values_N: Tensor, table_EH: Tensor, pairs: Pairs, out_dtype: torch.dtype) -> Tensor:
+def spmm(values_N: Tensor, table_EH: Tensor, pairs: Pairs, outputs: Outputs) -> None:
+    """See `Backend.spmm`."""
     if not _supported(table_EH):
-        return reference.spmm(values_N, table_EH, pairs, out_dtype)
+        return reference.spmm(values_N, table_EH, pairs, outputs)
     dtype = accumulator_dtype(values_N.dtype, table_EH.dtype)
-    full, kept = pairs.occupied
-    values = values_N.to(dtype) if kept is None else values_N[kept].to(dtype)
+    full, positions = pairs.occupied
+    values = (values_N if positions is None else values_N[positions]).to(dtype)
     matrix_TE = _csr(full.row_offsets, full.expert_ids, values, full.num_experts)
-    return _product(matrix_TE, table_EH.to(dtype)).to(out_dtype)
+    chunks = outputs()
+    shape = (pairs.num_tokens, table_EH.shape[1])
+    sums_TH = memory_for_sums(chunks, shape, dtype, table_EH.device)
+    _multiply(matrix_TE, table_EH.to(dtype), sums_TH)
+    fill_chunks(sums_TH, chunks)
 
 
 def spmm_t(
     values_N: Tensor, rows_TH: Tensor, pairs: Pairs, out_dtype: torch.dtype, scale: float = 1.0
 ) -> Tensor:
+    """See `Backend.spmm_t`."""
     if not _supported(rows_TH):
         return reference.spmm_t(values_N, rows_TH, pairs, out_dtype, scale)
     dtype = accumulator_dtype(values_N.dtype, rows_TH.dtype)
-    full, kept = pairs.occupied
-    values = values_N.to(dtype) if kept is None else values_N[kept].to(dtype)
+    full, positions = pairs.occupied
+    values = (values_N if positions is None else values_N[positions]).to(dtype)
     values = values if scale == 1 else values * scale
     matrix_ET = _csr(
         full.expert_offsets,
@@ -64,17 +81,19 @@ def spmm_t(
         values[full.expert_order],
         full.num_tokens,
     )
-    return _product(matrix_ET, rows_TH.to(dtype)).to(out_dtype)
+    sums_EH = torch.empty(pairs.num_experts, rows_TH.shape[1], dtype=dtype)
+    _multiply(matrix_ET, rows_TH.to(dtype), sums_EH)
+    return sums_EH.to(out_dtype)
 
 
 spmm_t_both = partial(spmm_t_in_turn, spmm_t)
 
 
-def _product(matrix: Tensor, dense: Tensor) -> Tensor:
-    # With its own output: `matrix @ dense` first adds to a matrix of zeros, which for a table's
-    # gradient took seven times as long and twice the memory.
-    out = torch.empty(matrix.shape[0], dense.shape[1], dtype=dense.dtype)
-    return torch.addmm(out, matrix, dense.contiguous(), beta=0, out=out)
+def _multiply(matrix: Tensor, dense: Tensor, out: Tensor) -> None:
+    """Write matrix @ dense into `out`."""
+    # `matrix @ dense` would first add to a matrix of zeros, which for a table's gradient took seven
+    # times as long and twice the memory.
+    torch.addmm(out, matrix, dense.contiguous(), beta=0, out=out)
 
 
 def _supported(*tensors: Tensor) -> bool:
@@ -84,7 +103,7 @@ def _supported(*tensors: Tensor) -> bool:
 
 
 def _csr(offsets: Tensor, ids: Tensor, values: Tensor, num_columns: int) -> Tensor:
-    # MKL works on int32; wider indices would be converted at every product.
+    # MKL works on int32 and would convert wider indices at every product.
     fits = max(ids.shape[0], offsets.shape[0], num_columns) < 2**31
     index_dtype = torch.int32 if fits else torch.int64
     return torch.sparse_csr_tensor(
@@ -96,7 +115,7 @@ def _csr(offsets: Tensor, ids: Tensor, values: Tensor, num_columns: int) -> Tens
     )
 
 
-# PyTorch says once in a process that CSR is in beta; said here, it does not reach the user.
+# PyTorch warns once in a process that CSR is in beta; provoked here, the warning is suppressed.
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     _csr(torch.zeros(2), torch.zeros(0), torch.zeros(0), 1)
