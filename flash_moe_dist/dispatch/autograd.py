@@ -51,7 +51,9 @@ class _SavedTensors(NamedTuple):
 
     @property
     def pairs(self) -> SavedPairs:
-        return SavedPairs(*(getattr(self, name) for name in SavedPairs._fields))
+        return SavedPairs(
+            self.scores, self.expert_ids, self.slot_order, self.row_offsets, self.hot_workspace
+        )
 
 
 class ShardedExperts(torch.autograd.Function):

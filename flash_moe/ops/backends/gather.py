@@ -79,7 +79,7 @@ class GatherConfig:
     An spmm_t splits the pairs of experts that have more than spmm_t_split_pairs. It sums
     spmm_t_max_hidden to spmm_t_min_hidden elements of a row at a time, spmm_t_warp_hidden in a
     warp: so few that what it reads of all token rows stays in a cache of spmm_t_cached_bytes,
-    beside the sums that it writes. Where not even spmm_t_min_hidden do, and experts have
+    together with the sums that it writes. Where not even spmm_t_min_hidden do, and experts have
     spmm_t_narrow_min_pairs to spmm_t_narrow_max_pairs pairs on average, it sums
     spmm_t_narrow_hidden at a time.
     """
