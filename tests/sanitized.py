@@ -52,7 +52,7 @@ chunks = [
     OutputChunk(slice(0, 1), first),
     OutputChunk(slice(1, 3), rest, accumulate_with=others, own_index=1),
 ]
-spmm(values, table, pairs, chunks)
+spmm(values, table, pairs, lambda: chunks)
 if not torch.allclose(rest[0], torch.full_like(rest[0], 2)):
     raise AssertionError("a row without pairs must be the sum of the two others")
 

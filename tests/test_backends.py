@@ -31,7 +31,7 @@ def spmm(
     primitives: Backend, values_N: Tensor, table_EH: Tensor, pairs: Pairs, dtype: torch.dtype
 ) -> Tensor:
     out = WholeOutput((pairs.num_tokens, table_EH.shape[1]), dtype, table_EH.device)
-    primitives.spmm(values_N, table_EH, pairs, out)
+    primitives.spmm(values_N, table_EH, pairs, out.chunks)
     return out.value
 
 
@@ -158,7 +158,7 @@ def check_output_chunks(
         OutputChunk(slice(0, 1), first_TH, lambda: written.append("first")),
         OutputChunk(slice(1, 4), rest_XH, lambda: written.append("rest"), others_PXH, own_index),
     ]
-    primitives.spmm(values_N, table_EH, pairs, chunks)
+    primitives.spmm(values_N, table_EH, pairs, lambda: chunks)
     assert written == ["first", "rest"]
     assert torch.equal(first_TH, own_TH[:1])
     assert torch.equal(rest_XH, expected_XH)

@@ -40,7 +40,7 @@ def test_no_large_tensor_on_the_cpu(backend: str) -> None:
     out = WholeOutput(rows_TH.shape, torch.float32, rows_TH.device)
     with reference.tuning(block_elements=4096), LargestTensor() as largest:
         values_N = primitives.sddmm(rows_TH, table_EH, pairs)
-        primitives.spmm(values_N, table_EH, pairs, out)
+        primitives.spmm(values_N, table_EH, pairs, out.chunks)
         primitives.spmm_t(values_N, rows_TH, pairs, torch.float32)
     allowed = num_experts * hidden_size
     assert num_tokens * slots <= largest.elements <= allowed

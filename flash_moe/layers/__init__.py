@@ -1,1 +1,1 @@
-"""Layers over the expert op: tables, router, and the two together."""
+"""Layers built on the expert op: the tables of experts, the router, and both in one layer."""

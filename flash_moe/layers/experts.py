@@ -1,4 +1,4 @@
-"""The two tables of experts."""
+"""Module that holds the two tables of experts."""
 
 from collections.abc import Callable
 from typing import NoReturn
@@ -16,8 +16,8 @@ class FlashExperts(nn.Module):
     """Experts of one row each in `down_weights` and `up_weights`, both (num_experts, hidden_size).
 
     The forward pass calls `self.expert_func`, by default `triton_flash_expert_func`, and
-    `reset_parameters` calls `self.normal_rows_`. A parallel style may put other functions of the
-    same arguments in their place, on the instance.
+    `reset_parameters` calls `self.normal_rows_`. A parallel style may replace them on the instance
+    by other functions of the same arguments.
 
     Args:
         num_experts: E, the rows of each table.
@@ -44,7 +44,7 @@ class FlashExperts(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Normal values: a score <x, d> of unit variance for x of unit variance, and unit u."""
+        """Draw normal values: elements of u, and scores <x, d> of normal x, have unit variance."""
         self.normal_rows_(self.down_weights, max(1, self.hidden_size) ** -0.5)
         self.normal_rows_(self.up_weights, 1.0)
 
@@ -54,7 +54,7 @@ class FlashExperts(nn.Module):
         fail(error)
 
     def forward(self, hidden_states: Tensor, indices: Tensor, routing_weights: Tensor) -> Tensor:
-        """Weighted sum of the chosen experts.
+        """Compute the weighted sum of the chosen experts.
 
         Args:
             hidden_states: (..., H).
@@ -68,7 +68,7 @@ class FlashExperts(nn.Module):
             TypeError, ValueError: as `triton_flash_expert_func`.
         """
         rows = [hidden_states, indices, routing_weights]
-        # Whatever does not fit goes on as it is: the op refuses it, on all ranks if sharded.
+        # Other arguments are passed on as they are: the op raises, on all ranks if sharded.
         tensors = all(isinstance(one, Tensor) and one.ndim >= 2 for one in rows)
         if tensors and all(one.shape[:-1] == hidden_states.shape[:-1] for one in rows):
             rows = [one.flatten(0, -2) for one in rows]

@@ -1,4 +1,4 @@
-"""A feed-forward layer: routed experts beside a shared gated MLP."""
+"""A feed-forward layer: routed experts in parallel with a shared gated MLP."""
 
 import torch
 from torch import Tensor, nn
@@ -8,11 +8,13 @@ from flash_moe.layers.router import ProductKeyRouter
 
 
 class SharedMLP(nn.Module):
-    """down(silu(gate(x)) * up(x)), seen by every token. (SwiGLU: Shazeer 2020, arXiv:2002.05202.)
+    """Gated MLP applied to every token: down(silu(gate(x)) * up(x)).
+
+    (SwiGLU: Shazeer 2020, arXiv:2002.05202.)
 
     Args:
         hidden_size: H.
-        intermediate_size: I, the width inside.
+        intermediate_size: I, the width of the hidden layer.
         device, dtype: of the parameters.
     """
 
@@ -35,7 +37,7 @@ class SharedMLP(nn.Module):
         )
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """(..., H) to (..., H)."""
+        """Map (..., H) to (..., H)."""
         gated = nn.functional.silu(self.gate_proj(hidden_states)) * self.up_proj(hidden_states)
         return self.down_proj(gated)
 
@@ -78,17 +80,18 @@ class FlashMoE(nn.Module):
         self.shared_mlp = SharedMLP(hidden_size, intermediate_size, device=device, dtype=dtype)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """(..., H) to (..., H), in the dtype of `hidden_states`.
+        """Map (..., H) to (..., H), in the dtype of `hidden_states`.
 
         Raises:
-            TypeError, ValueError: as `ProductKeyRouter` and `FlashExperts`; with sharded experts on
-                every rank, if on any.
-            RuntimeError: another dtype than that of the router's parameters, likewise.
+            TypeError, ValueError: as `ProductKeyRouter` and `FlashExperts`.
+            RuntimeError: hidden_states has another dtype than the router's parameters.
+
+        If experts are sharded and one rank raises any of these, all ranks do.
         """
         try:
             indices, routing_weights = self.router(hidden_states)
         except (TypeError, ValueError, RuntimeError) as error:
-            # Ranks that share the experts wait for this one.
+            # Ranks that share the experts would wait for this one.
             self.experts.fail(error)
         routed = self.experts(hidden_states, indices, routing_weights)
         return self.shared_mlp(hidden_states) + routed

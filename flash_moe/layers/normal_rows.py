@@ -1,4 +1,4 @@
-"""Initial values of tables, the same however a table is cut into parts."""
+"""Initial values of tables that do not depend on how a table is sharded."""
 
 import torch
 from torch import Tensor
@@ -14,17 +14,18 @@ def normal_rows_(
     first_column: int = 0,
     whole: tuple[int, int] | None = None,
 ) -> None:
-    """Fill a table, or a part of one, with normal values of mean 0.
+    """Fill a table, or a shard of one, with normal values of mean 0.
 
-    Values are drawn for 1024 rows of the whole table at a time, each time from a seed of its own,
-    so a part gets the values that the whole table would have there. All these seeds come from one
-    number of the CPU's default generator: alike on every rank after `torch.manual_seed(seed)`.
-    A table on the meta device is left alone, and no number is drawn.
+    Each block of 1024 rows of the whole table is drawn from a seed of its own, so a shard gets the
+    values that the whole table would have there. All seeds derive from one number of the CPU's
+    default generator: the same on every rank after `torch.manual_seed(seed)`. A table on the meta
+    device is not filled, and draws no number.
 
     Args:
         table: (e, h), rows and columns of the whole table from (first_row, first_column) on.
         std: standard deviation.
-        whole: (E, H), the shape of the whole table; None if `table` is all of it.
+        first_row, first_column: where the shard begins in the whole table.
+        whole: (E, H), the shape of the whole table; None if `table` is the whole.
     """
     if table.is_meta:
         return

@@ -1,4 +1,4 @@
-"""Routing by product keys: the best of E experts from two scores of about sqrt(E) keys each."""
+"""Routing by product keys: the best of E experts from two lists of about sqrt(E) key scores."""
 
 import math
 from collections.abc import Callable
@@ -11,25 +11,25 @@ class ProductKeyRouter(nn.Module):
     """Scores an expert (i, j) of a key grid by the sum of two log-probabilities.
 
     Expert i * grid[1] + j has log-probability log_softmax(x A)_i + log_softmax(x B)_j, so the
-    probabilities of all experts sum to one. The K best sums are found without forming all
-    of them: with both lists of keys sorted, the pair at places (i, j), counted from 0, has at
-    least (i + 1)(j + 1) - 1 pairs no worse than itself, so only pairs with
-    (i + 1)(j + 1) <= K can be among the K best, about K ln K of them. Memory is
-    O(T (K ln K + grid[0] + grid[1])) for T tokens. Probabilities are computed in float32 at
-    least. (Product keys: Lample et al. 2019, arXiv:1907.05242.)
+    probabilities of all experts sum to one. The K best sums are found without computing all
+    of them: with both lists of keys sorted, at least (i + 1)(j + 1) - 1 pairs are no worse than
+    the pair at ranks (i, j), counted from 0, so only pairs with (i + 1)(j + 1) <= K can be among
+    the K best, about K ln K of them. Memory is O(T (K ln K + grid[0] + grid[1])) for T tokens.
+    Probabilities are computed in float32 at least. (Product keys: Lample et al. 2019,
+    arXiv:1907.05242.)
 
     Args:
         hidden_size: H.
         num_experts: E.
         num_experts_per_tok: K, at most E.
         norm_topk_prob: scale the K probabilities of a token to sum to one.
-        key_grid: the two numbers of keys, with product E; if None, the most nearly square.
+        key_grid: the two numbers of keys, with product E; if None, the two closest factors of E.
         device, dtype: of the parameters.
 
     Raises:
-        ValueError: K is not in [1, E]; the grid does not hold E experts; or no grid was given
-            and E has no two factors near each other (a large prime, say), so that the keys
-            would be nearly as many as the experts.
+        ValueError: K is not in [1, E]; the product of key_grid is not E; or no key_grid was given
+            and E has no two factors near each other (a large prime, say), so that there would be
+            nearly as many keys as experts.
     """
 
     candidates_first: Tensor
@@ -75,20 +75,20 @@ class ProductKeyRouter(nn.Module):
         self.keys = nn.Linear(
             hidden_size, sum(self.key_grid), bias=False, device=device, dtype=dtype
         )
-        places = _candidate_places(num_experts_per_tok, self.key_grid)
-        for name, values in zip(("candidates_first", "candidates_second"), places, strict=True):
+        ranks = _candidate_ranks(num_experts_per_tok, self.key_grid)
+        for name, values in zip(("candidates_first", "candidates_second"), ranks, strict=True):
             self.register_buffer(name, values.to(self.keys.weight.device), persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ProductKeyRouter":
         super()._apply(fn, recurse)
-        # `to_empty` leaves garbage, and no state dict holds these places.
+        # `to_empty` leaves the candidates undefined, and no state dict holds them.
         self.reset_parameters()
         return self
 
     def reset_parameters(self) -> None:
-        """Write the places of the candidates; the keys reset themselves."""
+        """Restore the candidates; the keys are reset by their own module."""
         if not self.candidates_first.is_meta:
-            first, second = _candidate_places(self.num_experts_per_tok, self.key_grid)
+            first, second = _candidate_ranks(self.num_experts_per_tok, self.key_grid)
             self.candidates_first.copy_(first)
             self.candidates_second.copy_(second)
 
@@ -100,11 +100,11 @@ class ProductKeyRouter(nn.Module):
 
         Returns:
             indices (..., K) int64, best first, and routing_weights (..., K), the experts'
-            probabilities (of sum one if `norm_topk_prob`) in the dtype of the key scores.
+            probabilities (scaled to sum to one if `norm_topk_prob`) in the dtype of the key scores.
 
         Raises:
-            TypeError: `hidden_states` is no tensor.
-            ValueError: rows of another length than `hidden_size`.
+            TypeError: `hidden_states` is not a tensor.
+            ValueError: its last dimension is not `hidden_size`.
         """
         if not isinstance(hidden_states, Tensor):
             raise TypeError(
@@ -131,7 +131,7 @@ class ProductKeyRouter(nn.Module):
         first = first_keys.gather(-1, self.candidates_first[chosen])
         second = second_keys.gather(-1, self.candidates_second[chosen])
         indices = first * self.key_grid[1] + second
-        # exp and division by the sum in one: stable where all K probabilities are tiny.
+        # A softmax over the K scores normalises them without underflow if all are tiny.
         weights = scores.softmax(dim=-1) if self.norm_topk_prob else scores.exp()
         return indices, weights.to(key_scores.dtype)
 
@@ -143,20 +143,20 @@ class ProductKeyRouter(nn.Module):
 
 
 def squarest_grid(num_experts: int) -> tuple[int, int]:
-    """The factors (a, b) of `num_experts` with a <= b that are nearest to each other."""
+    """Return the two factors (a, b) of `num_experts`, a <= b, that are closest to each other."""
     smaller = next(a for a in range(math.isqrt(num_experts), 0, -1) if num_experts % a == 0)
     return smaller, num_experts // smaller
 
 
-def _candidate_places(count: int, key_grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Places (i, j) in the two sorted lists with (i + 1)(j + 1) <= count, as two (C,) tensors.
+def _candidate_ranks(count: int, key_grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Return all ranks (i, j) in two sorted lists with (i + 1)(j + 1) <= count, as (C,) tensors.
 
     With count 3 and a large grid: (0, 0), (0, 1), (0, 2), (1, 0), (2, 0).
     """
-    places = [
+    ranks = [
         (i, j)
         for i in range(min(count, key_grid[0]))
         for j in range(min(count // (i + 1), key_grid[1]))
     ]
-    first, second = torch.tensor(places, device="cpu").unbind(1)
+    first, second = torch.tensor(ranks, device="cpu").unbind(1)
     return first, second

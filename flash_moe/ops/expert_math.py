@@ -12,7 +12,7 @@ Every dot product is an `sddmm`, every sum for tokens an `spmm`, every sum for e
 (see `flash_moe.ops.backends`). The scores s are saved for the backward pass.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -20,7 +20,7 @@ from torch import Tensor
 from flash_moe.ops.activation import ScoreGrads, activate, activate_backward
 from flash_moe.ops.backend_choice import MIN_PAIRS_FOR_SIDE_STREAM, uses_triton
 from flash_moe.ops.backends import gather, load_backend
-from flash_moe.ops.overlap import InputChunk, OutputChunk, wait_for_rows
+from flash_moe.ops.overlap import InputChunk, Outputs, wait_for_rows
 from flash_moe.ops.pairs import Pairs
 
 
@@ -55,7 +55,7 @@ def expert_forward(
     backend: str,
     inputs: Sequence[InputChunk] = (),
     *,
-    outputs: Iterable[OutputChunk],
+    outputs: Outputs,
 ) -> Tensor:
     """Write the output and return the scores (N,).
 
@@ -66,7 +66,7 @@ def expert_forward(
         weights: routing weights, (T, K) or (N,) in the caller's order.
         backend: name of the backend.
         inputs: chunks of hidden_TH, see `Backend.sddmm`.
-        outputs: chunks of the output (T, H), see `Backend.spmm`.
+        outputs: returns the chunks of the output (T, H), see `Backend.spmm`.
     """
     primitives = load_backend(backend)
     scores_N = primitives.sddmm(hidden_TH, tables.down, pairs, inputs)
@@ -127,7 +127,7 @@ def token_grads(
     tables: ExpertTables,
     pairs: Pairs,
     backend: str,
-    outputs: Iterable[OutputChunk],
+    outputs: Outputs,
 ) -> None:
     """Write the gradient of the hidden states. Second step, if that gradient is needed.
 
@@ -136,7 +136,7 @@ def token_grads(
     Args:
         score_grads: from `backward_scores`.
         tables, pairs, backend: as of `backward_scores`.
-        outputs: chunks of the gradient (T, H).
+        outputs: returns the chunks of the gradient (T, H).
     """
     assert score_grads.scores is not None
     load_backend(backend).spmm(score_grads.scores, tables.down, pairs, outputs)

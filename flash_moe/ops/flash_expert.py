@@ -207,7 +207,7 @@ def _forward_op(
         pairs = Pairs.from_offsets(row_offsets, ids, num_experts, backend)
     tables = ExpertTables(down_EH, up_EH)
     output = WholeOutput(hidden_TH.shape, hidden_TH.dtype, hidden_TH.device)
-    scores_N = expert_forward(hidden_TH, tables, pairs, weights, backend, outputs=output)
+    scores_N = expert_forward(hidden_TH, tables, pairs, weights, backend, outputs=output.chunks)
     return ForwardOutputs(output.value, *pairs.saved(scores_N))
 
 
@@ -257,7 +257,7 @@ def _backward_op(
     hidden_grad = None
     if needed.hidden:
         output = WholeOutput(hidden_TH.shape, hidden_TH.dtype, hidden_TH.device)
-        token_grads(score_grads, tables, pairs, backend, output)
+        token_grads(score_grads, tables, pairs, backend, output.chunks)
         hidden_grad = output.value
     down_grad, up_grad = table_grads(
         score_grads, hidden_TH, grad_TH, tables, pairs, needed, backend, weight_grad_scale

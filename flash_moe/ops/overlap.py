@@ -11,7 +11,7 @@ Both callbacks run on the host and act on the current stream. Either may be a ba
 GPUs of a group must reach, so a backend calls each exactly once, for chunks without rows too.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -55,6 +55,11 @@ class OutputChunk:
     own_index: int = 0
 
 
+# The chunks of an output, in the order in which they are written. Called once, when the first is
+# about to be written: it may allocate memory, which would add to the peak of the steps before.
+Outputs = Callable[[], Sequence[OutputChunk]]
+
+
 def wait_for_rows(inputs: Sequence[InputChunk]) -> None:
     """Wait for all chunks, in order."""
     for chunk in inputs:
@@ -62,31 +67,22 @@ def wait_for_rows(inputs: Sequence[InputChunk]) -> None:
 
 
 class WholeOutput:
-    """A single output chunk of all rows, allocated when a backend is about to write it.
-
-    Allocated earlier, it would add to the peak memory of the steps before.
+    """A single output chunk of all rows, allocated when it is about to be written.
 
     Args:
-        shape: (T, H), or (R, H) for received rows.
+        shape: (T, H).
         dtype, device: of the output.
-        on_written: as `OutputChunk.on_written`.
 
     Attributes:
-        value: the output, once it has been iterated over.
+        value: the output, once `chunks` was called.
     """
 
     value: Tensor
 
-    def __init__(
-        self,
-        shape: tuple[int, ...],
-        dtype: torch.dtype,
-        device: torch.device,
-        on_written: Callable[[], object] = _noop,
-    ) -> None:
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
         self.shape, self.dtype, self.device = shape, dtype, device
-        self.on_written = on_written
 
-    def __iter__(self) -> Iterator[OutputChunk]:
+    def chunks(self) -> tuple[OutputChunk]:
+        """Allocate the output; these are `Outputs` of a backend."""
         self.value = torch.empty(self.shape, dtype=self.dtype, device=self.device)
-        return iter((OutputChunk(slice(0, self.shape[0]), self.value, self.on_written),))
+        return (OutputChunk(slice(0, self.shape[0]), self.value),)

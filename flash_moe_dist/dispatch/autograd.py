@@ -19,9 +19,9 @@ from flash_moe.ops.expert_math import (
     table_grads,
     token_grads,
 )
+from flash_moe.ops.overlap import Outputs
 from flash_moe.ops.pairs import Pairs, SavedPairs
 from flash_moe_dist.dispatch.base import (
-    Combine,
     Dispatcher,
     DispatchMetadata,
     MetadataTensors,
@@ -71,13 +71,13 @@ class ShardedExperts(torch.autograd.Function):
         tables = ExpertTables(down_eH, up_eH)
         backend = ragged_backend(default_backend(down_eH.device))
 
-        def experts(received: ReceivedTokens, combine: Combine) -> SavedPairs:
+        def experts(received: ReceivedTokens, outputs: Outputs) -> SavedPairs:
             pairs = Pairs.from_checked_offsets(
                 received.row_offsets, received.expert_ids_M, down_eH.shape[0], received.tile_pairs
             )
             rows_RH, weights_M = received.hidden_RH, received.weights_M
             scores_M = expert_forward(
-                rows_RH, tables, pairs, weights_M, backend, received.inputs, outputs=combine
+                rows_RH, tables, pairs, weights_M, backend, received.inputs, outputs=outputs
             )
             return pairs.saved(scores_M)
 
@@ -152,7 +152,7 @@ class ShardedExperts(torch.autograd.Function):
             if needs_grad.hidden:
                 sum_dtype = accumulator_dtype(ctx.hidden_dtype, saved.down_eH.dtype)
                 combine = dispatcher.combine(metadata, hidden_size, sum_dtype, ctx.hidden_dtype)
-                token_grads(score_grads, tables, pairs, ctx.backend, combine)
+                token_grads(score_grads, tables, pairs, ctx.backend, combine.outputs)
         with phase("combine_backward"):
             if weights_returned is not None:
                 weights_returned.scatter_on_side_stream()

@@ -9,7 +9,7 @@ partial sum for it, and the token's rank adds these up.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -131,14 +131,15 @@ class ReturningValues:
 class Combine(ABC):
     """Partial sums (R, H) on their way to the ranks of their tokens, where they are added up.
 
-    An iterable of the chunks into which the partial sums are written. It is iterated over once,
-    when they are about to be written, as memory is allocated then. Once every chunk is written,
-    `result` has the sums.
+    A pass calls `outputs`, writes every chunk, and then asks for the `result`.
     """
 
     @abstractmethod
-    def __iter__(self) -> Iterator[OutputChunk]:
-        """Chunks in the order in which they must be written."""
+    def outputs(self) -> Sequence[OutputChunk]:
+        """Where to write the partial sums, in this order; the last chunk starts the transfer.
+
+        Called once, when the partial sums are about to be written, as it may allocate memory.
+        """
 
     @abstractmethod
     def result(self) -> Tensor:

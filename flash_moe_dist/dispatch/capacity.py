@@ -31,10 +31,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from flash_moe.ops.overlap import wait_for_rows
+from flash_moe.ops.overlap import Outputs, wait_for_rows
 from flash_moe.ops.side_stream import SideStream
 from flash_moe_dist.dispatch.base import (
-    Combine,
     Dispatched,
     Dispatcher,
     DispatchMetadata,
@@ -263,8 +262,8 @@ class CompletedPass(NamedTuple):
     dispatcher: Dispatcher
 
 
-# Computes the experts of the tokens received into the chunks of the combine; returns what to save.
-Experts = Callable[[ReceivedTokens, Combine], Any]
+# Computes the experts of the tokens received into the outputs, and returns what to save.
+Experts = Callable[[ReceivedTokens, Outputs], Any]
 
 
 class LayerDispatch:
@@ -366,15 +365,15 @@ def _compute(
     """Output (T, H) of the experts of all ranks, and what to save of this rank's."""
     with phase("experts"):
         combine = dispatched.combine(sum_dtype)
-        saved = experts(dispatched.received, combine)
+        saved = experts(dispatched.received, combine.outputs)
     with phase("combine"):
         return combine.result(), saved
 
 
-def _write_zeros(received: ReceivedTokens, combine: Combine) -> None:
+def _write_zeros(received: ReceivedTokens, outputs: Outputs) -> None:
     """Stand in for the experts: a rank without tokens still sends and adds up partial sums."""
     wait_for_rows(received.inputs)
-    for chunk in combine:
+    for chunk in outputs():
         chunk.out.zero_()
         chunk.on_written()
 

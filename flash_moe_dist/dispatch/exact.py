@@ -10,7 +10,6 @@ Pairs travel by all-to-all, as messages (`message.py`). Two ways for the rows:
                           with fewer tokens than X are padded with rows that have no pairs
 """
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -169,14 +168,14 @@ class _CollectiveCombine(Combine):
         self.group, self.metadata, self.rows = group, metadata, rows
         self.hidden_size, self.sum_dtype, self.out_dtype = hidden_size, sum_dtype, out_dtype
 
-    def __iter__(self) -> Iterator[OutputChunk]:
+    def outputs(self) -> list[OutputChunk]:
         shape = (sum(self.rows.sent), self.hidden_size)
-        partial_RH = torch.empty(shape, dtype=self.sum_dtype, device=self.metadata.device)
+        partial_RH = torch.empty(shape, device=self.metadata.device, dtype=self.sum_dtype)
 
         def send() -> None:
             self.pending = start_all_to_all(partial_RH, *self.rows, self.group)
 
-        yield OutputChunk(slice(0, shape[0]), partial_RH, send)
+        return [OutputChunk(slice(0, shape[0]), partial_RH, send)]
 
 
 class _AllToAllCombine(_CollectiveCombine):
@@ -204,11 +203,11 @@ DISPATCHERS: dict[DispatcherName, type[ExactDispatcher]] = {
 
 def sum_row_copies(rows_SH: Tensor, sent_TW: Tensor, dtype: torch.dtype) -> Tensor:
     """Sum, for each token, its rows among (S, H), in the order of the ranks: (T, H)."""
-    pairs = Pairs.from_checked_indices(sent_TW, rows_SH.shape[0])
-    ones_N = torch.ones(pairs.num_pairs, device=rows_SH.device)
+    pattern = Pairs.from_checked_indices(sent_TW, rows_SH.shape[0])
+    ones_N = torch.ones(pattern.num_pairs, device=rows_SH.device)
     primitives = load_backend(ragged_backend(default_backend(rows_SH.device)))
-    sums_TH = WholeOutput((sent_TW.shape[0], rows_SH.shape[1]), dtype, rows_SH.device)
-    primitives.spmm(ones_N, rows_SH, pairs, sums_TH)
+    sums_TH = WholeOutput((len(sent_TW), rows_SH.shape[1]), dtype, rows_SH.device)
+    primitives.spmm(ones_N, rows_SH, pattern, sums_TH.chunks)
     return sums_TH.value
 
 

@@ -24,7 +24,7 @@ A buffer may be written again once it has been read, which follows from barriers
               waits for it; and no rank writes sums before all rows have arrived.
 """
 
-from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -171,28 +171,28 @@ class _SymmetricCombine(Combine):
         self.dispatcher, self.metadata = dispatcher, metadata
         self.hidden_size, self.sum_dtype, self.out_dtype = hidden_size, sum_dtype, out_dtype
 
-    def __iter__(self) -> Iterator[OutputChunk]:
+    def outputs(self) -> list[OutputChunk]:
         dispatcher, buffers, rank = self.dispatcher, self.dispatcher.buffers, self.dispatcher.rank
         num_rows, dtype = self.metadata.max_tokens, self.sum_dtype
         shape_XH = (num_rows, self.hidden_size)
         received_WXH = buffers.view(rank, SUMS, (dispatcher.ep_size, *shape_XH), dtype)
         self.total_XH = received_WXH.new_empty(shape_XH, dtype=self.out_dtype)
         offset_bytes = rank * num_rows * self.hidden_size * dtype.itemsize
-        last = dispatcher.others[-1]
-        for other in dispatcher.others:
-            rows = dispatcher.rows_of(other, num_rows)
-            partial_XH = buffers.view(other, SUMS, shape_XH, dtype, offset_bytes)
-            if other == last:
-                yield OutputChunk(rows, partial_XH, self._wait_for_partial_sums)
-            else:
-                yield OutputChunk(rows, partial_XH)
-        yield OutputChunk(
+        *others, last = (
+            OutputChunk(
+                dispatcher.rows_of(other, num_rows),
+                buffers.view(other, SUMS, shape_XH, dtype, offset_bytes),
+            )
+            for other in dispatcher.others
+        )
+        own = OutputChunk(
             dispatcher.rows_of(rank, num_rows),
             self.total_XH,
             on_written=buffers.record_sums_consumed,
             accumulate_with=received_WXH,
             own_index=rank,
         )
+        return [*others, replace(last, on_written=self._wait_for_partial_sums), own]
 
     def _wait_for_partial_sums(self) -> None:
         with communication():

@@ -10,7 +10,7 @@ pattern of pairs, named as in that field:
 Sums are computed in float32 (float64 where an input is float64) and rounded once, at the end.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
 from typing import Protocol, cast
@@ -18,7 +18,7 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor
 
-from flash_moe.ops.overlap import InputChunk, OutputChunk
+from flash_moe.ops.overlap import InputChunk, Outputs
 from flash_moe.ops.pairs import Pairs
 
 
@@ -46,16 +46,14 @@ class Backend(Protocol):
             (N,) in `accumulator_dtype(rows_TH, table_EH)`.
         """
 
-    def spmm(
-        self, values_N: Tensor, table_EH: Tensor, pairs: Pairs, outputs: Iterable[OutputChunk]
-    ) -> None:
+    def spmm(self, values_N: Tensor, table_EH: Tensor, pairs: Pairs, outputs: Outputs) -> None:
         """Write for each token the sum of its experts' table rows, each times its pair's value.
 
         Args:
             values_N: (N,).
             table_EH: (E, H).
-            outputs: together all T rows, several only for a ragged pattern. Iterated over once,
-                when their memory is needed. A backend may compute all rows before it writes any.
+            outputs: returns chunks that together have all T rows, several only for a ragged
+                pattern. A backend may compute all rows before it writes any.
         """
 
     def spmm_t(

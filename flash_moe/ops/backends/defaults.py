@@ -1,6 +1,6 @@
 """Defaults for backends that gain nothing from chunks, or from two table gradients at once."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -26,17 +26,17 @@ def spmm_t_in_turn(
 
 
 def memory_for_sums(
-    outputs: Sequence[OutputChunk], shape: tuple[int, int], dtype: torch.dtype, device: torch.device
+    chunks: Sequence[OutputChunk], shape: tuple[int, int], dtype: torch.dtype, device: torch.device
 ) -> Tensor:
     """Return where to compute the sums of all rows: in the only chunk, if that has their dtype."""
-    if len(outputs) == 1 and outputs[0].accumulate_with is None and outputs[0].out.dtype == dtype:
-        return outputs[0].out
+    if len(chunks) == 1 and chunks[0].accumulate_with is None and chunks[0].out.dtype == dtype:
+        return chunks[0].out
     return torch.empty(shape, dtype=dtype, device=device)
 
 
-def fill_chunks(sums_TH: Tensor, outputs: Iterable[OutputChunk]) -> None:
+def fill_chunks(sums_TH: Tensor, chunks: Sequence[OutputChunk]) -> None:
     """Copy the sums of all rows into their chunks, unless they were computed there."""
-    for chunk in outputs:
+    for chunk in chunks:
         if chunk.accumulate_with is not None:
             chunk.accumulate_with[chunk.own_index] = sums_TH[chunk.rows]
             total = chunk.accumulate_with[0].clone()

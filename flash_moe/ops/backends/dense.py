@@ -6,7 +6,7 @@ time as `DenseConfig` allows. Values of pairs are rounded to the dtype of the ta
 product, which sums in float32.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from flash_moe.ops.backends.defaults import fill_chunks, spmm_t_in_turn
 from flash_moe.ops.backends.dense_kernels import fill_matrix_kernel, read_pairs_kernel
-from flash_moe.ops.overlap import InputChunk, OutputChunk, wait_for_rows
+from flash_moe.ops.overlap import InputChunk, Outputs, wait_for_rows
 from flash_moe.ops.pairs import FilledMatrix, Pairs
 from flash_moe.ops.triton_launch import launch
 from flash_moe.ops.tuning import Tuning
@@ -67,7 +67,7 @@ def sddmm(
     return out_N
 
 
-def spmm(values_N: Tensor, table_EH: Tensor, pairs: Pairs, outputs: Iterable[OutputChunk]) -> None:
+def spmm(values_N: Tensor, table_EH: Tensor, pairs: Pairs, outputs: Outputs) -> None:
     """See `Backend.spmm`."""
     sums_TH = None
     for begin, end, matrix_TR in _matrices(values_N, pairs, table_EH.dtype):
@@ -75,7 +75,7 @@ def spmm(values_N: Tensor, table_EH: Tensor, pairs: Pairs, outputs: Iterable[Out
         sums_TH = range_TH if sums_TH is None else sums_TH.add_(range_TH)
     if sums_TH is None:
         sums_TH = table_EH.new_zeros((pairs.num_tokens, table_EH.shape[1]))
-    fill_chunks(sums_TH, outputs)
+    fill_chunks(sums_TH, outputs())
 
 
 def spmm_t(

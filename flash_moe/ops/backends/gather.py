@@ -1,6 +1,6 @@
 """CUDA tensors by Triton kernels that gather table rows: launchers and their tuning."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ from flash_moe.ops.backends.gather_kernels import (
     token_ids_kernel,
 )
 from flash_moe.ops.dtypes import accumulator_dtype
-from flash_moe.ops.overlap import InputChunk, OutputChunk, wait_for_rows
+from flash_moe.ops.overlap import InputChunk, OutputChunk, Outputs, wait_for_rows
 from flash_moe.ops.pairs import Pairs
 from flash_moe.ops.triton_launch import cdiv, launch, next_power_of_2
 from flash_moe.ops.tuning import Tuning
@@ -79,7 +79,7 @@ class GatherConfig:
     An spmm_t splits the pairs of experts that have more than spmm_t_split_pairs. It sums
     spmm_t_max_hidden to spmm_t_min_hidden elements of a row at a time, spmm_t_warp_hidden in a
     warp: so few that what it reads of all token rows stays in a cache of spmm_t_cached_bytes,
-    beside the sums that it writes. Where not even spmm_t_min_hidden do, and experts have
+    together with the sums that it writes. Where not even spmm_t_min_hidden do, and experts have
     spmm_t_narrow_min_pairs to spmm_t_narrow_max_pairs pairs on average, it sums
     spmm_t_narrow_hidden at a time.
     """
@@ -166,11 +166,11 @@ def spmm(
     values_N: Tensor,
     table_EH: Tensor,
     pairs: Pairs,
-    outputs: Iterable[OutputChunk],
+    outputs: Outputs,
     hot_sums_PTH: Tensor | None = None,
 ) -> None:
     """See `Backend.spmm`; adds hot_sums_PTH (P, T, H), the sums over partitioned hot pairs."""
-    outputs = tuple(outputs)
+    chunks = outputs()
     hidden_size = table_EH.shape[1]
     accumulator = accumulator_dtype(values_N.dtype, table_EH.dtype)
     row_bytes = hidden_size * table_EH.element_size()
@@ -182,7 +182,7 @@ def spmm(
     splits = spmm_splits(pairs, blocks) if hot_sums_PTH is None else 1
     values_N = values_N.to(accumulator).contiguous()
     table_EH = contiguous_rows(table_EH)
-    for chunk in outputs:
+    for chunk in chunks:
         out, accumulate_with = chunk.out, chunk.accumulate_with
         if splits > 1:
             out = torch.empty((splits, *out.shape), device=out.device, dtype=accumulator)

@@ -4,7 +4,7 @@ Values of pairs are rounded to the dtype of the tables before a product; product
 float32. See `flash_moe.ops.hot_experts` for the order of the pairs.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -20,7 +20,7 @@ from flash_moe.ops.backends.hot_cold_kernels import (
     hot_spmm_t_kernel,
 )
 from flash_moe.ops.hot_experts import BLOCK_HOT, HotPairs
-from flash_moe.ops.overlap import InputChunk, OutputChunk, wait_for_rows
+from flash_moe.ops.overlap import InputChunk, Outputs, wait_for_rows
 from flash_moe.ops.pairs import FilledMatrix, Pairs
 from flash_moe.ops.side_stream import SideStream
 from flash_moe.ops.triton_launch import cdiv, launch, next_power_of_2
@@ -121,7 +121,7 @@ def _hot_sddmm_into(out_N: Tensor, rows_TH: Tensor, table_EH: Tensor, pairs: Pai
     )
 
 
-def spmm(values_N: Tensor, table_EH: Tensor, pairs: Pairs, outputs: Iterable[OutputChunk]) -> None:
+def spmm(values_N: Tensor, table_EH: Tensor, pairs: Pairs, outputs: Outputs) -> None:
     """See `Backend.spmm`."""
     hot = _hot(pairs)
     table_EH = gather.contiguous_rows(table_EH)

@@ -1,6 +1,6 @@
 """Plain PyTorch for any device and dtype: gathers a bounded number of rows at a time."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from flash_moe.ops.backends.defaults import fill_chunks, memory_for_sums, spmm_t_in_turn
 from flash_moe.ops.dtypes import accumulator_dtype
-from flash_moe.ops.overlap import InputChunk, OutputChunk, wait_for_rows
+from flash_moe.ops.overlap import InputChunk, Outputs, wait_for_rows
 from flash_moe.ops.pairs import Pairs
 from flash_moe.ops.tuning import Tuning
 
@@ -40,14 +40,14 @@ def sddmm(
     return out_N
 
 
-def spmm(values_N: Tensor, table_EH: Tensor, pairs: Pairs, outputs: Iterable[OutputChunk]) -> None:
+def spmm(values_N: Tensor, table_EH: Tensor, pairs: Pairs, outputs: Outputs) -> None:
     """See `Backend.spmm`."""
-    outputs = tuple(outputs)
+    chunks = outputs()
     dtype = accumulator_dtype(values_N.dtype, table_EH.dtype)
     shape = (pairs.num_tokens, table_EH.shape[1])
-    sums_TH = memory_for_sums(outputs, shape, dtype, table_EH.device).zero_()
+    sums_TH = memory_for_sums(chunks, shape, dtype, table_EH.device).zero_()
     _add_weighted_rows(sums_TH, values_N, table_EH, pairs.expert_ids, pairs.token_ids, pairs)
-    fill_chunks(sums_TH, outputs)
+    fill_chunks(sums_TH, chunks)
 
 
 def spmm_t(

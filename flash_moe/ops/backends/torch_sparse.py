@@ -5,7 +5,7 @@ backend, whose memory is bounded too.
 """
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from flash_moe.ops.backends import reference
 from flash_moe.ops.backends.defaults import fill_chunks, memory_for_sums, spmm_t_in_turn
 from flash_moe.ops.dtypes import accumulator_dtype
-from flash_moe.ops.overlap import InputChunk, OutputChunk, wait_for_rows
+from flash_moe.ops.overlap import InputChunk, Outputs, wait_for_rows
 from flash_moe.ops.pairs import Pairs
 
 gathers_table_grads = False
@@ -50,7 +50,7 @@ def sddmm(
     return torch.zeros(pairs.num_pairs, dtype=dtype).index_copy_(0, targets, products.values())
 
 
-def spmm(values_N: Tensor, table_EH: Tensor, pairs: Pairs, outputs: Iterable[OutputChunk]) -> None:
+def spmm(values_N: Tensor, table_EH: Tensor, pairs: Pairs, outputs: Outputs) -> None:
     """See `Backend.spmm`."""
     if not _supported(table_EH):
         return reference.spmm(values_N, table_EH, pairs, outputs)
@@ -58,11 +58,11 @@ def spmm(values_N: Tensor, table_EH: Tensor, pairs: Pairs, outputs: Iterable[Out
     full, positions = pairs.occupied
     values = (values_N if positions is None else values_N[positions]).to(dtype)
     matrix_TE = _csr(full.row_offsets, full.expert_ids, values, full.num_experts)
-    outputs = tuple(outputs)
+    chunks = outputs()
     shape = (pairs.num_tokens, table_EH.shape[1])
-    sums_TH = memory_for_sums(outputs, shape, dtype, table_EH.device)
+    sums_TH = memory_for_sums(chunks, shape, dtype, table_EH.device)
     _multiply(matrix_TE, table_EH.to(dtype), sums_TH)
-    fill_chunks(sums_TH, outputs)
+    fill_chunks(sums_TH, chunks)
 
 
 def spmm_t(
