@@ -11,8 +11,8 @@ import torch.distributed as dist
 def same_error_on_all_ranks(group: dist.ProcessGroup | None = None) -> Iterator[None]:
     """Wait for all ranks at the end of the block; if the block failed on any, raise on all.
 
-    Collective over `group` (None: all ranks). Handles ValueError, TypeError, RuntimeError and
-    OSError; any other exception is raised on its own rank only.
+    Collective over `group` (None: all ranks). Covers ValueError, TypeError, RuntimeError and
+    OSError; any other exception leaves the other ranks waiting until the group's timeout.
 
     Raises:
         ValueError, TypeError, RuntimeError: as `raise_same_error`.
@@ -32,7 +32,7 @@ def raise_same_error(error: Exception | None, group: dist.ProcessGroup | None = 
 
     Raises:
         ValueError, TypeError, RuntimeError: the kind of the error raised, RuntimeError for any
-            other kind. The message names the rank, unless it is the same on all ranks.
+            other kind. The message names the rank, unless all ranks failed alike.
     """
     mine = None if error is None else (type(error).__name__, str(error))
     reports = gather_objects(mine, group)

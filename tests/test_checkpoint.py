@@ -301,7 +301,7 @@ def test_a_damaged_checkpoint_is_refused_and_nothing_touched(
 
 
 FOREIGN: dict[str, tuple[dict[str, str], str, str]] = {
-    "hidden size": ({"hidden-size": "32"}, "AdamW", "tensors differ, the first model.embedding"),
+    "hidden size": ({"hidden-size": "32"}, "AdamW", "tensors differ, the first is model.embedding"),
     "more layers": ({"num-layers": "3"}, "AdamW", "saved nothing, here"),
     "fewer layers": ({"num-layers": "1"}, "AdamW", "here nothing"),
     "more experts": ({"num-experts": "60"}, "AdamW", "layers.0.moe.experts.down_weights"),
