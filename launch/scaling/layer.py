@@ -18,6 +18,7 @@ from flash_moe_dist.expert_parallel import ExpertParallelFunc
 from scaling.conventional import conventional_expert_func
 from scaling.problems import Tokens
 from scaling.rank_group import RankGroup
+from scaling.results import SINGLE_RANK
 from scaling.traffic import Traffic, sent_by_one_rank
 
 TABLES = ("down_weights", "up_weights")
@@ -49,7 +50,8 @@ class Layer:
     def choose(self, dispatcher: Any) -> None:
         """Use this dispatcher in later passes: a dispatcher or "auto"; not used on one rank."""
         if dispatcher not in self.funcs:
-            self.funcs[dispatcher] = ExpertParallelFunc(self.ranks.mesh, dispatcher)
+            option = "auto" if dispatcher == SINGLE_RANK else dispatcher
+            self.funcs[dispatcher] = ExpertParallelFunc(self.ranks.mesh, option)
         self.experts.expert_func = self.funcs[dispatcher]
 
     def forward(self) -> None:
