@@ -65,6 +65,6 @@ def test_one_of_two_agents_is_killed_and_comes_back(
     again = start_agent(1, tmp_path, port, *options, steps=0)
     said = [what_it_said(agent) for agent in (first, again)]
     assert first.returncode == again.returncode == 0, said
-    assert any("going on after step 6 of 20" in out for out, _ in said)
+    assert any("resuming after step 6 of 20" in out for out, _ in said)
     assert_same_run(tmp_path, uninterrupted)
     assert_nothing_left(str(tmp_path), port)
