@@ -50,7 +50,7 @@ class Layer:
     def choose(self, dispatcher: Any) -> None:
         """Use this dispatcher in later passes: a dispatcher or "auto"; not used on one rank."""
         if dispatcher not in self.funcs:
-            option = "auto" if dispatcher == SINGLE_RANK else dispatcher
+            option: Any = "auto" if dispatcher == SINGLE_RANK else dispatcher
             self.funcs[dispatcher] = ExpertParallelFunc(self.ranks.mesh, option)
         self.experts.expert_func = self.funcs[dispatcher]
 
