@@ -18,9 +18,12 @@ from flash_moe_dist.runtime import Runtime
 
 
 def shard_experts(
-    case: Case, dispatcher: Any = "all_to_all", mesh: DeviceMesh | None = None
+    case: Case, dispatcher: Any = "all_to_all", mesh: DeviceMesh | None = None, **options: Any
 ) -> FlashExperts:
-    """The tables of `case`, the same on every rank, sharded over `mesh` or else all ranks."""
+    """The tables of `case`, the same on every rank, sharded over `mesh` or else all ranks.
+
+    options: of `ExpertParallel`.
+    """
     num_experts, hidden_size = case.down_weights.shape
     device = rank_device()
     experts = FlashExperts(num_experts, hidden_size, device, case.down_weights.dtype)
@@ -28,7 +31,7 @@ def shard_experts(
         experts.down_weights.copy_(case.down_weights)
         experts.up_weights.copy_(case.up_weights)
     parallelize_module(
-        experts, mesh or Runtime.of_world(device).ep_mesh, ExpertParallel(dispatcher)
+        experts, mesh or Runtime.of_world(device).ep_mesh, ExpertParallel(dispatcher, **options)
     )
     return experts
 
