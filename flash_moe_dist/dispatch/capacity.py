@@ -5,20 +5,21 @@ fields.
 
 A rank must know how many pairs it gets before it can receive them. The first pass of a layer
 exchanges counts, and the host waits for them before it launches anything else. Where every rank
-gets all rows, the next pass takes buffers of the same sizes, with space for an eighth more pairs
-than the busiest rank sent. Headers then travel in front of the pairs, and the host reads them after
-it has launched the whole pass. If they show that the pass fits, it is confirmed. Otherwise its
-result is thrown away and the pass runs again with exact counts: no pair is ever dropped.
+gets all rows, these counts give a plan for later passes: buffers for X tokens of each rank, and for
+an eighth more pairs, plus 16, than any rank sent to any other. In a planned pass the headers travel
+in front of the pairs, and the host reads them after it has launched the whole pass. If they show
+that every rank's part fits, the pass is confirmed. Otherwise its result is thrown away and the pass
+runs again with exact counts: no pair is ever dropped.
 
-A plan also stops to fit when X shrinks. The buffers would hold such a pass, but kernels choose
+A plan also stops fitting when X shrinks. The buffers would hold such a pass, but kernels choose
 their tiles by X, so its result would not be bitwise equal to that with exact counts.
 
 All ranks have the same plan, as it follows from counts that all have seen. A rank whose own input
-does not fit the plan, or is wrong, takes the same path with no tokens: it stands in, so that
-no rank waits for it, and its header tells the others why.
+does not fit the plan, or is wrong, stands in: it takes the same path with no tokens, so that no
+rank waits for it, and its header tells the others why.
 
-What a confirmed pass saves for the backward pass has the size of the capacity: for pairs an eighth
-more than the busiest rank needs, up to MAX_PADDING times as much where the load is uneven.
+What a confirmed pass saves for the backward pass has the size of the buffers, so up to MAX_PADDING
+times what the pairs need where the load is uneven.
 """
 
 import time
@@ -270,7 +271,8 @@ class LayerDispatch:
     """Runs the forward passes of one layer over the ranks of `group`.
 
     All ranks decide alike when to make a plan, from counts that all have seen. Where plans are
-    seldom confirmed, because sizes change all the time, ever more passes go by before the next.
+    seldom confirmed, because sizes change all the time, more and more passes with exact counts
+    go by before the next plan.
     """
 
     def __init__(
