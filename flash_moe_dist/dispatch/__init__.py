@@ -24,8 +24,8 @@ Three choices that are independent of each other, but for what the last line say
 A forward pass with static capacity and symmetric memory on its two streams; |name| is a barrier of
 all ranks:
 
-    main  pack |messages| unpack  scores(own)            scores(others)sums(others) |sums| sums(own)
-    side                          copy own |rows| copy others --^
+    main  pack |messages| unpack  scores(own)           scores(others) sums(others) |sums| sums(own)
+    side                          copy own |rows| copy others ^
     host                          headers . . . . . . . . . . . . . . . . . . . . . . . . . confirm
 
 The way of a pass through the files:
