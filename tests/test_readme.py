@@ -6,6 +6,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -190,6 +191,34 @@ def test_promises_name_tests_that_exist() -> None:
     assert {name for name in named if not (REPOSITORY / "tests" / name).is_file()} == set()
 
 
+def section(readme: str, title: str) -> str:
+    """Text below the heading `## title`, up to the next one."""
+    (found,) = re.findall(rf"^## {title}\n(.*?)(?=^## |\Z)", text_of(readme), re.DOTALL | re.M)
+    return str(found)
+
+
+def test_where_a_change_goes_names_what_there_is() -> None:
+    quoted = re.findall(r"`([^`]+)`", section("flash_moe_dist/README.md", "Where a change goes"))
+    files = {name for name in quoted if name.endswith(".py")}
+    identifiers = {name for dotted in quoted if dotted not in files for name in dotted.split(".")}
+    identifiers = {name for name in identifiers if name.isidentifier()}
+    assert {"ops/expert_math.py", "dispatch/exact.py"} < files
+    assert {"ExpertTables", "DISPATCHERS"} < identifiers
+    paths = [f"/{path.relative_to(REPOSITORY)}" for path in REPOSITORY.rglob("*.py")]
+    assert {name for name in files if not any(path.endswith(f"/{name}") for path in paths)} == set()
+    code = source()
+    assert {name for name in identifiers if not re.search(rf"\b{name}\b", code)} == set()
+
+
+def test_stats_are_documented() -> None:
+    from flash_moe_dist.dispatch.capacity import DispatchStats
+
+    text = section("flash_moe_dist/README.md", "ExpertParallel")
+    table = text[text.index("| field |") :]
+    named = re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)
+    assert named == [field.name for field in fields(DispatchStats)]
+
+
 def test_links_lead_to_files() -> None:
     findings = [f"findings/{file.name}" for file in (REPOSITORY / "findings").glob("*.md")]
     broken = [
@@ -210,9 +239,7 @@ def source() -> str:
 
 
 def test_troubleshooting_has_the_messages_of_the_code() -> None:
-    (table,) = re.findall(
-        r"## Troubleshooting\n(.*?)(?=\n## |\Z)", text_of("launch/README.md"), re.S
-    )
+    table = section("launch/README.md", "Troubleshooting")
     first_column = re.findall(r"^\| (.*?) \|", table, re.MULTILINE)
     parts = [
         part.strip()
