@@ -115,6 +115,9 @@ def _serve(rank: int, world_size: int, backend: str, store: str, connection: Con
     os.environ.pop("TRITON_INTERPRET", None)
     if backend == KERNELS:
         os.environ["TRITON_INTERPRET"] = "1"
+        import interpreter
+
+        interpreter.speed_up()
     torch.set_num_threads(1)
     poison_fresh_memory()
     backend, _, on = backend.partition(" ")

@@ -13,6 +13,8 @@ from small_run import start
 
 from flash_moe_dist import runtime
 
+pytestmark = pytest.mark.slow
+
 REPOSITORY = Path(__file__).parent.parent
 SCRIPT = str(REPOSITORY / "tests" / "failing_rank.py")
 TIMEOUT = 6.0

@@ -14,6 +14,8 @@ from forking import Program
 from processes import assert_nothing_left, free_port, wait_for_listener
 from small_run import assert_same_run, start_slow, steps_done, workers_of
 
+pytestmark = pytest.mark.slow
+
 README = Path(__file__).parent.parent / "launch" / "README.md"
 
 

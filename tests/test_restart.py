@@ -22,6 +22,8 @@ from small_run import (
     workers_of,
 )
 
+pytestmark = pytest.mark.slow
+
 
 def checkpoints_in(out: Path) -> list[str]:
     return sorted(path.name for path in (out / "checkpoints").iterdir())
