@@ -11,6 +11,7 @@ if not torch.cuda.is_available():
     # Read when Triton is first imported.
     os.environ["TRITON_INTERPRET"] = "1"
 
+import interpreter
 from poison import poison_fresh_memory
 from ranks import RankPools
 from small_run import INTERVALS, SMALL, launch, write_text
@@ -18,14 +19,44 @@ from small_run import INTERVALS, SMALL, launch, write_text
 from flash_moe.ops.backends import dense, hot_cold
 
 poison_fresh_memory()
+if not torch.cuda.is_available():
+    interpreter.speed_up()
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # There is a worker for each core.
+    torch.set_num_threads(1)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
-        return
-    for item in items:
-        if item.get_closest_marker("gpu"):
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA device, this machine has none"))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """A worker for each of a few cores, as many tests have processes of their own; on GPUs none."""
+    cores = len(os.sched_getaffinity(0))
+    return 0 if torch.cuda.is_available() or cores == 1 else min(cores, 8)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--quick",
+        action="store_true",
+        help="leave out tests marked slow, and of each other test all parameters but the first",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                reason = "needs a CUDA device, this machine has none"
+                item.add_marker(pytest.mark.skip(reason=reason))
+    if config.getoption("quick"):
+        seen: set[str] = set()
+        quick = []
+        for item in items:
+            test = item.nodeid.partition("[")[0]
+            if test not in seen and not any(map(item.get_closest_marker, ("slow", "skip"))):
+                quick.append(item)
+                seen.add(test)
+        config.hook.pytest_deselected(items=[item for item in items if item not in quick])
+        items[:] = quick
 
 
 @pytest.fixture(scope="session")
@@ -44,7 +75,7 @@ def small_blocks(device: torch.device) -> Iterator[None]:
         yield
 
 
-# Not of a session: in each group that tests leave behind, threads of gloo wake 100 times a second.
+# One for a session would keep groups that wait, whose gloo threads wake 100 times a second.
 @pytest.fixture(scope="module")
 def rank_pools() -> Iterator[RankPools]:
     pools = RankPools()

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from forking import share_imports, start_context
 from poison import poison_fresh_memory
 
 TIMEOUT = timedelta(seconds=60)
@@ -71,13 +71,10 @@ class RankPools:
 
 class _Pool:
     def __init__(self, world_size: int, backend: str) -> None:
-        context = mp.get_context("spawn")
+        context = start_context()
         store = tempfile.mktemp(prefix="flash-moe-test-store-")
         self.connections: list[Connection] = []
         self.processes = []
-        interpret = os.environ.pop("TRITON_INTERPRET", None)
-        if backend == KERNELS:
-            os.environ["TRITON_INTERPRET"] = "1"
         for rank in range(world_size):
             here, there = context.Pipe()
             process = context.Process(
@@ -86,9 +83,6 @@ class _Pool:
             process.start()
             self.connections.append(here)
             self.processes.append(process)
-        os.environ.pop("TRITON_INTERPRET", None)
-        if interpret is not None:
-            os.environ["TRITON_INTERPRET"] = interpret
 
     def run(self, function: Callable[..., Any], args: tuple[Any, ...]) -> list[Any]:
         for connection in self.connections:
@@ -116,6 +110,14 @@ _device = torch.device("cpu")
 
 def _serve(rank: int, world_size: int, backend: str, store: str, connection: Connection) -> None:
     global _device
+    share_imports()
+    # Read when Triton's functions are made, which is when this project imports them.
+    os.environ.pop("TRITON_INTERPRET", None)
+    if backend == KERNELS:
+        os.environ["TRITON_INTERPRET"] = "1"
+        import interpreter
+
+        interpreter.speed_up()
     torch.set_num_threads(1)
     poison_fresh_memory()
     backend, _, on = backend.partition(" ")

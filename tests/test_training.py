@@ -223,6 +223,7 @@ def test_started_without_torchrun() -> None:
     assert "start this with torchrun" in ended.stderr
 
 
+@pytest.mark.slow
 def test_default_run(tmp_path: Path) -> None:
     """`launch/train.sh` with default options, except for the folder of results."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
