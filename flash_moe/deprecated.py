@@ -30,6 +30,7 @@ NAMES = {
     "flash_moe.ops.aside.Aside": "flash_moe.ops.side_stream.SideStream",
     "flash_moe.ops.backends.BACKENDS": "flash_moe.ops.backend_choice.BACKENDS",
     "flash_moe.ops.backends.TRITON_BACKENDS": "flash_moe.ops.backend_choice.TRITON_BACKENDS",
+    "flash_moe.ops.backends.accumulator_dtype": "flash_moe.ops.dtypes.accumulator_dtype",
     "flash_moe.ops.backends.check_backend": "flash_moe.ops.backend_choice.check_backend",
     "flash_moe.ops.backends.choose_backend": "flash_moe.ops.backend_choice.choose_backend",
     "flash_moe.ops.backends.default_backend": "flash_moe.ops.backend_choice.default_backend",

@@ -26,7 +26,7 @@ from scaling.problems import Problem
 from scaling.rank_group import RankGroup
 from scaling.report import Point, ProblemReport, table
 from scaling.results import CONVENTIONAL
-from scaling.traffic import Collective, Message, Traffic, messages
+from scaling.traffic import Collective, Traffic, Transfer, transfers
 from scaling.verify import (
     _exact_output,
     largest_row_error,
@@ -372,7 +372,7 @@ def test_messages_have_the_bytes_of_the_volume_model(name: Any) -> None:
     rows_WW = torch.tensor([[3.0, 5.0, 0.0], [2.0, 2.0, 7.0], [4.0, 0.0, 1.0]])
     pairs_WW = rows_WW * torch.tensor([2.0, 3.0, 1.0])
     widths = ElementSizes(3, 16, 2, 4, 8)
-    found = messages(name, widths, Traffic(rows_WW.double(), pairs_WW.double(), 9))
+    found = transfers(name, widths, Traffic(rows_WW.double(), pairs_WW.double(), 9))
     for rank in range(3):
         sums = (rows_WW[rank], rows_WW[:, rank], pairs_WW[rank], pairs_WW[:, rank])
         sent, received, pairs_sent, pairs_received = (int(one.sum()) for one in sums)
@@ -407,11 +407,11 @@ NETWORK = Network(
         ("all_gather", [[40] * 4] * 4, 2 + 40 / 5),
     ],
 )
-def test_seconds_of_a_message(
+def test_seconds_of_a_transfer(
     collective: Collective, bytes_WW: list[list[int]], expected: float
 ) -> None:
-    message = Message(collective, torch.tensor(bytes_WW).double())
-    assert NETWORK.seconds(message) == pytest.approx(expected)
+    transfer = Transfer(collective, torch.tensor(bytes_WW).double())
+    assert NETWORK.seconds(transfer) == pytest.approx(expected)
 
 
 def test_a_prediction_by_hand() -> None:

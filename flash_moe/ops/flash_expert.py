@@ -74,7 +74,7 @@ def triton_flash_expert_func(
         ValueError: a shape or device does not fit, or an index is out of range. On CUDA, an index
             out of range never reads memory out of range, and the error is raised without waiting
             for the device: at the next call or backward pass, by
-            `flash_moe.ops.indices.raise_index_errors` (call it now and then where only CUDA graphs
+            `flash_moe.raise_index_errors` (call it now and then where only CUDA graphs
             are replayed), or at once if FLASH_MOE_STRICT_INDICES=1.
     """
     check_expert_inputs(hidden_states, down_weights, up_weights, indices, routing_weights)

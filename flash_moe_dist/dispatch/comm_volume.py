@@ -14,7 +14,7 @@ tokens of any rank. Bytes that a rank hands to collectives:
               sums        R H a                     W X H a
               pairs       g M                       g M
 
-Each line is one message. With static capacity (`capacity.py`) the headers begin the messages of
+Each line is one transfer. With static capacity (`capacity.py`) the headers begin the messages of
 the pairs, which have space for more pairs. Of what is handed to an all-to-all, the share
 (W - 1) / W leaves the rank; of what is handed to an all-gather, W - 1 copies do.
 """
@@ -53,7 +53,7 @@ class PassVolume:
 
 
 class BytesHanded(NamedTuple):
-    """Bytes handed to collectives in each direction, by message."""
+    """Bytes handed to collectives in each direction, by transfer."""
 
     forward: dict[str, int]
     backward: dict[str, int]

@@ -11,7 +11,7 @@ busiest rank's memory moves these bytes more than one rank's, in forward and bac
     rows packed for an all-to-all, partial sums of all ranks read    2 S H (2 b + a)
     weak scaling: each rank writes smaller gradients of the tables   -2 (1 - 1/W) E H g
 
-A message takes a latency, plus the most bytes that any rank sends to others or receives from them,
+A transfer takes a latency, plus the most bytes that any rank sends to others or receives from them,
 divided by the rate of the link. No two terms are assumed to overlap.
 
 Between hosts, each row of an all-gather crosses to a host once, split among the host's ranks; rows
@@ -24,12 +24,12 @@ import torch
 
 from flash_moe_dist.dispatch.comm_volume import DispatcherName
 from scaling.problems import Problem
-from scaling.traffic import Collective, Message, Traffic, busiest, messages
+from scaling.traffic import Collective, Traffic, Transfer, busiest, transfers
 
 
 @dataclass(frozen=True)
 class Link:
-    """Cost of one collective: seconds of an empty message, and bytes/s that leave each rank."""
+    """Cost of one collective: seconds of an empty transfer, and bytes/s that leave each rank."""
 
     latency: float
     rate: float
@@ -48,13 +48,13 @@ class Network:
     between_hosts: float
     memory: float
 
-    def seconds(self, message: Message) -> float:
-        """Predict the seconds of a message."""
-        bytes_WW = message.bytes_WW
+    def seconds(self, transfer: Transfer) -> float:
+        """Predict the seconds of a transfer."""
+        bytes_WW = transfer.bytes_WW
         ranks = len(bytes_WW)
-        link = self.links[message.collective]
+        link = self.links[transfer.collective]
         host_size = min(ranks, self.ranks_per_host)
-        if message.collective == "all_to_all":
+        if transfer.collective == "all_to_all":
             host_W = torch.arange(ranks) // host_size
             same_host_WW = host_W[:, None] == host_W
             to_others_WW = bytes_WW.clone().fill_diagonal_(0)
@@ -73,7 +73,7 @@ class Prediction:
     """Seconds of a forward and a backward pass.
 
     experts: on the busiest rank. memory: bytes moved beyond those on one rank. communication: all
-    messages.
+    transfers.
     """
 
     experts: float
@@ -120,5 +120,5 @@ def predict(
         experts,
         # What memory saves cannot exceed the time of the experts.
         max(memory, -experts),
-        sum(network.seconds(message) for message in messages(dispatcher, sizes, traffic)),
+        sum(network.seconds(transfer) for transfer in transfers(dispatcher, sizes, traffic)),
     )

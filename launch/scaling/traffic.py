@@ -1,4 +1,4 @@
-"""Rows and pairs that each rank sends to each other rank, and the bytes of each message.
+"""Rows and pairs that each rank sends to each other rank, and the bytes of each transfer.
 
 W ranks, H hidden size, E experts. In a matrix (W, W), element [i, j] is what rank i sends to rank
 j; the diagonal is what a rank sends to itself.
@@ -15,7 +15,7 @@ from flash_moe_dist.dispatch.comm_volume import DispatcherName, ElementSizes
 from flash_moe_dist.dispatch.header import HEADER_BYTES, Header
 from flash_moe_dist.dispatch.routing import Routing
 
-# Kinds of collective that carry messages. Both dispatchers use all-to-alls, so these are not
+# Kinds of collective that carry transfers. Both dispatchers use all-to-alls, so these are not
 # DispatcherName, and they are not the names of PyTorch's functions.
 Collective = Literal["all_to_all", "all_gather"]
 COLLECTIVES: tuple[Collective, ...] = ("all_to_all", "all_gather")
@@ -65,7 +65,7 @@ def busiest(sent_WW: Tensor) -> float:
 
 
 @dataclass(frozen=True)
-class Message:
+class Transfer:
     """One collective of a pass.
 
     bytes_WW: bytes that rank i hands over for rank j; equal within a row for an all-gather.
@@ -75,8 +75,8 @@ class Message:
     bytes_WW: Tensor
 
 
-def messages(dispatcher: DispatcherName, sizes: ElementSizes, traffic: Traffic) -> list[Message]:
-    """List the messages of a forward and a backward pass.
+def transfers(dispatcher: DispatcherName, sizes: ElementSizes, traffic: Traffic) -> list[Transfer]:
+    """List the transfers of a forward and a backward pass.
 
     The bytes are those in the table of `flash_moe_dist.dispatch.comm_volume`.
     """
@@ -85,10 +85,10 @@ def messages(dispatcher: DispatcherName, sizes: ElementSizes, traffic: Traffic) 
     if dispatcher == "all_gather":
         rows_WW = torch.full_like(rows_WW, traffic.most_tokens)
         rows_collective = "all_gather"
-    rows = Message(rows_collective, rows_WW * sizes.hidden_size * sizes.hidden_bytes)
-    sums = Message("all_to_all", rows_WW.t() * sizes.hidden_size * sizes.sum_bytes)
-    headers = Message("all_to_all", torch.full_like(rows_WW, HEADER_BYTES))
+    rows = Transfer(rows_collective, rows_WW * sizes.hidden_size * sizes.hidden_bytes)
+    sums = Transfer("all_to_all", rows_WW.t() * sizes.hidden_size * sizes.sum_bytes)
+    headers = Transfer("all_to_all", torch.full_like(rows_WW, HEADER_BYTES))
     pair_bytes = 4 + max(4, sizes.weight_bytes)
-    pairs = Message("all_to_all", 4 * rows_WW + pair_bytes * pairs_WW)
-    weights = Message("all_to_all", sizes.weight_bytes * pairs_WW.t())
+    pairs = Transfer("all_to_all", 4 * rows_WW + pair_bytes * pairs_WW)
+    weights = Transfer("all_to_all", sizes.weight_bytes * pairs_WW.t())
     return [headers, pairs, rows, sums, rows, sums, weights]
