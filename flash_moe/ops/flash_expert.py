@@ -81,7 +81,7 @@ def triton_flash_expert_func(
     _refuse_forward_mode(hidden_states, down_weights, up_weights, routing_weights)
     name = choose_backend(backend, hidden_states, down_weights, up_weights, indices.shape[1])
     tensors = (hidden_states, down_weights, up_weights, indices, None, routing_weights)
-    return _forward_op(*tensors, 1.0, name)[0]
+    return ForwardOutputs(*_forward_op(*tensors, 1.0, name)).out
 
 
 def ragged_flash_expert_func(
@@ -118,7 +118,7 @@ def ragged_flash_expert_func(
     _refuse_forward_mode(hidden_states, down_weights, up_weights, routing_weights)
     name = choose_backend(backend, hidden_states, down_weights, up_weights, None)
     tensors = (hidden_states, down_weights, up_weights, expert_ids, row_offsets, routing_weights)
-    return _forward_op(*tensors, weight_grad_scale, name)[0]
+    return ForwardOutputs(*_forward_op(*tensors, weight_grad_scale, name)).out
 
 
 def _refuse_forward_mode(*tensors: Tensor) -> None:
