@@ -8,10 +8,8 @@
 # READMEs), and of each other test all parameters but the first: further backends, dtypes, shapes,
 # routings, numbers of ranks, bad options and damaged files.
 #
-# Without a GPU, the Triton kernels run under Triton's interpreter, tests of GPUs are skipped and
-# say so, and each core has a worker of pytest-xdist. On GPUs tests run one after the other.
-# PYTEST_ADDOPTS and options of pytest win: -n 0 for one process, -m, -k, a file.
-# The environment variables of launch/setup.sh apply too.
+# Without a GPU, the Triton kernels run under Triton's interpreter, and tests of GPUs are skipped and
+# say so. The environment variables of launch/setup.sh apply too.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 . "$here/setup.sh" train,test
@@ -20,7 +18,4 @@ cd "$here/.."
 ruff check .
 ruff format --check .
 mypy
-if python3 -c 'import xdist' 2>/dev/null; then
-  export PYTEST_ADDOPTS="-n auto --dist worksteal ${PYTEST_ADDOPTS:-}"
-fi
 python3 -m pytest "$@"

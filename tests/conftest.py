@@ -21,16 +21,6 @@ from flash_moe.ops.backends import dense, hot_cold
 poison_fresh_memory()
 if not torch.cuda.is_available():
     interpreter.speed_up()
-if "PYTEST_XDIST_WORKER" in os.environ:
-    # There is a worker for each core.
-    torch.set_num_threads(1)
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_auto_num_workers() -> int:
-    """A worker for each of a few cores, as many tests have processes of their own; on GPUs none."""
-    cores = len(os.sched_getaffinity(0))
-    return 0 if torch.cuda.is_available() or cores == 1 else min(cores, 8)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
