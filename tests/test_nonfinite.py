@@ -1,4 +1,4 @@
-"""A loss that is no finite number on one rank: all ranks stop, or all leave the step out."""
+"""A loss that is not finite on one rank: all ranks stop, or all skip the step."""
 
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,8 @@ def test_the_run_stops_and_says_which(what: str, options: tuple[str, ...], tmp_p
     ended = launch_with(fault(what, 8, tmp_path), *options, "--out", str(tmp_path))
     assert ended.returncode != 0
     assert (
-        f"RuntimeError: training loss is {what} on rank 1 at step 8: lower --lr, or leave such "
-        "steps out by --on-nonfinite skip" in ended.stderr
+        f"RuntimeError: training loss is {what} on rank 1 at step 8: lower --lr, or skip such "
+        "steps with --on-nonfinite skip" in ended.stderr
     )
     # What the bad step would have done is in no file.
     assert [line["step"] for line in metrics_of(tmp_path)] == list(range(1, 8))
