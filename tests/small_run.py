@@ -3,12 +3,12 @@
 import json
 import os
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from forking import Program, start_python
 from ranks import rank_device
 from sharded import whole
 from torch import Tensor
@@ -57,17 +57,24 @@ def start(
     ranks: int = 2,
     script: str = "launch/train.py",
     launcher: tuple[str, ...] = ("--standalone",),
-    fork: bool = True,
     **variables: str,
-) -> Program:
+) -> subprocess.Popen[str]:
     """Start a script under torchrun, as a new session, so that signals reach only it."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     path = os.pathsep.join(map(str, (REPOSITORY, REPOSITORY / "launch", REPOSITORY / "tests")))
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, **variables}
     if torch.cuda.device_count() < ranks:
         environment["CUDA_VISIBLE_DEVICES"] = ""
-    torchrun = ("-m", "torch.distributed.run", *launcher, "--nproc-per-node", str(ranks))
-    return start_python((*torchrun, str(REPOSITORY / script), *options), environment, fork)
+    command = [sys.executable, "-m", "torch.distributed.run", *launcher]
+    command += ["--nproc-per-node", str(ranks), str(REPOSITORY / script)]
+    return subprocess.Popen(
+        [*command, *options],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
 
 
 def launch(*options: str, seconds: float = 100, **how: Any) -> subprocess.CompletedProcess[str]:
@@ -77,7 +84,6 @@ def launch(*options: str, seconds: float = 100, **how: Any) -> subprocess.Comple
         out, err = process.communicate(timeout=seconds)
     finally:
         process.kill()
-    assert process.returncode is not None
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
@@ -86,7 +92,7 @@ def launch_with(fault: dict[str, Any], *options: str, **how: Any) -> Any:
     return launch(*options, script="tests/faulty_train.py", FAULT=json.dumps(fault), **how)
 
 
-def start_slow(out: Path, *options: str, steps: int = 5, **how: Any) -> Program:
+def start_slow(out: Path, *options: str, steps: int = 5, **how: Any) -> subprocess.Popen[str]:
     """Start a run whose steps take at least 0.1 s; return after `steps` steps."""
     slow = json.dumps({"slow": 0.1})
     script = "tests/faulty_train.py"
@@ -95,7 +101,7 @@ def start_slow(out: Path, *options: str, steps: int = 5, **how: Any) -> Program:
     return process
 
 
-def wait_for_steps(out: Path, steps: int, process: Program) -> None:
+def wait_for_steps(out: Path, steps: int, process: subprocess.Popen[str]) -> None:
     for _ in range(600):
         if steps_done(out) >= steps:
             return
@@ -109,7 +115,7 @@ def steps_done(out: Path) -> int:
     return len(metrics.read_text().splitlines()) if metrics.exists() else 0
 
 
-def workers_of(process: Program) -> list[int]:
+def workers_of(process: subprocess.Popen[str]) -> list[int]:
     """Process ids of the ranks that torchrun started."""
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
     return sorted(map(int, children.split()))

@@ -2,12 +2,13 @@
 
 import json
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from forking import Program, start_python
 from processes import assert_nothing_left, free_port
 from small_run import start
 
@@ -38,14 +39,21 @@ def environment(ranks: int) -> dict[str, str]:
     return kept | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
 
 
-def torchrun(where: str, how: str, mark: Path, ranks: int = RANKS, fork: bool = True) -> Program:
+def torchrun(where: str, how: str, mark: Path, ranks: int = RANKS) -> subprocess.Popen[str]:
     """Experts are shared out by all ranks, or by two pairs of four."""
     args = (where, how, str(TIMEOUT), str(mark), "2" if ranks == 4 else str(ranks))
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks))
-    return start_python((*launcher, SCRIPT, *args), environment(ranks), fork)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return subprocess.Popen(
+        [*command, "--nproc-per-node", str(ranks), SCRIPT, *args],
+        env=environment(ranks),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
 
 
-def assert_ends_in_time(started: list[Program], mark: Path) -> list[str]:
+def assert_ends_in_time(started: list[subprocess.Popen[str]], mark: Path) -> list[str]:
     """All end, none well, within TIMEOUT + GRACE of the mark; returns what each had to say."""
     try:
         said = [process.communicate(timeout=150)[1] for process in started]
@@ -98,11 +106,14 @@ def test_an_exception_ends_ranks_that_nobody_watches(where: str, tmp_path: Path)
     """Started without torchrun, which would end the other processes."""
     mark, port = tmp_path / "mark", free_port()
     started = [
-        start_python(
-            (SCRIPT, where, "raises", str(TIMEOUT), str(mark), str(RANKS)),
-            environment(RANKS)
+        subprocess.Popen(
+            [sys.executable, SCRIPT, where, "raises", str(TIMEOUT), str(mark), str(RANKS)],
+            env=environment(RANKS)
             | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS)}
             | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         for rank in range(RANKS)
     ]

@@ -5,12 +5,11 @@ import re
 import signal
 import time
 from pathlib import Path
-from subprocess import TimeoutExpired
+from subprocess import Popen, TimeoutExpired
 from typing import Any
 
 import pytest
 import torch
-from forking import Program
 from processes import assert_nothing_left, free_port, wait_for_listener
 from small_run import assert_same_run, start_slow, steps_done, workers_of
 
@@ -27,23 +26,23 @@ def documented(port: int) -> tuple[tuple[str, ...], dict[str, str]]:
     return (*options, "--local-addr", "127.0.0.1"), {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 
 
-def start_agent(number: int, out: Path, port: int, *options: str, **how: Any) -> Program:
+def start_agent(number: int, out: Path, port: int, *options: str, **how: Any) -> Popen[str]:
     launcher, variables = documented(port)
     gpu = str(number) if torch.cuda.device_count() >= 2 else ""
     how |= variables | {"CUDA_VISIBLE_DEVICES": gpu}
     return start_slow(out, *options, launcher=launcher, ranks=1, **how)
 
 
-def kill_machine(agent: Program) -> None:
+def kill_machine(agent: Popen[str]) -> None:
     for process in (*workers_of(agent), agent.pid):
         os.kill(process, signal.SIGKILL)
 
 
-def kill_agent(agent: Program) -> None:
+def kill_agent(agent: Popen[str]) -> None:
     agent.kill()
 
 
-def what_it_said(agent: Program) -> tuple[str, str]:
+def what_it_said(agent: Popen[str]) -> tuple[str, str]:
     try:
         return agent.communicate(timeout=120)
     except TimeoutExpired:

@@ -7,9 +7,9 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from subprocess import Popen
 
 import pytest
-from forking import Program
 from processes import assert_nothing_left
 from small_run import (
     STEPS,
@@ -108,18 +108,18 @@ def test_killed_while_saving(
     assert_same_run(tmp_path, uninterrupted)
 
 
-def to_torchrun(process: Program) -> None:
+def to_torchrun(process: Popen[str]) -> None:
     process.terminate()
 
 
-def to_one_rank(process: Program) -> None:
+def to_one_rank(process: Popen[str]) -> None:
     os.kill(workers_of(process)[-1], signal.SIGTERM)
 
 
 @pytest.mark.parametrize("signalled", [to_torchrun, to_one_rank])
 @pytest.mark.parametrize("thread", [(), ("--async-checkpoint",)], ids=["saved", "saved by thread"])
 def test_sigterm_saves_and_ends(
-    signalled: Callable[[Program], None],
+    signalled: Callable[[Popen[str]], None],
     thread: tuple[str, ...],
     options: tuple[str, ...],
     uninterrupted: Path,
