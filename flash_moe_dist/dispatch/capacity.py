@@ -65,7 +65,8 @@ class DispatchStats:
 
     exact: passes with exact counts, retries included.
     capacity: passes with static capacity that were confirmed.
-    retried: passes with static capacity that were thrown away, as some rank's part did not fit.
+    retried: passes with static capacity that were thrown away, as another rank's part did not fit
+        or the capacity did not suffice; without those in which this rank stood in.
     stood_in: passes with static capacity in which this rank took part without tokens, as its own
         input did not fit or was wrong.
     transports: passes in `exact` and `capacity` by what carried their rows: the backend of the
@@ -102,18 +103,23 @@ class CapacityPlan:
 
     @classmethod
     def from_counts(
-        cls, inp: RankInput, counts: PassCounts, group: dist.ProcessGroup, transport: Transport
+        cls,
+        inp: RankInput,
+        counts: PassCounts,
+        dispatcher: AllGatherDispatcher,
+        transport: Transport,
     ) -> "CapacityPlan | None":
         """Plan for passes like the one that was just counted; None if static capacity does not pay.
 
-        Collective.
+        Collective. Planned passes go by `dispatcher`, which made the counted pass, or over
+        symmetric memory.
 
         Raises:
             RuntimeError: on every rank alike, if `transport` asks for symmetric memory and the
                 ranks cannot have it.
         """
         assert inp.shared is not None
-        ep_size = dist.get_world_size(group)
+        group, ep_size = dispatcher.group, dispatcher.ep_size
         hidden_size, top_k = inp.hidden_TH.shape[1], inp.indices_TK.shape[1]
         possible_pairs = counts.max_tokens * top_k
         max_pairs = min(possible_pairs, counts.max_pairs + counts.max_pairs // 8 + 16)
@@ -127,7 +133,6 @@ class CapacityPlan:
         if possible_pairs == 0 or ep_size * max_pairs > MAX_PADDING * possible_pairs:
             return None
         layout = CapacityLayout(counts.max_tokens, max_pairs, inp.weights_TK.dtype)
-        dispatcher = AllGatherDispatcher(group)
         if hidden_size > 0 and transport != "nccl":
             row_bytes = hidden_size * inp.hidden_TH.dtype.itemsize
             sum_bytes = hidden_size * inp.sum_dtype.itemsize
@@ -136,6 +141,7 @@ class CapacityPlan:
             buffers = symmetric_buffers(group, inp.device, sizes, required)
             if buffers is not None:
                 dispatcher = SymmetricDispatcher(group, buffers)
+                # The first call for a stride waits for the device, which no later pass should do.
                 dispatcher.message_pointers(layout.message_stride)
         return cls(
             layout=layout,
@@ -353,10 +359,10 @@ class LayerDispatch:
         return replace(metadata, pairs=counts.pairs, tensors=MetadataTensors(slots_P))
 
     def _plan_next_passes(self, inp: RankInput, counts: PassCounts, dispatcher: Dispatcher) -> None:
-        if not dispatcher.sends_all_rows or not self.has_capacity:
+        if not isinstance(dispatcher, AllGatherDispatcher) or not self.has_capacity:
             return
         if self._exact_passes >= self._backoff:
-            self.plan = CapacityPlan.from_counts(inp, counts, self.group, self.transport)
+            self.plan = CapacityPlan.from_counts(inp, counts, dispatcher, self.transport)
             self._hits = 0
         self._exact_passes += 1
 

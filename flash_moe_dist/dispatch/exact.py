@@ -32,7 +32,7 @@ from flash_moe_dist.dispatch.base import (
     ReturningValues,
     expected_pairs_per_row,
 )
-from flash_moe_dist.dispatch.collectives import start_all_gather, start_all_to_all
+from flash_moe_dist.dispatch.collectives import Pending, start_all_gather, start_all_to_all
 from flash_moe_dist.dispatch.comm_volume import DispatcherName
 from flash_moe_dist.dispatch.handshake import PassCounts, RankInput, Splits, exchange_counts
 from flash_moe_dist.dispatch.message import CapacityLayout, ExactLayout, pack, unpack
@@ -89,10 +89,13 @@ class ExactDispatcher(Dispatcher):
         return ExactDispatch(Dispatched(tokens, metadata, self), counts)
 
     def return_values(self, values_M: Tensor, metadata: DispatchMetadata) -> ReturningValues:
+        return ReturningValues(self.send_back(values_M, metadata), metadata)
+
+    def send_back(self, values_M: Tensor, metadata: DispatchMetadata) -> Pending:
+        """Start to send values of the pairs received to the ranks that sent the pairs."""
         assert metadata.pairs is not None
         sent, received = metadata.pairs
-        pending = start_all_to_all(values_M, received, sent, self.group)
-        return ReturningValues(pending, metadata)
+        return start_all_to_all(values_M, received, sent, self.group)
 
 
 class AllToAllDispatcher(ExactDispatcher):

@@ -193,7 +193,7 @@ class _Columns(NamedTuple):
 
     @classmethod
     def of(cls, header_WF: list[list[int]]) -> "_Columns":
-        return cls(*([row[field] for row in header_WF] for field in Header))
+        return cls(*map(list, zip(*header_WF, strict=True)))
 
 
 @dataclass(frozen=True)

@@ -100,8 +100,8 @@ class SymmetricDispatcher(AllGatherDispatcher):
         return self.buffers.pointers(MESSAGES, WORD_BYTES * self.rank * message_stride)
 
     def return_values(self, values_M: Tensor, metadata: DispatchMetadata) -> ReturningValues:
-        returning = super().return_values(values_M, metadata)
-        return _ReturningOnSideStream(returning.pending, metadata, self.buffers)
+        pending = self.send_back(values_M, metadata)
+        return _ReturningOnSideStream(pending, metadata, self.buffers)
 
     def combine(
         self,
