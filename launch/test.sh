@@ -3,7 +3,7 @@
 #
 #   launch/test.sh [--quick] [options of pytest]
 #
-# --quick answers in three minutes on two cores. It leaves out the tests marked slow (runs that are
+# --quick runs a part of the tests, for a first answer in minutes. It leaves out the tests marked slow (runs that are
 # killed, stalled, restarted, spread over agents, long or of default size, and the examples of the
 # READMEs), and of each other test all parameters but the first: further backends, dtypes, shapes,
 # routings, numbers of ranks, bad options and damaged files.
