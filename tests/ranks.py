@@ -6,13 +6,17 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from forking import share_imports, start_context
 from poison import poison_fresh_memory
+
+if TYPE_CHECKING:
+    from flash_moe_dist.runtime import Runtime
 
 TIMEOUT = timedelta(seconds=60)
 KERNELS = "gloo with kernels"
@@ -103,6 +107,18 @@ class _Pool:
 def rank_device() -> torch.device:
     """The device of this rank."""
     return _device
+
+
+@cache
+def rank_runtime(ep_size: int | None = None) -> "Runtime":
+    """The `Runtime` of this pool's ranks; collective when first called.
+
+    Made once, because each gloo group has threads that wake up 100 times a second.
+    """
+    # Imported here, because importing this project fixes whether Triton is interpreted.
+    from flash_moe_dist.runtime import Runtime
+
+    return Runtime.of_world(rank_device(), ep_size)
 
 
 _device = torch.device("cpu")

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from cases import Case
-from ranks import rank_device
+from ranks import rank_device, rank_runtime
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
@@ -14,7 +14,6 @@ from torch.distributed.tensor.parallel import parallelize_module
 from flash_moe import FlashExperts
 from flash_moe_dist import ExpertParallel
 from flash_moe_dist.agreement import gather_objects
-from flash_moe_dist.runtime import Runtime
 
 
 def shard_experts(
@@ -31,7 +30,7 @@ def shard_experts(
         experts.down_weights.copy_(case.down_weights)
         experts.up_weights.copy_(case.up_weights)
     parallelize_module(
-        experts, mesh or Runtime.of_world(device).ep_mesh, ExpertParallel(dispatcher, **options)
+        experts, mesh or rank_runtime().ep_mesh, ExpertParallel(dispatcher, **options)
     )
     return experts
 

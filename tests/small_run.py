@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ranks import rank_device
+from ranks import rank_runtime
 from sharded import whole
 from torch import Tensor
 
@@ -31,13 +31,12 @@ def write_text(path: Path) -> str:
 
 
 def small_run(data: str, ep_size: int | None = None, *options: str) -> Any:
-    from flash_moe_dist.runtime import Runtime
     from options import parse_args
     from train import Run, prepare
 
     out = str(Path(data).parent / "out")
     args = parse_args("", [*SMALL, "--data", data, "--out", out, *options])
-    runtime = Runtime.of_world(rank_device(), ep_size)
+    runtime = rank_runtime(ep_size)
     corpus, config = prepare(args, runtime, {})
     return Run(args, runtime, corpus, config)
 

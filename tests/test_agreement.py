@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from cases import make_case
-from ranks import KERNELS, Failure, RankPools, rank_device
+from ranks import KERNELS, Failure, RankPools, rank_runtime
 from sharded import shard_experts
 from torch import Tensor
 from torch.distributed.tensor.parallel import parallelize_module
@@ -17,7 +17,6 @@ from flash_moe.ops import indices
 from flash_moe_dist import ExpertParallel
 from flash_moe_dist.agreement import same_error_on_all_ranks
 from flash_moe_dist.expert_parallel import ExpertParallelFunc
-from flash_moe_dist.runtime import Runtime
 
 NUM_EXPERTS, HIDDEN_SIZE, SLOTS = 23, 12, 5
 
@@ -99,9 +98,7 @@ BAD_ROWS: dict[str, tuple[Callable[[Tensor], Any], str, str]] = {
 def bad_rows_of_a_layer(spoil: str, good_passes: int = 0) -> None:
     """The router refuses rank 1's rows before it comes to the experts."""
     layer = FlashMoE(HIDDEN_SIZE, 4, NUM_EXPERTS + 2, SLOTS)
-    parallelize_module(
-        layer, Runtime.of_world(rank_device()).ep_mesh, {"experts": ExpertParallel()}
-    )
+    parallelize_module(layer, rank_runtime().ep_mesh, {"experts": ExpertParallel()})
     x_TH = torch.randn(6, HIDDEN_SIZE)
     for _ in range(good_passes):
         layer(x_TH)

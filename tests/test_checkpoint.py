@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,28 +15,42 @@ from torch import Tensor
 
 # Ranks, and how many of them share out the experts; the others cut tables along columns.
 LAYOUTS = ((1, None), (2, None), (3, None), (4, None), (4, 2), (4, 1), (2, 1))
-# 50 experts divide by 2 ranks only, 48 by all; of 2 the last of 3 or 4 ranks own none.
+# Experts of the layers of one model: 50 divide by 2 ranks only, 48 by all, and of 2 the last of 3
+# or 4 ranks own none.
 NUM_EXPERTS = (50, 48, 2)
 
 
-def run_of(data: str, ep_size: int | None = None, num_experts: int = 50, **options: str) -> Any:
+def run_of(data: str, ep_size: int | None = None, **options: str) -> Any:
     given = [word for name, value in options.items() for word in (f"--{name}", value)]
-    few = ("--num-experts-per-tok", "2") if num_experts < 4 else ()
-    return small_run(data, ep_size, "--num-experts", str(num_experts), *few, *given)
+    return small_run(data, ep_size, *given)
+
+
+def run_of_all_sizes(data: str, ep_size: int | None = None) -> Any:
+    """A `Run` whose layers have NUM_EXPERTS experts, 2 for each token."""
+    import model
+    import train
+
+    class Sizes(model.Transformer):
+        def __init__(self, config: model.ModelConfig) -> None:
+            super().__init__(config)
+            for layer, num_experts in zip(self.layers, NUM_EXPERTS, strict=True):
+                layer.moe = model.Block(replace(config, num_experts=num_experts)).moe
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "Transformer", Sizes)
+        return small_run(
+            data, ep_size, "--num-layers", str(len(NUM_EXPERTS)), "--num-experts-per-tok", "2"
+        )
 
 
 def save(
-    data: str,
-    folder: str,
-    ep_size: int | None = None,
-    num_experts: int = 50,
-    asynchronous: bool = False,
+    data: str, folder: str, ep_size: int | None = None, asynchronous: bool = False, run: Any = None
 ) -> tuple[dict[str, Tensor], list[float]]:
     """Two steps, a checkpoint, two more steps; what was saved, and the losses after it."""
     from flash_moe_dist.checkpoint import Checkpointer
 
     checkpoints = Checkpointer(Path(folder), asynchronous=asynchronous)
-    run = run_of(data, ep_size, num_experts)
+    run = run or run_of(data, ep_size)
     for step in (1, 2):
         run.step(step)
     saved = everything_in(run)
@@ -46,22 +61,31 @@ def save(
 
 
 def load(
-    data: str, folder: str, ep_size: int | None = None, num_experts: int = 50, steps: int = 2
+    data: str, folder: str, ep_size: int | None = None, run: Any = None
 ) -> tuple[dict[str, Tensor], list[float]]:
     """What a model that was made otherwise holds after loading, and the losses of two steps."""
     from flash_moe_dist.checkpoint import Checkpointer
 
     checkpoints = Checkpointer(Path(folder))
-    run = run_of(data, ep_size, num_experts)
+    run = run or run_of(data, ep_size)
     with torch.no_grad():
         for parameter in run.model.parameters():
             parameter.fill_(float("nan"))
     assert checkpoints.newest() == 2
     assert checkpoints.load(2, run.model, run.optimizer) == {"step": 2, "seen": [1, 2]}
     loaded = everything_in(run)
-    losses = [run.step(step).loss for step in (3, 4)[:steps]]
+    losses = [run.step(step).loss for step in (3, 4)]
     checkpoints.close()
     return loaded, losses
+
+
+def save_all_sizes(data: str, folder: str, ep_size: int | None) -> Any:
+    return save(data, folder, run=run_of_all_sizes(data, ep_size))
+
+
+def load_all_sizes(data: str, folder: str, ep_sizes: list[int | None]) -> list[Any]:
+    """What `load` gives for each of these numbers of ranks that share the experts."""
+    return [load(data, folder, run=run_of_all_sizes(data, ep_size)) for ep_size in ep_sizes]
 
 
 def assert_equal(loaded: dict[str, Tensor], saved: dict[str, Tensor]) -> None:
@@ -70,31 +94,25 @@ def assert_equal(loaded: dict[str, Tensor], saved: dict[str, Tensor]) -> None:
         assert torch.equal(tensor, saved[name]), name
 
 
-@pytest.mark.parametrize("num_experts", NUM_EXPERTS)
 @pytest.mark.parametrize(("saving", "ep_size"), LAYOUTS)
 def test_saved_and_loaded_with_any_ranks_and_meshes(
-    saving: int,
-    ep_size: int | None,
-    num_experts: int,
-    text: str,
-    tmp_path: Path,
-    rank_pools: RankPools,
+    saving: int, ep_size: int | None, text: str, tmp_path: Path, rank_pools: RankPools
 ) -> None:
     folder = str(tmp_path / "checkpoints")
-    saved, losses = rank_pools.run(saving, save, text, folder, ep_size, num_experts)[0]
+    saved, losses = rank_pools.run(saving, save_all_sizes, text, folder, ep_size)[0]
     assert {name.split(" of ")[0] for name in saved if " of " in name} == {
         "step",
         "exp_avg",
         "exp_avg_sq",
     }
-    for loading, other_ep_size in LAYOUTS:
-        for loaded, next_losses in rank_pools.run(
-            loading, load, text, folder, other_ep_size, num_experts
-        ):
-            assert_equal(loaded, saved)
-            assert next_losses == pytest.approx(losses, rel=1e-5)
-            if (loading, other_ep_size) == (saving, ep_size):
-                assert next_losses == losses
+    for loading in (1, 2, 3, 4):
+        ep_sizes = [other for ranks, other in LAYOUTS if ranks == loading]
+        for of_rank in rank_pools.run(loading, load_all_sizes, text, folder, ep_sizes):
+            for other_ep_size, (loaded, next_losses) in zip(ep_sizes, of_rank, strict=True):
+                assert_equal(loaded, saved)
+                assert next_losses == pytest.approx(losses, rel=1e-5)
+                if (loading, other_ep_size) == (saving, ep_size):
+                    assert next_losses == losses
 
 
 @pytest.mark.gpu
@@ -103,7 +121,7 @@ def test_saved_and_loaded_with_nccl(text: str, tmp_path: Path, rank_pools: RankP
         pytest.skip(f"needs two GPUs, this machine has {torch.cuda.device_count()}")
     for asynchronous in (False, True):
         folder = str(tmp_path / f"asynchronous {asynchronous}")
-        args = (text, folder, None, 50, asynchronous)
+        args = (text, folder, None, asynchronous)
         saved, losses = rank_pools.run(2, save, *args, backend="nccl")[0]
         for loading, ep_size in ((2, None), (2, 1), (1, None)):
             for loaded, next_losses in rank_pools.run(
@@ -232,7 +250,7 @@ def load_refused(
     from flash_moe_dist.checkpoint import Checkpointer
 
     checkpoints = Checkpointer(Path(folder))
-    run = run_of(data, None, 50, **options)
+    run = run_of(data, None, **options)
     if optimizer != "AdamW":
         run.optimizer = getattr(torch.optim, optimizer)(run.model.parameters(), lr=0.1)
     before, drawn = everything_in(run), torch.get_rng_state()

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from cases import assert_close, make_case
-from ranks import RankPools, rank_device
+from ranks import RankPools, rank_device, rank_runtime
 from sharded import shard_experts, whole, whole_parameters
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -73,7 +73,7 @@ def loss_of(model: nn.Module, x_TH: Tensor) -> Tensor:
 
 def fsdp_parity(ep_size: int, dispatcher: str) -> None:
     """Two clipped steps, each of two accumulated batches, against one process in float64."""
-    runtime = Runtime.of_world(rank_device(), ep_size)
+    runtime = rank_runtime(ep_size)
     alone = new_model()
     sharded = shard(new_model(), runtime, dispatcher)
     assert isinstance(sharded, FSDPModule)
@@ -147,7 +147,7 @@ def count_collectives(run: Callable[[], Any]) -> dict[str, int]:
 
 def checkpointed(dispatcher: Any, use_reentrant: bool) -> None:
     """Same routing, same results bit for bit, and the collectives of one forward pass more."""
-    mesh = Runtime.of_world(rank_device()).ep_mesh
+    mesh = rank_runtime().ep_mesh
     model = new_model()
     model.noise = nn.Dropout(0.5)
     parallelize_module(model, mesh, {"moe.experts": ExpertParallel(dispatcher)})
@@ -184,7 +184,7 @@ def test_activation_checkpointing(
 
 
 def compiled(backend: str) -> None:
-    mesh = Runtime.of_world(rank_device()).ep_mesh
+    mesh = rank_runtime().ep_mesh
     model = new_model()
     parallelize_module(model, mesh, {"moe.experts": ExpertParallel()})
     expected = gradients(model, model)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from cases import RESULTS, TOLERANCES, Case, assert_close, make_case, oracle, relative_error
-from ranks import RankPools, rank_device
+from ranks import RankPools, rank_device, rank_runtime
 from sharded import gloo_on_cuda, shard_experts, whole
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -17,7 +17,6 @@ from flash_moe import triton_flash_expert_func
 from flash_moe_dist import ExpertParallel, clip_grad_norm_
 from flash_moe_dist.dispatch import autograd
 from flash_moe_dist.expert_parallel import ExpertParallelFunc
-from flash_moe_dist.runtime import Runtime
 
 NUM_EXPERTS, HIDDEN_SIZE, SLOTS = 23, 12, 5
 DISPATCHERS = ("all_to_all", "all_gather")
@@ -96,7 +95,7 @@ def parity(
     ep_size: int | None = None,
 ) -> None:
     """Output, gradients, their norm, and a step, against one process that has all tokens."""
-    runtime = Runtime.of_world(rank_device(), ep_size)
+    runtime = rank_runtime(ep_size)
     cases = cases_of_all_ranks(scenario, num_experts, HIDDEN_SIZE, dtype, runtime.ep_mesh.size())
     mine, device = cases[runtime.ep_mesh.get_local_rank()], runtime.device
     hidden_states = mine.hidden_states.detach().to(device).requires_grad_()
@@ -335,7 +334,7 @@ def test_parameters_that_are_no_tables_are_refused(rank_pools: RankPools) -> Non
 
 def tables_that_are_not_sharded() -> None:
     case = make_case(3, HIDDEN_SIZE, NUM_EXPERTS, SLOTS)
-    ExpertParallelFunc(Runtime.of_world(rank_device()).ep_mesh)(*case.args())
+    ExpertParallelFunc(rank_runtime().ep_mesh)(*case.args())
 
 
 def test_plain_tables_are_refused(rank_pools: RankPools) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import RankPools, rank_device
+from ranks import RankPools, rank_runtime
 from safetensors.torch import load_file, save_file
 from sharded import whole
 from small_run import small_run
@@ -73,9 +73,8 @@ def import_shapes(data: str) -> dict[str, Any]:
 def odd_tensors() -> dict[str, Tensor]:
     """All dtypes, no elements, no dimensions, rows for one rank only; the same on every rank."""
     from flash_moe_dist.export import DTYPES
-    from flash_moe_dist.runtime import Runtime
 
-    mesh = Runtime.of_world(rank_device()).ep_mesh
+    mesh = rank_runtime().ep_mesh
     torch.manual_seed(0)
     drawn = {str(dtype): (torch.randn(5, 3, 2) * 10).to(dtype) for dtype in DTYPES}
     drawn |= {"scalar": torch.randn(()), "bf16 scalar": torch.randn(()).bfloat16()}
@@ -116,9 +115,8 @@ def test_odd_tensors_in_tiny_pieces(ranks: int, tmp_path: Path, rank_pools: Rank
 def memory_of_large_tables(path: str) -> dict[str, int]:
     """Bytes beyond a rank's own memory, at most, while 512 MiB go out and come in."""
     from flash_moe_dist.export import export_tensors, import_tensors
-    from flash_moe_dist.runtime import Runtime
 
-    runtime = Runtime.of_world(rank_device())
+    runtime = rank_runtime()
     rows = 2**17
     tables: dict[str, Tensor] = {}
     for name, place in (("rows", Shard(0)), ("columns", Shard(1))):

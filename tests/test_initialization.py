@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from ranks import RankPools, rank_device
+from ranks import RankPools, rank_runtime
 from sharded import whole_parameters
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
@@ -12,7 +12,6 @@ from torch.distributed.tensor.parallel import parallelize_module
 from flash_moe import FlashExperts
 from flash_moe.layers import normal_rows
 from flash_moe_dist import ExpertParallel, materialize
-from flash_moe_dist.runtime import Runtime
 from model import ModelConfig, Transformer
 
 CONFIG = ModelConfig(20, 8, 8, 2, 2, 35, 3)
@@ -63,7 +62,7 @@ def test_values_in_other_dtypes(dtype: torch.dtype) -> None:
 
 
 def built_on_meta(ep_size: int | None, cut_before: bool) -> dict[str, Tensor]:
-    runtime = Runtime.of_world(rank_device(), ep_size)
+    runtime = rank_runtime(ep_size)
     with torch.device("meta"):
         model = Transformer(CONFIG)
     parallelize_module(model, runtime.ep_mesh, {"layers.*.moe.experts": ExpertParallel()})

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import RankPools, rank_device
+from ranks import RankPools, rank_runtime
 from small_run import launch
 from torch import nn
 from torch.distributed.fsdp import fully_shard
@@ -42,10 +42,9 @@ def train_with_varying_tokens(folder: str, dispatcher: Any, steps: int) -> list[
     from flash_moe import FlashMoE
     from flash_moe_dist import ExpertParallel, clip_grad_norm_, count_load
     from flash_moe_dist.checkpoint import Checkpointer
-    from flash_moe_dist.runtime import Runtime
 
     torch.manual_seed(0)
-    runtime = Runtime.of_world(rank_device())
+    runtime = rank_runtime()
     moe = FlashMoE(16, 16, num_experts=48, num_experts_per_tok=4).to(runtime.device)
     parallelize_module(moe, runtime.ep_mesh, {"experts": ExpertParallel(dispatcher)})
     model = nn.Sequential(nn.Linear(8, 16), moe).to(runtime.device)
