@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,9 @@ from small_run import INTERVALS, SMALL, launch, write_text
 
 from flash_moe.ops.backends import dense, hot_cold
 
+# Tests of runs that must end in time: never two of them at once.
+WITH_DEADLINES = ("test_failures", "test_nodes", "test_restart")
+
 poison_fresh_memory()
 if not torch.cuda.is_available():
     interpreter.speed_up()
@@ -32,6 +36,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    # The longest group first, so that one worker does not end long after the other.
+    items.sort(key=lambda item: item.path.stem not in WITH_DEADLINES)
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
@@ -47,6 +53,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 seen.add(test)
         config.hook.pytest_deselected(items=[item for item in items if item not in quick])
         items[:] = quick
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Give each worker whole files, and one worker all files with deadlines."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class FileScheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "deadlines" if Path(file).stem in WITH_DEADLINES else file
+
+    return FileScheduling(config, log)
 
 
 @pytest.fixture(scope="session")
@@ -89,6 +108,8 @@ def options(text: str) -> tuple[str, ...]:
 def uninterrupted(options: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What such a run of two ranks leaves if nothing happens."""
     out = tmp_path_factory.mktemp("uninterrupted")
-    ended = launch(*options, "--out", str(out))
+    # Where nothing is saved, --resume starts a new run.
+    ended = launch(*options, "--out", str(out), "--resume")
     assert ended.returncode == 0, ended.stderr
+    assert "resuming" not in ended.stdout
     return out

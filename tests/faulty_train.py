@@ -1,4 +1,4 @@
-"""launch/train.py with a fault, described in JSON by the environment variable FAULT.
+"""launch/train.py with a fault or a list of faults, in JSON, in the environment variable FAULT.
 
 what    "sigkill", "sigterm", "raises", "stalls", "nan" or "inf" (of the loss)
 where   "before dispatch", "in dispatch" or "after dispatch" of a training step; "writing",
@@ -24,21 +24,24 @@ import torch.distributed.checkpoint.filesystem as filesystem
 import train
 from flash_moe_dist.dispatch import exact
 
-fault = json.loads(os.environ["FAULT"])
+given = json.loads(os.environ["FAULT"])
+faults = given if isinstance(given, list) else [given]
 step_now = 0
 
 
-def happens(where: str, step: int) -> bool:
-    if where != fault.get("where") or step != fault["step"]:
-        return False
-    if int(os.environ["RANK"]) != fault["rank"] or Path(fault["mark"]).exists():
-        return False
-    Path(fault["mark"]).touch()
-    return True
+def happening(where: str, step: int) -> str | None:
+    """What happens here on this rank, for the first time."""
+    for fault in faults:
+        if (fault.get("where"), fault.get("step")) == (where, step):
+            mark = Path(fault["mark"])
+            if int(os.environ["RANK"]) == fault["rank"] and not mark.exists():
+                mark.touch()
+                what: str = fault["what"]
+                return what
+    return None
 
 
-def strike() -> None:
-    what = fault["what"]
+def strike(what: str | None) -> None:
     if what in ("sigkill", "sigterm"):
         os.kill(os.getpid(), signal.SIGKILL if what == "sigkill" else signal.SIGTERM)
     elif what == "raises":
@@ -49,8 +52,7 @@ def strike() -> None:
 
 def before(where: str, function: Callable[..., Any]) -> Callable[..., Any]:
     def faulty(*args: Any, **kwargs: Any) -> Any:
-        if happens(where, step_now):
-            strike()
+        strike(happening(where, step_now))
         return function(*args, **kwargs)
 
     return faulty
@@ -61,8 +63,8 @@ def before_path(where: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
     def faulty(first: Any, *args: Any, **kwargs: Any) -> Any:
         saved = re.search(r"step-(\d+)", str(getattr(first, "path", first)))
-        if saved and happens(where, int(saved[1])):
-            strike()
+        if saved:
+            strike(happening(where, int(saved[1])))
         return function(first, *args, **kwargs)
 
     return faulty
@@ -73,14 +75,14 @@ def faulty_loss(run: Any, stream: Any, step: int, seed: int) -> Any:
     training = stream is run.corpus.train
     if training:
         step_now = step
-        time.sleep(fault.get("slow", 0))
-        if happens("before dispatch", step):
-            strike()
+        time.sleep(max(fault.get("slow", 0) for fault in faults))
+        strike(happening("before dispatch", step))
     value = loss(run, stream, step, seed)
-    if training and happens("after dispatch", step):
-        strike()
-        if fault["what"] in ("nan", "inf"):
-            return value * float(fault["what"])
+    if training:
+        what = happening("after dispatch", step)
+        strike(what)
+        if what in ("nan", "inf"):
+            return value * float(what)
     return value
 
 

@@ -86,8 +86,10 @@ def launch(*options: str, seconds: float = 100, **how: Any) -> subprocess.Comple
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
-def launch_with(fault: dict[str, Any], *options: str, **how: Any) -> Any:
-    """Run tests/faulty_train.py with a fault, and wait until it ends."""
+def launch_with(
+    fault: dict[str, Any] | list[dict[str, Any]], *options: str, **how: Any
+) -> subprocess.CompletedProcess[str]:
+    """Run tests/faulty_train.py with a fault or several, and wait until it ends."""
     return launch(*options, script="tests/faulty_train.py", FAULT=json.dumps(fault), **how)
 
 

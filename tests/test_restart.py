@@ -33,77 +33,75 @@ def names(*steps: int) -> list[str]:
     return [f"step-{step:08d}" for step in steps]
 
 
-# Where, the step, and whether torchrun's store is not for its processes, as launch/train.sh has it.
+# Where and in which step, one restart after the other, and whether torchrun's store is not for its
+# processes, as launch/train.sh has it. Step 3 comes before any checkpoint.
 KILLED_IN_A_STEP = [
-    ("before dispatch", 3, "0"),
-    ("in dispatch", 9, "0"),
-    ("in dispatch", 9, "1"),
-    ("after dispatch", 13, "0"),
+    ([("before dispatch", 3), ("in dispatch", 9), ("after dispatch", 13)], "0"),
+    ([("in dispatch", 9)], "1"),
 ]
 
 
-@pytest.mark.parametrize(("where", "step", "not_shared"), KILLED_IN_A_STEP)
+@pytest.mark.parametrize(("killed", "not_shared"), KILLED_IN_A_STEP)
 def test_a_rank_killed_in_a_step_and_restarted(
-    where: str,
-    step: int,
+    killed: list[tuple[str, int]],
     not_shared: str,
     options: tuple[str, ...],
     uninterrupted: Path,
     tmp_path: Path,
 ) -> None:
-    """Step 3 comes before any checkpoint, the others after one."""
-    fault = {"what": "sigkill", "where": where, "rank": 1, "step": step}
+    marks = [tmp_path / f"mark {step}" for _, step in killed]
+    faults = [
+        {"what": "sigkill", "where": where, "rank": 1, "step": step, "mark": str(mark)}
+        for (where, step), mark in zip(killed, marks, strict=True)
+    ]
     ended = launch_with(
-        fault | {"mark": str(tmp_path / "mark")},
+        faults,
         *options,
         *("--out", str(tmp_path)),
-        launcher=("--standalone", "--max-restarts", "1"),
+        launcher=("--standalone", "--max-restarts", str(len(killed))),
         TORCH_DISABLE_SHARE_RDZV_TCP_STORE=not_shared,
+        seconds=200,
     )
     assert ended.returncode == 0, ended.stderr
-    assert (tmp_path / "mark").exists()
-    saved = step // 6 * 6
-    assert (f"resuming after step {saved} of 20" in ended.stdout) == (saved > 0)
+    assert all(mark.exists() for mark in marks)
+    resumed = re.findall(r"resuming after step (\d+) of 20", ended.stdout)
+    assert list(map(int, resumed)) == [step // 6 * 6 for _, step in killed if step > 6]
     assert_same_run(tmp_path, uninterrupted)
     assert_nothing_left(str(tmp_path))
 
 
-# Where, the steps that are complete then, and whether files are written by a thread.
-KILLED_WHILE_SAVING = [
-    ("writing", [6], False),
-    ("written", [6], False),
-    ("pruning", [6, 12, 18], False),
-    ("writing", [6], True),
-    ("written", [6], True),
-]
+# Where and at which checkpoint, one resumed run after the other, and the steps that are complete
+# then.
+KILLED_WHILE_SAVING = [("writing", 12, [6]), ("written", 12, [6]), ("pruning", 6, [6, 12, 18])]
 
 
-@pytest.mark.parametrize(("where", "complete", "in_thread"), KILLED_WHILE_SAVING)
+@pytest.mark.parametrize("thread", [(), ("--async-checkpoint",)], ids=["saved", "saved by thread"])
 def test_killed_while_saving(
-    where: str,
-    complete: list[int],
-    in_thread: bool,
-    options: tuple[str, ...],
-    uninterrupted: Path,
-    tmp_path: Path,
+    thread: tuple[str, ...], options: tuple[str, ...], uninterrupted: Path, tmp_path: Path
 ) -> None:
     """The checkpoint before still loads; what the killed one left goes with the next."""
-    fault = {"what": "sigkill", "where": where, "rank": 0, "step": 6 if where == "pruning" else 12}
-    thread = ("--async-checkpoint",) if in_thread else ()
     arguments = (*options, *thread, "--out", str(tmp_path))
-    ended = launch_with(fault | {"mark": str(tmp_path / "mark")}, *arguments)
-    assert ended.returncode != 0
-    # Of what pruning has begun with, the name is taken away first.
-    found = checkpoints_in(tmp_path)
-    whole = [name for name in found if "." not in name]
-    assert whole == names(*complete[1:] if where == "pruning" else complete)
-    assert len(found) == len(whole) + 1
-    ended = launch(*arguments)
-    assert ended.returncode != 0
-    assert f"holds a checkpoint of step {complete[-1]}: --resume continues from it" in ended.stderr
+    resume: tuple[str, ...] = ()
+    newest = 0
+    for where, step, complete in KILLED_WHILE_SAVING[: 2 if thread else 3]:
+        fault = {"what": "sigkill", "where": where, "rank": 0, "step": step}
+        ended = launch_with(fault | {"mark": str(tmp_path / where)}, *arguments, *resume)
+        assert ended.returncode != 0
+        assert (tmp_path / where).exists()
+        assert (f"resuming after step {newest} of 20" in ended.stdout) == (newest > 0)
+        # Of what pruning has begun with, the name is taken away first.
+        found = checkpoints_in(tmp_path)
+        whole = [name for name in found if "." not in name]
+        assert whole == names(*complete[1:] if where == "pruning" else complete)
+        assert len(found) == len(whole) + 1
+        resume, newest = ("--resume",), complete[-1]
+    if not thread:
+        ended = launch(*arguments)
+        assert ended.returncode != 0
+        assert f"holds a checkpoint of step {newest}: --resume continues from it" in ended.stderr
     ended = launch(*arguments, "--resume")
     assert ended.returncode == 0, ended.stderr
-    assert f"resuming after step {complete[-1]} of 20" in ended.stdout
+    assert f"resuming after step {newest} of 20" in ended.stdout
     assert checkpoints_in(tmp_path) == names(18, 20)
     assert_same_run(tmp_path, uninterrupted)
 
@@ -116,8 +114,9 @@ def to_one_rank(process: Popen[str]) -> None:
     os.kill(workers_of(process)[-1], signal.SIGTERM)
 
 
-@pytest.mark.parametrize("signalled", [to_torchrun, to_one_rank])
-@pytest.mark.parametrize("thread", [(), ("--async-checkpoint",)], ids=["saved", "saved by thread"])
+@pytest.mark.parametrize(
+    ("signalled", "thread"), [(to_torchrun, ("--async-checkpoint",)), (to_one_rank, ())]
+)
 def test_sigterm_saves_and_ends(
     signalled: Callable[[Popen[str]], None],
     thread: tuple[str, ...],
@@ -160,32 +159,19 @@ def test_torchrun_killed_takes_its_processes_along(
     assert_same_run(tmp_path, uninterrupted)
 
 
-def stop_in_step_12(tmp_path: Path, arguments: tuple[str, ...]) -> None:
-    fault = {"what": "sigterm", "where": "after dispatch", "rank": 1, "step": 12}
-    ended = launch_with(fault | {"mark": str(tmp_path / "mark")}, *arguments)
-    assert ended.returncode == 0, ended.stderr
-
-
-def test_resume_after_a_normal_end_goes_on_where_it_stopped(
+def test_resume_after_the_end_trains_only_further_steps(
     options: tuple[str, ...], uninterrupted: Path, tmp_path: Path
 ) -> None:
-    """The learning rate follows the number of steps, so both runs are told of 20."""
-    arguments = (*options, "--out", str(tmp_path))
-    stop_in_step_12(tmp_path, arguments)
-    again = launch(*arguments, "--resume")
+    out = shutil.copytree(uninterrupted, tmp_path / "out")
+    arguments = (*options, "--out", str(out), "--resume")
+    again = launch(*arguments)
     assert again.returncode == 0, again.stderr
-    assert_same_run(tmp_path, uninterrupted)
-    # Nothing is left to do: the run ends as it did, and changes nothing.
-    once_more = launch(*arguments, "--resume")
-    assert once_more.returncode == 0, once_more.stderr
-    assert "resuming after step 20 of 20" in once_more.stdout
-    assert once_more.stdout.splitlines()[-1] == again.stdout.splitlines()[-1]
-    assert_same_run(tmp_path, uninterrupted)
-    # More steps than before.
-    longer = launch(*arguments, "--resume", "--steps", "23")
+    assert "resuming after step 20 of 20" in again.stdout
+    assert_same_run(out, uninterrupted)
+    longer = launch(*arguments, "--steps", "23")
     assert longer.returncode == 0, longer.stderr
-    assert [line["step"] for line in metrics_of(tmp_path)] == list(range(1, 24))
-    assert checkpoints_in(tmp_path)[-1] == names(23)[0]
+    assert [line["step"] for line in metrics_of(out)] == list(range(1, 24))
+    assert checkpoints_in(out)[-1] == names(23)[0]
 
 
 def test_what_is_refused_is_not_resumed_by_a_restart(
@@ -199,28 +185,18 @@ def test_what_is_refused_is_not_resumed_by_a_restart(
     assert_same_run(out, uninterrupted)
 
 
-def test_resume_with_nothing_saved_starts(
-    options: tuple[str, ...], uninterrupted: Path, tmp_path: Path
-) -> None:
-    ended = launch(*options, "--out", str(tmp_path), "--resume")
-    assert ended.returncode == 0, ended.stderr
-    assert "resuming" not in ended.stdout
-    assert_same_run(tmp_path, uninterrupted)
-
-
 def test_resume_with_other_ranks_and_settings_says_so(
     options: tuple[str, ...], uninterrupted: Path, tmp_path: Path
 ) -> None:
-    arguments = (*options, "--out", str(tmp_path))
-    stop_in_step_12(tmp_path, arguments)
-    other = launch(*arguments, "--resume", "--num-experts", "60")
+    out = shutil.copytree(uninterrupted, tmp_path / "out")
+    shutil.rmtree(out / "checkpoints" / names(20)[0])
+    arguments = (*options, "--out", str(out), "--resume")
+    other = launch(*arguments, "--num-experts", "60")
     assert other.returncode != 0
     assert other.stderr.count("train.sh: error: ") == 1
     assert "checkpoint in --out is of a model with num_experts = 50, here 60" in other.stderr
-    resumed = launch(*arguments, "--resume", ranks=3)
+    resumed = launch(*arguments, ranks=3)
     assert resumed.returncode == 0, resumed.stderr
-    assert re.search(
-        r"resuming after step 1[23] of 20; world_size 2 before, 3 now\n", resumed.stdout
-    )
-    for line, expected in zip(metrics_of(tmp_path), metrics_of(uninterrupted), strict=True):
+    assert "resuming after step 18 of 20; world_size 2 before, 3 now\n" in resumed.stdout
+    for line, expected in zip(metrics_of(out), metrics_of(uninterrupted), strict=True):
         assert line["loss"] == pytest.approx(expected["loss"], rel=1e-4)
