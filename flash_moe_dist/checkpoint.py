@@ -56,6 +56,8 @@ from flash_moe_dist.checkpoint_unpickling import (
 )
 from flash_moe_dist.runtime import DEFAULT_TIMEOUT
 
+# How keys of a state dict end that hold what nn.Module.get_extra_state gave.
+EXTRA_STATE = "_extra_state"
 METADATA, PROGRESS = ".metadata", "progress.json"
 COMPLETE = re.compile(r"step-(\d{8,})")
 # Suffixes of folders being written and being removed.
@@ -112,7 +114,8 @@ class Checkpointer:
     ) -> None:
         """Write all that training needs to continue after `step`, each rank its own shards.
 
-        Waits for the previous save to finish.
+        Waits for the previous save to finish. Extra state (`nn.Module.get_extra_state`) and other
+        objects are those of rank 0.
 
         Args:
             step: number of training steps done, 0 or more; must not have been saved yet.
@@ -136,6 +139,7 @@ class Checkpointer:
                     raise ValueError(f"step must be one that is not saved yet, found {complete}")
                 self._begin(partial)
         state = _state_of(model, optimizer)
+        state["model"] = _with_opaque_extra_state(state["model"])
         state["rng"] = {f"rank_{self._rank}": _generator_states(_device_of(model))}
         how: dict[str, Any] = {
             "storage_writer": HashingWriter(partial, {PROGRESS: progress_file.encode()}),
@@ -269,6 +273,7 @@ class Checkpointer:
             if f"rng.{own}.{name}" in metadata.state_dict_metadata
         }
         state["rng"] = {own: generators} if generators else {}
+        state["model"] = _with_opaque_extra_state(state["model"])
         reader, planner = SafeReader(path, metadata), SafeLoadPlanner()
         try:
             load(state, storage_reader=reader, planner=planner, process_group=self._group)
@@ -282,7 +287,7 @@ class Checkpointer:
         set_state_dict(
             model,
             optimizer,
-            model_state_dict=state["model"],
+            model_state_dict=_with_own_extra_state(state["model"]),
             optim_state_dict=state["optimizer"],
         )
         _set_generator_states(generators, device)
@@ -498,6 +503,25 @@ def _tensors_in(
             yield prefix + name, (tuple(one.shape), one.dtype)
         elif isinstance(one, Mapping):
             yield from _tensors_in(one, f"{prefix}{name}.")
+
+
+def _with_opaque_extra_state(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Wrap what `nn.Module.get_extra_state` gave, so that it is saved whole, as one entry.
+
+    Otherwise each tensor in it is an entry, which a model must have before it can be loaded.
+    """
+    return {
+        name: (one,) if name.endswith(EXTRA_STATE) and not isinstance(one, Tensor) else one
+        for name, one in state.items()
+    }
+
+
+def _with_own_extra_state(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Undo `_with_opaque_extra_state`."""
+    return {
+        name: one[0] if name.endswith(EXTRA_STATE) and isinstance(one, tuple) else one
+        for name, one in state.items()
+    }
 
 
 def _device_of(model: nn.Module) -> torch.device:

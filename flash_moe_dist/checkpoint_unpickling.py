@@ -139,7 +139,7 @@ def _index(record: Any) -> MetadataIndex:
 def _place(record: Any) -> _StorageInfo:
     fields = _fields(record, "_StorageInfo")
     name = str(fields["relative_path"])
-    if Path(name).name != name:
+    if Path(name).name != name or name == "..":
         raise UnsafeError(f".metadata refers to the file {name}, which is not in the folder")
     return _StorageInfo(
         name,
