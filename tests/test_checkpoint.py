@@ -288,6 +288,16 @@ def move_and_link(path: Path) -> None:
     path.symlink_to(path.rename(path.parent.parent / path.name))
 
 
+def enlarge_copy(path: Path, copy: Path) -> None:
+    """Not shorter than the file that was there, which is another error."""
+    copy.write_bytes(path.read_bytes() + bytes(2**20))
+
+
+def replace_by_pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
 BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "one file empty": (
         lambda path: cut(path / "__1_0.distcp", 0),
@@ -338,10 +348,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
         r"is a damaged checkpoint: __0_0\.distcp .*SHA256SUMS says nothing",
     ),
     "files of each other": (
-        lambda path: (
-            shutil.copy(path / "__0_0.distcp", path / "__1_0.distcp"),
-            os.truncate(path / "__1_0.distcp", 2**20),
-        ),
+        lambda path: enlarge_copy(path / "__0_0.distcp", path / "__1_0.distcp"),
         r"is a damaged checkpoint: __1_0\.distcp has SHA-256 sum",
     ),
     "a file elsewhere": (
@@ -349,7 +356,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
         r"is not safe to load: __1_0\.distcp is not a file in the folder",
     ),
     "a pipe": (
-        lambda path: ((path / ".metadata").unlink(), os.mkfifo(path / ".metadata")),
+        lambda path: replace_by_pipe(path / ".metadata"),
         r"is not safe to load: \.metadata is not a file in the folder",
     ),
     "no progress": (lambda path: (path / "progress.json").unlink(), "is an incomplete checkpoint"),
@@ -362,15 +369,17 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
         r"must contain step 2, got \{'step': 3\}",
     ),
     "nothing": (
-        lambda path: (path.parent / "step-00000010").mkdir() or shutil.rmtree(path),
+        lambda path: path.rename(path.with_name("step-00000010")),
         "there is no checkpoint of step 2 in .*, steps saved: 10$",
     ),
     "a file in its place": (
-        lambda path: (shutil.rmtree(path), path.write_text("")),
+        lambda path: path.rename(path.with_name("moved")).with_name(path.name).write_text(""),
         "is an incomplete checkpoint",
     ),
     "a link to nothing": (
-        lambda path: (shutil.rmtree(path), path.symlink_to("nowhere")),
+        lambda path: (
+            path.rename(path.with_name("moved")).with_name(path.name).symlink_to("nowhere")
+        ),
         "is an incomplete checkpoint",
     ),
 }

@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.state_dict import get_state_dict
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from flash_moe_dist.checkpoint import Checkpointer, PartialLoadError
 from flash_moe_dist.checkpoint_manifest import HashingWriter, share_of_rank
@@ -181,7 +181,7 @@ def test_a_checkpoint_without_sums_is_loaded_with_one_warning(tmp_path: Path) ->
     model, optimizer = get_state_dict(*first)
     path = tmp_path / "step-00000001"
     state = {"model": model, "optimizer": optimizer, "rng": {"rank_0": {}}}
-    dcp.save(state, checkpoint_id=path)
+    save(state, checkpoint_id=path)
     (path / "progress.json").write_text(json.dumps({"step": 1}))
     with pytest.warns(UserWarning, match="SHA256SUMS") as warned:
         assert Checkpointer(tmp_path).load(1, *other) == {"step": 1}
@@ -266,7 +266,7 @@ def test_a_checkpoint_that_has_lost_its_metadata_is_not_skipped(lost: str, saved
 
 
 class WithExtraState(nn.Linear):
-    extra: Any = None
+    extra: Any
 
     def get_extra_state(self) -> Any:
         return self.extra
@@ -276,8 +276,9 @@ class WithExtraState(nn.Linear):
 
 
 def test_extra_state_is_saved_and_loaded_or_refused(tmp_path: Path) -> None:
-    model, optimizer = trained(WithExtraState(3, 4))
-    other, other_optimizer = trained(WithExtraState(3, 4))
+    model, other = WithExtraState(3, 4), WithExtraState(3, 4)
+    other.extra = None
+    (_, optimizer), (_, other_optimizer) = trained(model), trained(other)
     model.extra = {"scale": 2.0, "history": torch.arange(3), "names": ["a", ("b", None)]}
     checkpoints = Checkpointer(tmp_path)
     checkpoints.save(1, model, optimizer)
