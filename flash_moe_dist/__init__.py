@@ -9,7 +9,7 @@ What a training script imports, in the order in which it needs it:
     clip_grad_norm_        clip gradients that live on different meshes
     count_load             count how evenly experts and ranks are used (`ExpertLoad`)
     time_phases            measure the device time of dispatch, experts, combine, communication
-    Checkpointer           save and load sharded checkpoints
+    Checkpointer           save and load sharded checkpoints (`PartialLoadError`)
     same_error_on_all_ranks   raise an error of one rank on all of them
 
 `flash_moe_dist.export` writes unsharded tensors to a safetensors file and reads them; it needs
@@ -20,7 +20,7 @@ a pass travels between ranks.
 from flash_moe.deprecated import register
 from flash_moe_dist import deprecated
 from flash_moe_dist.agreement import same_error_on_all_ranks
-from flash_moe_dist.checkpoint import Checkpointer
+from flash_moe_dist.checkpoint import Checkpointer, PartialLoadError
 from flash_moe_dist.expert_parallel import ExpertParallel
 from flash_moe_dist.gradients import clip_grad_norm_
 from flash_moe_dist.initialization import init_normal_rows_, materialize
@@ -32,6 +32,7 @@ __all__ = [
     "Checkpointer",
     "ExpertLoad",
     "ExpertParallel",
+    "PartialLoadError",
     "Runtime",
     "clip_grad_norm_",
     "count_load",

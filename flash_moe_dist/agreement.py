@@ -68,7 +68,17 @@ def raise_differences(settings: dict[str, Any], group: dist.ProcessGroup | None 
 
 
 def gather_objects(mine: Any, group: dist.ProcessGroup | None) -> list[Any]:
-    """Gather a picklable object from every rank of `group`; returns them in order of rank."""
+    """Gather a picklable object from every rank of `group`; returns them in order of rank.
+
+    A process without a process group is the only rank.
+    """
+    if not dist.is_initialized():
+        return [mine]
     everyone: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(everyone, mine, group=group)
     return everyone
+
+
+def rank_and_world_size() -> tuple[int, int]:
+    """Return rank and world size of this process; (0, 1) if there is no process group."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)

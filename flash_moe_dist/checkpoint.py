@@ -1,46 +1,78 @@
 """Sharded checkpoints through torch.distributed.checkpoint, one folder for each saved step.
 
-    folder/step-00000200/           complete: .metadata, *.distcp, progress.json
+    folder/step-00000200/           complete: .metadata, *.distcp, progress.json, SHA256SUMS
     folder/step-00000300.partial/   being written, or left by a run that was killed while writing
     folder/step-00000100.removed/   being removed, or left by a run that was killed while removing
 
 A checkpoint is written under a name ending in .partial and renamed once it is complete, so every
-folder named step-N can be loaded, on any number of ranks and any meshes.
+folder named step-N can be loaded, on any number of ranks and any meshes. Before anything is loaded,
+all files are compared with SHA256SUMS, and nothing that they name is run (`checkpoint_unpickling`).
 """
 
 import json
+import os
 import re
 import shutil
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save, save
 from torch.optim import Optimizer
 
-from flash_moe_dist.agreement import gather_objects, same_error_on_all_ranks
+from flash_moe_dist.agreement import (
+    gather_objects,
+    rank_and_world_size,
+    same_error_on_all_ranks,
+)
+from flash_moe_dist.checkpoint_manifest import (
+    MANIFEST,
+    AlteredError,
+    HashingWriter,
+    check_sum,
+    chunks_of,
+    parse_manifest,
+    share_of_rank,
+)
+from flash_moe_dist.checkpoint_unpickling import (
+    SafeLoadPlanner,
+    SafeReader,
+    SafeSavePlanner,
+    UnsafeError,
+    check_objects,
+    parse_metadata,
+)
 from flash_moe_dist.runtime import DEFAULT_TIMEOUT
 
-PROGRESS = "progress.json"
+# How keys of a state dict end that hold what nn.Module.get_extra_state gave.
+EXTRA_STATE = "_extra_state"
+METADATA, PROGRESS = ".metadata", "progress.json"
 COMPLETE = re.compile(r"step-(\d{8,})")
 # Suffixes of folders being written and being removed.
 UNFINISHED = (".partial", ".removed")
+
+
+class PartialLoadError(RuntimeError):
+    """Loading failed when some tensors of model or optimizer had been overwritten on some rank."""
 
 
 class Checkpointer:
     """Saves and loads the model, optimizer, random number generators and progress of a run.
 
     The constructor and all methods are collective over all ranks, which must see the same folder.
+    A process without a process group is taken for the only rank.
 
     Args:
         folder: parent of the checkpoints' folders; created by the first `save`.
@@ -49,22 +81,27 @@ class Checkpointer:
         timeout: how long ranks wait for each other while saving and loading.
 
     Raises:
-        ValueError: `keep` is less than 1.
+        ValueError: on every rank, if `keep` is less than 1.
+        TypeError: on every rank, if `folder` is no path.
     """
 
     def __init__(
         self,
-        folder: Path,
+        folder: str | os.PathLike[str],
         keep: int = 2,
         asynchronous: bool = False,
         timeout: timedelta = DEFAULT_TIMEOUT,
     ) -> None:
-        if keep < 1:
-            raise ValueError(f"keep must be at least 1, got {keep}")
-        self.folder, self.keep = folder, keep
         # A separate group, so that a thread can save while the ranks train.
-        self._group = dist.new_group(backend="gloo", timeout=timeout)
-        self._is_first = dist.get_rank() == 0
+        self._group: dist.ProcessGroup | None = None
+        if dist.is_initialized():
+            self._group = dist.new_group(backend="gloo", timeout=timeout)
+        with same_error_on_all_ranks(self._group):
+            if keep < 1:
+                raise ValueError(f"keep must be at least 1, got {keep}")
+            self.folder, self.keep = Path(folder), keep
+        self._rank, self._world_size = rank_and_world_size()
+        self._is_first = self._rank == 0
         self._thread = ThreadPoolExecutor(1, "checkpoint") if asynchronous else None
         self._writing: Future[None] | None = None
 
@@ -77,38 +114,54 @@ class Checkpointer:
     ) -> None:
         """Write all that training needs to continue after `step`, each rank its own shards.
 
-        Waits for the previous save to finish.
+        Waits for the previous save to finish. Extra state (`nn.Module.get_extra_state`) and other
+        objects are those of rank 0.
 
         Args:
-            step: number of training steps done; must not have been saved yet.
+            step: number of training steps done, 0 or more; must not have been saved yet.
             progress: values to store with it, serializable as JSON, the same on all ranks.
 
         Raises:
-            ValueError: on every rank, if `step` has already been saved.
-            TypeError: on every rank, if `progress` cannot be serialized.
-            RuntimeError: on every rank, if this checkpoint or the previous one cannot be written.
-                Complete checkpoints are left unchanged.
+            ValueError: on every rank, if `step` is negative or has already been saved.
+            TypeError: on every rank, if `step` is no int, or `progress` cannot be serialized.
+            RuntimeError: on every rank, if this checkpoint or the previous one cannot be written,
+                or the state holds an object that `load` would not admit. Complete checkpoints are
+                left unchanged.
         """
         self.wait()
-        complete = self._path(step)
-        partial = complete.with_name(complete.name + ".partial")
         with same_error_on_all_ranks(self._group):
+            complete = self._path(step)
+            partial = complete.with_name(complete.name + ".partial")
+            progress_file = json.dumps({"step": step, **(progress or {})}) + "\n"
             if self._is_first:
-                if complete.exists():
+                # A link that leads nowhere is taken, too.
+                if os.path.lexists(complete):
                     raise ValueError(f"step must be one that is not saved yet, found {complete}")
-                self._begin(partial, {"step": step, **(progress or {})})
+                self._begin(partial)
         state = _state_of(model, optimizer)
-        state["rng"] = {f"rank_{dist.get_rank()}": _generator_states(_device_of(model))}
+        state["model"] = _with_opaque_extra_state(state["model"])
+        state["rng"] = {f"rank_{self._rank}": _generator_states(_device_of(model))}
+        how: dict[str, Any] = {
+            "storage_writer": HashingWriter(partial, {PROGRESS: progress_file.encode()}),
+            "planner": SafeSavePlanner(),
+            "process_group": self._group,
+        }
         if self._thread is not None:
-            written: Any = async_save(state, checkpoint_id=partial, process_group=self._group)
+            # A writer of files would stage tensors that share memory one by one.
+            stager = DefaultStager(
+                StagingOptions(
+                    use_pinned_memory=False,
+                    use_shared_memory=False,
+                    use_async_staging=False,
+                    use_non_blocking_copy=False,
+                )
+            )
+            written: Any = async_save(state, async_stager=stager, **how)
+            written.add_done_callback(lambda _: stager.close())
             self._writing = self._thread.submit(self._finish, written.result, partial, complete)
             return
         with same_error_on_all_ranks(self._group):
-            self._finish(
-                lambda: save(state, checkpoint_id=partial, process_group=self._group),
-                partial,
-                complete,
-            )
+            self._finish(lambda: save(state, **how), partial, complete)
 
     def wait(self) -> None:
         """Wait until the checkpoint that `save` started is complete.
@@ -130,13 +183,16 @@ class Checkpointer:
         self.wait()
         if self._thread is not None:
             self._thread.shutdown()
-        dist.destroy_process_group(self._group)
+        if self._group is not None:
+            dist.destroy_process_group(self._group)
 
     def newest(self) -> int | None:
-        """Find the highest step that has a complete checkpoint, the same on every rank.
+        """Find the highest step of which there is a checkpoint, the same on every rank.
+
+        A checkpoint that has lost files counts, so that `progress` and `load` can say so.
 
         Returns:
-            The step, or None if there is no complete checkpoint.
+            The step, or None if there is no checkpoint.
 
         Raises:
             RuntimeError: on every rank, if the folder cannot be read.
@@ -156,84 +212,108 @@ class Checkpointer:
             The values given to `save`, and "step".
 
         Raises:
-            ValueError: on every rank, if they cannot be read.
+            ValueError: on every rank, if there is no such step, or files of its checkpoint are
+                missing or truncated.
+            TypeError: on every rank, if `step` is no int.
         """
         self.wait()
         with same_error_on_all_ranks(self._group):
-            try:
-                read = json.loads((self._path(step) / PROGRESS).read_text())
-            except (OSError, ValueError) as error:
+            path = self._path(step)
+            if not os.path.lexists(path):
+                saved = ", ".join(map(str, self._steps())) or "none"
                 raise ValueError(
-                    f"{self._path(step)} is an incomplete checkpoint: {error}"
-                ) from error
-            if not isinstance(read, dict) or read.get("step") != step:
-                raise ValueError(
-                    f"{self._path(step) / PROGRESS} must contain step {step}, got {read}"
+                    f"there is no checkpoint of step {step} in {self.folder}, steps saved: {saved}"
                 )
-            return read
+            progress = _read_progress(path, step)
+            if self._is_first:
+                _read_complete(path)
+            return progress
 
     def load(self, step: int, model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
         """Read the checkpoint of `step` into model and optimizer, resharding it to their layout.
 
-        Each rank restores the states of its random number generators, if a rank of that number
-        took part in the save; otherwise they are left unchanged.
+        Every file is first read by one rank and compared with SHA256SUMS. That takes as long as
+        reading the checkpoint once more, or as hashing it (about a second per GB and rank, the
+        files being divided over the ranks), and 4 MB of memory. Each rank restores the states of
+        its random number generators, if a rank of that number took part in the save; otherwise
+        they are left unchanged.
 
         Returns:
             As `progress`.
 
         Raises:
-            ValueError: on every rank, if the checkpoint is damaged, or was saved from a different
-                model or kind of optimizer. Model and optimizer are then unchanged.
-            RuntimeError: on every rank, if reading fails. Model and optimizer may then hold a mix
-                of old and loaded values.
+            ValueError: on every rank, if there is no such step, or its checkpoint is damaged or
+                not safe to load, or was saved from a different model or kind of optimizer.
+            TypeError: on every rank, if `step` is no int.
+            PartialLoadError: on every rank, if reading fails when some rank has begun to load.
+                Model and optimizer may then hold a mix of old and loaded values.
+            RuntimeError: on every rank, if reading fails before. As after any error but
+                PartialLoadError, model and optimizer are then unchanged.
         """
         progress = self.progress(step)
         path, device = self._path(step), _device_of(model)
         with same_error_on_all_ranks(self._group):
-            metadata = _complete_metadata(path)
+            metadata, sizes, sums = _read_complete(path)
         state = _state_of(model, optimizer)
         with same_error_on_all_ranks(self._group):
             _check_fits(state, metadata, path)
-        own = f"rank_{dist.get_rank()}"
+        if sums is None and self._is_first:
+            warnings.warn(
+                f"{path} has no {MANIFEST}, as it was saved by an earlier version: changes to its "
+                "data are not noticed",
+                stacklevel=2,
+            )
+        with same_error_on_all_ranks(self._group):
+            own_files = share_of_rank(sizes, self._rank, self._world_size)
+            _check_data(path, metadata, own_files, sums)
+        own = f"rank_{self._rank}"
         generators = {
             name: one
             for name, one in _generator_states(device).items()
             if f"rng.{own}.{name}" in metadata.state_dict_metadata
         }
         state["rng"] = {own: generators} if generators else {}
+        state["model"] = _with_opaque_extra_state(state["model"])
+        reader, planner = SafeReader(path, metadata), SafeLoadPlanner()
         try:
-            load(state, checkpoint_id=path, process_group=self._group)
+            load(state, storage_reader=reader, planner=planner, process_group=self._group)
         except CheckpointException as failure:
-            raise RuntimeError(f"{path} could not be loaded: {_causes(failure)}") from failure
+            causes = f"{path} could not be loaded: {_causes(failure)}"
+            if any(gather_objects(planner.has_begun, self._group)):
+                raise PartialLoadError(
+                    f"{causes}; model and optimizer hold a mix of old and loaded values"
+                ) from failure
+            raise RuntimeError(causes) from failure
         set_state_dict(
             model,
             optimizer,
-            model_state_dict=state["model"],
+            model_state_dict=_with_own_extra_state(state["model"]),
             optim_state_dict=state["optimizer"],
         )
         _set_generator_states(generators, device)
         return progress
 
     def _path(self, step: int) -> Path:
+        if not isinstance(step, int):
+            raise TypeError(f"step must be an int, got {step!r}")
+        if step < 0:
+            raise ValueError(f"step must be at least 0, got {step}")
         return self.folder / f"step-{step:08d}"
 
     def _steps(self) -> list[int]:
-        """Steps of the complete checkpoints, in ascending order."""
+        """Steps of the checkpoints, in ascending order."""
         if not self.folder.is_dir():
             return []
-        names = ((COMPLETE.fullmatch(path.name), path) for path in self.folder.iterdir())
-        return sorted(
-            int(name[1]) for name, path in names if name and (path / ".metadata").is_file()
-        )
+        names = (COMPLETE.fullmatch(path.name) for path in self.folder.iterdir())
+        return sorted(int(name[1]) for name in names if name)
 
-    def _begin(self, partial: Path, progress: dict[str, Any]) -> None:
+    def _begin(self, partial: Path) -> None:
         """Remove what killed runs left, and create the folder that is to be written."""
         self.folder.mkdir(parents=True, exist_ok=True)
         for left in self.folder.iterdir():
             if left.suffix in UNFINISHED and COMPLETE.fullmatch(left.stem):
-                shutil.rmtree(left)
+                _remove(left)
         partial.mkdir()
-        (partial / PROGRESS).write_text(json.dumps(progress) + "\n")
 
     def _finish(self, write: Callable[[], object], partial: Path, complete: Path) -> None:
         """Write the checkpoint; the first rank then renames it and removes old ones."""
@@ -248,17 +328,19 @@ class Checkpointer:
         if not self._is_first:
             return
         try:
-            _complete_metadata(partial)
+            _read_complete(partial)
         except ValueError as error:
             raise RuntimeError(
                 f"checkpoint could not be written to {complete}: files of other ranks are missing; "
                 f"all must see the same {self.folder}: {error}"
             ) from error
         partial.rename(complete)
-        others = [self._path(step) for step in self._steps() if self._path(step) != complete]
+        paths = (self._path(step) for step in self._steps())
+        # What has lost its metadata is no checkpoint that could stand in for an older one.
+        others = [path for path in paths if path != complete and (path / METADATA).is_file()]
         for path in others[: len(others) - self.keep + 1]:
             # Renamed first, so that a half-removed folder is never taken for a checkpoint.
-            shutil.rmtree(path.rename(path.with_name(path.name + ".removed")))
+            _remove(path.rename(path.with_name(path.name + ".removed")))
 
 
 def _causes(failure: CheckpointException) -> str:
@@ -269,25 +351,102 @@ def _causes(failure: CheckpointException) -> str:
     )
 
 
-def _complete_metadata(path: Path) -> Metadata:
+def _remove(path: Path) -> None:
+    """Remove a folder with all that is in it, or a file, or a link but not what it points to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+class _Complete(NamedTuple):
+    """What a checkpoint consists of.
+
+    sizes: bytes of each data file, by name.
+    sums: SHA-256 sums of its files, by name; None if it has none.
+    """
+
+    metadata: Metadata
+    sizes: dict[str, int]
+    sums: dict[str, str] | None
+
+
+def _read_complete(path: Path) -> _Complete:
     """Read the metadata; raise ValueError unless every file has all the bytes it refers to."""
-    try:
-        metadata = FileSystemReader(path).read_metadata()
+    with _explained(path):
+        sums = _read_sums(path)
+        content = _file_in(path, METADATA).read_bytes()
+        if sums is not None:
+            check_sum(METADATA, [content], sums)
+        metadata = parse_metadata(content)
+        ends: dict[str, int] = {}
+        for place in metadata.storage_data.values():
+            end = place.offset + place.length
+            ends[place.relative_path] = max(end, ends.get(place.relative_path, 0))
+        sizes = {name: _file_in(path, name).stat().st_size for name in ends}
         short = sorted(
-            {
-                f"{shard.relative_path} ({(path / shard.relative_path).stat().st_size} bytes)"
-                for shard in (metadata.storage_data or {}).values()
-                if (path / shard.relative_path).stat().st_size < shard.offset + shard.length
-            }
+            f"{name} ({sizes[name]} bytes)" for name in sizes if sizes[name] < ends[name]
         )
+        if short:
+            raise ValueError(f"truncated files: {', '.join(short)}")
+    sizes.pop(MANIFEST, None)
+    return _Complete(metadata, sizes, sums)
+
+
+def _read_progress(path: Path, step: int) -> dict[str, Any]:
+    with _explained(path):
+        content, sums = _file_in(path, PROGRESS).read_bytes(), _read_sums(path)
+        try:
+            read = json.loads(content)
+        except ValueError as error:
+            raise ValueError(f"{PROGRESS}: {error}") from error
+    if not isinstance(read, dict) or read.get("step") != step:
+        raise ValueError(f"{path / PROGRESS} must contain step {step}, got {read}")
+    with _explained(path):
+        if sums is not None:
+            check_sum(PROGRESS, [content], sums)
+    return read
+
+
+def _read_sums(path: Path) -> dict[str, str] | None:
+    """Sums in the checkpoint's MANIFEST; None if it has none."""
+    if not os.path.lexists(path / MANIFEST):
+        return None
+    return parse_manifest(_file_in(path, MANIFEST).read_bytes())
+
+
+def _check_data(
+    path: Path, metadata: Metadata, names: list[str], sums: Mapping[str, str] | None
+) -> None:
+    """Raise ValueError if data files of a checkpoint have been altered or are not safe to load."""
+    with _explained(path):
+        for name in names:
+            if sums is not None:
+                check_sum(name, chunks_of(path / name), sums)
+        check_objects(path, metadata, names)
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Turn any error while a checkpoint is read into a ValueError that says what is wrong."""
+    try:
+        yield
+    except UnsafeError as error:
+        raise ValueError(f"{path} is not safe to load: {error}") from error
+    except AlteredError as error:
+        raise ValueError(f"{path} is a damaged checkpoint: {error}") from error
     # A truncated pickle can raise nearly anything.
     except Exception as error:
-        raise ValueError(
-            f"{path} is an incomplete checkpoint: {type(error).__name__}: {error}"
-        ) from error
-    if short:
-        raise ValueError(f"{path} is an incomplete checkpoint: truncated files: {', '.join(short)}")
-    return metadata
+        kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
+        raise ValueError(f"{path} is an incomplete checkpoint: {kind}{error}") from error
+
+
+def _file_in(path: Path, name: str) -> Path:
+    """Path of a file of a checkpoint; raise UnsafeError if it is elsewhere, or no regular file."""
+    found = (path / name).resolve(strict=True)
+    if not found.is_relative_to(path.resolve()) or not found.is_file():
+        raise UnsafeError(f"{name} is not a file in the folder, but {found}")
+    return found
 
 
 def _state_of(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
@@ -344,6 +503,25 @@ def _tensors_in(
             yield prefix + name, (tuple(one.shape), one.dtype)
         elif isinstance(one, Mapping):
             yield from _tensors_in(one, f"{prefix}{name}.")
+
+
+def _with_opaque_extra_state(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Wrap what `nn.Module.get_extra_state` gave, so that it is saved whole, as one entry.
+
+    Otherwise each tensor in it is an entry, which a model must have before it can be loaded.
+    """
+    return {
+        name: (one,) if name.endswith(EXTRA_STATE) and not isinstance(one, Tensor) else one
+        for name, one in state.items()
+    }
+
+
+def _with_own_extra_state(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Undo `_with_opaque_extra_state`."""
+    return {
+        name: one[0] if name.endswith(EXTRA_STATE) and isinstance(one, tuple) else one
+        for name, one in state.items()
+    }
 
 
 def _device_of(model: nn.Module) -> torch.device:

@@ -15,18 +15,24 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from flash_moe_dist.agreement import same_error_on_all_ranks
+from flash_moe_dist.agreement import rank_and_world_size, same_error_on_all_ranks
 from flash_moe_dist.checkpoint import check_same_tensors
 
+try:
+    import numpy as np
+    from safetensors import SafetensorError, safe_open
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        f"flash_moe_dist.export needs {error.name}: pip install flash-moe[export]", name=error.name
+    ) from error
+
 PIECE_BYTES = 2**26
+METADATA = "__metadata__"
 DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -39,49 +45,57 @@ DTYPES = {
 }
 
 
-def export_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def export_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor]) -> None:
     """Write unsharded tensors, such as `model.state_dict()`, to one safetensors file; collective.
 
     Ranks write in turn to `path`.partial, which is renamed once it is complete. All ranks must see
-    the same file system.
+    the same file system. A process without a process group is taken for the only rank.
 
     Args:
         path: file to write; an existing one is replaced.
         tensors: DTensors on any meshes, and plain tensors, whose values on rank 0 are written.
 
     Raises:
-        TypeError: on every rank, if a dtype is not one of DTYPES.
+        TypeError: on every rank, if `path` is no path, a value is no tensor, as extra state of
+            modules may be, or a dtype is not one of DTYPES.
+        ValueError: on every rank, if a tensor has the name "__metadata__", which the format keeps
+            for {"format": "pt"}.
         RuntimeError: on every rank, if the file cannot be written; an existing one is unchanged.
     """
-    partial = path.with_name(path.name + ".partial")
+    rank, world_size = rank_and_world_size()
+    with same_error_on_all_ranks():
+        path = Path(path)
+        partial = path.with_name(path.name + ".partial")
+        header, begins = _layout(tensors)
     try:
         with same_error_on_all_ranks():
-            header, begins = _layout(tensors)
-            if dist.get_rank() == 0:
+            if rank == 0:
                 tensor_bytes = sum(one.numel() * one.itemsize for one in tensors.values())
-                with partial.open("wb") as file:
+                # Removed first, as it may be a link, which would be followed.
+                partial.unlink(missing_ok=True)
+                with partial.open("xb") as file:
                     file.write(header)
                     file.flush()
                     # A full disk must raise an error here: in a write to a memory map it would
                     # kill the process.
                     os.posix_fallocate(file.fileno(), 0, len(header) + tensor_bytes)
         # In turn: when two machines write to the same page of a shared file, one may be lost.
-        for rank in range(dist.get_world_size()):
+        for writing in range(world_size):
             with same_error_on_all_ranks():
-                if rank == dist.get_rank():
+                if writing == rank:
                     for name, tensor in tensors.items():
                         _write(partial, len(header) + begins[name], tensor)
         with same_error_on_all_ranks():
-            if dist.get_rank() == 0:
+            if rank == 0:
                 partial.rename(path)
     except (TypeError, ValueError, RuntimeError):
-        if dist.get_rank() == 0:
+        if rank == 0:
             partial.unlink(missing_ok=True)
         raise
 
 
 @torch.no_grad()
-def import_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def import_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor]) -> None:
     """Fill tensors in place from a safetensors file of unsharded tensors; collective.
 
     Args:
@@ -89,10 +103,13 @@ def import_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         tensors: as for `export_tensors`; each rank reads its own shard.
 
     Raises:
+        TypeError: on every rank, if `path` is no path or a value is no tensor.
         ValueError: on every rank, if the file is missing or damaged, or its tensors differ from
             `tensors` in name, shape or dtype. `tensors` are then unchanged.
     """
     with same_error_on_all_ranks():
+        path = Path(path)
+        _check_tensors(tensors)
         try:
             with safe_open(path, framework="pt") as file:
                 _check_same(file, tensors, path)
@@ -115,9 +132,25 @@ def import_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
                     local[first:last].copy_(file.get_slice(name)[index])
 
 
+def _check_tensors(tensors: Mapping[str, Tensor]) -> None:
+    """Raise an error unless `tensors` maps names that a file can have to tensors."""
+    if not isinstance(tensors, Mapping):
+        raise TypeError(f"tensors must map names to tensors, got a {type(tensors).__name__}")
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(
+                f"{name} must be a tensor, got a {type(tensor).__name__}: leave it out, "
+                "a safetensors file holds nothing else"
+            )
+        if name == METADATA:
+            raise ValueError(f"a tensor must have another name than {METADATA}")
+
+
 def _layout(tensors: Mapping[str, Tensor]) -> tuple[bytes, dict[str, int]]:
     """Return the header, including its length, and the byte offset of each tensor after it."""
-    entries: dict[str, Any] = {}
+    _check_tensors(tensors)
+    # Names the library whose tensors these are, as readers expect.
+    entries: dict[str, Any] = {METADATA: {"format": "pt"}}
     begins: dict[str, int] = {}
     end = 0
     for name, tensor in tensors.items():
@@ -179,7 +212,7 @@ def _local_shard(tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:
 def _writes(tensor: Tensor) -> bool:
     """Whether this rank writes its shard: of the ranks with equal shards, exactly one does."""
     if not isinstance(tensor, DTensor):
-        return dist.get_rank() == 0
+        return rank_and_world_size()[0] == 0
     coordinate = tensor.device_mesh.get_coordinate()
     if coordinate is None:
         return False

@@ -1,4 +1,4 @@
-"""Rendezvous store of one attempt, free of entries that earlier attempts have left.
+"""Rendezvous stores: of one attempt, free of entries that earlier ones have left; of one machine.
 
 When torchrun restarts the processes it keeps the store through which they find each other, so a
 process could read there the address of one that is dead. No variable that torchrun sets is both
@@ -15,11 +15,12 @@ Keys prefixed with the attempt's name are then written by this attempt's process
 """
 
 import json
+import socket
 import time
 import uuid
 from datetime import timedelta
 
-from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
+from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 POLL_SECONDS = 0.02
 
@@ -62,6 +63,27 @@ def store_of_this_attempt(store: Store, rank: int, world_size: int, timeout: tim
         time.sleep(POLL_SECONDS)
     raise RuntimeError(
         f"all {world_size} ranks must join within {timeout.total_seconds():g} s, but not all did"
+    )
+
+
+def store_on_loopback(port: int, rank: int, world_size: int, timeout: timedelta) -> Store:
+    """Create a store that only processes of this machine can reach; collective.
+
+    A TCPStore that opens its own socket listens on all addresses, and trusts whoever connects.
+
+    Args:
+        port: free on the loopback, the same on all ranks.
+        rank: of this process; rank 0 serves the store.
+        world_size: number of ranks.
+        timeout: how long to wait for the other ranks.
+    """
+    address = "127.0.0.1"
+    if rank != 0:
+        return TCPStore(address, port, world_size, is_master=False, timeout=timeout)
+    # The store closes the socket.
+    listening = socket.create_server((address, port)).detach()
+    return TCPStore(
+        address, port, world_size, is_master=True, timeout=timeout, master_listen_fd=listening
     )
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from flash_moe_dist.rendezvous import store_of_this_attempt
+from flash_moe_dist.rendezvous import store_of_this_attempt, store_on_loopback
 
 DEFAULT_TIMEOUT = timedelta(minutes=10)
 # Constant of linux/prctl.h.
@@ -148,15 +148,21 @@ def distributed(
 def _rendezvous_arguments(timeout: timedelta) -> dict[str, Any]:
     """Arguments of `init_process_group` by which the ranks find each other.
 
-    A store of this attempt where the ranks share torchrun's store; elsewhere PyTorch's default.
+    A store of this attempt where the ranks share torchrun's store; elsewhere a store on the
+    loopback if torchrun has started all ranks on this machine, and PyTorch's default if not.
     """
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+    if not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
         return {}
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = TCPStore(address, port, is_master=False, timeout=timeout)
-    own = store_of_this_attempt(store, rank, world_size, timeout)
-    return {"store": own, "rank": rank, "world_size": world_size}
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        shared = TCPStore(address, port, is_master=False, timeout=timeout)
+        store = store_of_this_attempt(shared, rank, world_size, timeout)
+    elif os.environ.get("LOCAL_WORLD_SIZE") == str(world_size):
+        store = store_on_loopback(port, rank, world_size, timeout)
+    else:
+        return {}
+    return {"store": store, "rank": rank, "world_size": world_size}
 
 
 def _configure_nccl_watchdog() -> None:

@@ -1,8 +1,10 @@
 """Checkpoints: any number of ranks reads what any other wrote; what is broken is refused whole."""
 
 import json
+import os
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -276,7 +278,27 @@ def cut(path: Path, keep: float) -> None:
     path.write_bytes(whole[: int(len(whole) * keep)])
 
 
-BROKEN = {
+def flip(path: Path) -> None:
+    whole = bytearray(path.read_bytes())
+    whole[len(whole) // 2] ^= 16
+    path.write_bytes(whole)
+
+
+def move_and_link(path: Path) -> None:
+    path.symlink_to(path.rename(path.parent.parent / path.name))
+
+
+def enlarge_copy(path: Path, copy: Path) -> None:
+    """Not shorter than the file that was there, which is another error."""
+    copy.write_bytes(path.read_bytes() + bytes(2**20))
+
+
+def replace_by_pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "one file empty": (
         lambda path: cut(path / "__1_0.distcp", 0),
         r"truncated files: __1_0\.distcp",
@@ -288,12 +310,54 @@ BROKEN = {
     ),
     "half of the metadata": (
         lambda path: cut(path / ".metadata", 0.5),
-        "is an incomplete checkpoint",
+        r"is a damaged checkpoint: \.metadata has SHA-256 sum",
     ),
-    "metadata empty": (lambda path: cut(path / ".metadata", 0), "is an incomplete checkpoint"),
+    "metadata empty": (
+        lambda path: cut(path / ".metadata", 0),
+        r"is a damaged checkpoint: \.metadata has SHA-256 sum",
+    ),
     "something else as metadata": (
         lambda path: (path / ".metadata").write_bytes(b"\x80\x04N."),
-        "is an incomplete checkpoint",
+        r"is a damaged checkpoint: \.metadata has SHA-256 sum",
+    ),
+    "no metadata": (lambda path: (path / ".metadata").unlink(), "is an incomplete checkpoint"),
+    "a bit of the data": (
+        lambda path: flip(path / "__1_0.distcp"),
+        r"is a damaged checkpoint: __1_0\.distcp has SHA-256 sum",
+    ),
+    "a bit of the metadata": (
+        lambda path: flip(path / ".metadata"),
+        r"is a damaged checkpoint: \.metadata has SHA-256 sum",
+    ),
+    "a digit of the progress": (
+        lambda path: (path / "progress.json").write_text(json.dumps({"step": 2, "seen": [1, 3]})),
+        r"is a damaged checkpoint: progress\.json has SHA-256 sum",
+    ),
+    "no manifest": (
+        lambda path: (path / "SHA256SUMS").unlink(),
+        "is an incomplete checkpoint.*SHA256SUMS",
+    ),
+    "half of the manifest": (
+        lambda path: cut(path / "SHA256SUMS", 0.5),
+        "is a damaged checkpoint.*SHA256SUMS",
+    ),
+    "a line of the manifest": (
+        lambda path: (path / "SHA256SUMS").write_text(
+            re.sub(".*__0_0.*\n", "", (path / "SHA256SUMS").read_text())
+        ),
+        r"is a damaged checkpoint: __0_0\.distcp .*SHA256SUMS says nothing",
+    ),
+    "files of each other": (
+        lambda path: enlarge_copy(path / "__0_0.distcp", path / "__1_0.distcp"),
+        r"is a damaged checkpoint: __1_0\.distcp has SHA-256 sum",
+    ),
+    "a file elsewhere": (
+        lambda path: move_and_link(path / "__1_0.distcp"),
+        r"is not safe to load: __1_0\.distcp is not a file in the folder",
+    ),
+    "a pipe": (
+        lambda path: replace_by_pipe(path / ".metadata"),
+        r"is not safe to load: \.metadata is not a file in the folder",
     ),
     "no progress": (lambda path: (path / "progress.json").unlink(), "is an incomplete checkpoint"),
     "half of the progress": (
@@ -304,13 +368,31 @@ BROKEN = {
         lambda path: (path / "progress.json").write_text(json.dumps({"step": 3})),
         r"must contain step 2, got \{'step': 3\}",
     ),
-    "nothing": (lambda path: shutil.rmtree(path), "is an incomplete checkpoint"),
+    "nothing": (
+        lambda path: path.rename(path.with_name("step-00000010")),
+        "there is no checkpoint of step 2 in .*, steps saved: 10$",
+    ),
+    "a file in its place": (
+        lambda path: path.rename(path.with_name("moved")).with_name(path.name).write_text(""),
+        "is an incomplete checkpoint",
+    ),
+    "a link to nothing": (
+        lambda path: (
+            path.rename(path.with_name("moved")).with_name(path.name).symlink_to("nowhere")
+        ),
+        "is an incomplete checkpoint",
+    ),
 }
 
 
 @pytest.mark.parametrize(("damage", "message"), BROKEN.values(), ids=BROKEN)
 def test_a_damaged_checkpoint_is_refused_and_nothing_touched(
-    damage: Any, message: str, text: str, sound: Path, tmp_path: Path, rank_pools: RankPools
+    damage: Callable[[Path], object],
+    message: str,
+    text: str,
+    sound: Path,
+    tmp_path: Path,
+    rank_pools: RankPools,
 ) -> None:
     folder = shutil.copytree(sound, tmp_path / "checkpoints")
     damage(folder / "step-00000002")

@@ -1,7 +1,9 @@
 """Whole tables in one file: out of any number of ranks, into any other, a piece at a time."""
 
+import importlib
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import RankPools, rank_runtime
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from sharded import whole
 from small_run import small_run
@@ -233,3 +236,69 @@ def test_what_cannot_be_written_is_refused_and_leaves_nothing(
     assert len(list(tmp_path.iterdir())) == 1
     for message in rank_pools.run(2, export_refused, str(tmp_path / "no" / "folder"), ""):
         assert "No such file or directory" in message
+
+
+def test_in_a_plain_process(tmp_path: Path) -> None:
+    """Without a process group, and with a path as text; the file says whose tensors it holds."""
+    from flash_moe_dist.export import export_tensors, import_tensors
+
+    path = str(tmp_path / "model.safetensors")
+    tensors = {"a": torch.randn(3, 2), "b": torch.arange(4)}
+    emptied = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
+    (tmp_path / "of the user").write_text("not to be written to")
+    (tmp_path / "model.safetensors.partial").symlink_to("of the user")
+    export_tensors(path, tensors)
+    import_tensors(path, emptied)
+    assert (tmp_path / "of the user").read_text() == "not to be written to"
+    assert_equal(emptied, tensors)
+    assert_equal(load_file(path), tensors)
+    with safe_open(path, framework="pt") as file:
+        assert file.metadata() == {"format": "pt"}
+
+
+def test_what_is_no_tensor_is_refused_in_words(tmp_path: Path) -> None:
+    from flash_moe_dist.export import export_tensors, import_tensors
+
+    path = tmp_path / "model.safetensors"
+    export_tensors(path, {})
+    before = path.read_bytes()
+    for function in (export_tensors, import_tensors):
+        for tensors, message in (
+            ({"a._extra_state": {"scale": 1}}, "a._extra_state must be a tensor, got a dict"),
+            ([torch.ones(1)], "tensors must map names to tensors, got a list"),
+        ):
+            with pytest.raises(TypeError, match=message):
+                function(path, tensors)  # type: ignore[arg-type]
+        with pytest.raises(TypeError):
+            function(3, {})  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="another name than __metadata__"):
+            function(path, {"__metadata__": torch.ones(1)})
+    assert path.read_bytes() == before
+
+
+def of_one_rank_only(path: str) -> str:
+    from flash_moe_dist.export import export_tensors
+
+    wrong: Any = 3
+    with pytest.raises(TypeError) as raised:
+        export_tensors(wrong if dist.get_rank() == 1 else path, {"a": torch.ones(1)})
+    return str(raised.value)
+
+
+def test_a_wrong_argument_of_one_rank_is_an_error_of_all(
+    tmp_path: Path, rank_pools: RankPools
+) -> None:
+    for message in rank_pools.run(2, of_one_rank_only, str(tmp_path / "model.safetensors")):
+        assert message.startswith("rank 1: ")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("missing", ["safetensors", "numpy"])
+def test_a_missing_package_is_named_with_what_installs_it(
+    missing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # In the parent too, so that the module is imported anew, and the old one is back afterwards.
+    monkeypatch.delitem(sys.modules, "flash_moe_dist.export", raising=False)
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(ModuleNotFoundError, match=rf"{missing}: pip install flash-moe\[export\]"):
+        importlib.import_module("flash_moe_dist.export")

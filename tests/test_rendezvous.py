@@ -1,14 +1,16 @@
 """Ranks find each other, whatever dead ones have left in the store."""
 
+import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch.distributed as dist
 
-from flash_moe_dist.rendezvous import store_of_this_attempt
+from flash_moe_dist.rendezvous import store_of_this_attempt, store_on_loopback
 
 SOON = timedelta(seconds=1)
 WORLD_SIZE = 3
@@ -62,3 +64,23 @@ def test_fewer_ranks_than_before(store: Any) -> None:
     attempt(store, range(WORLD_SIZE))
     alone = store_of_this_attempt(store, 0, 1, SOON)
     assert not alone.check(["address"])
+
+
+def test_a_store_of_one_machine_listens_on_the_loopback_only() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with ThreadPoolExecutor(WORLD_SIZE) as threads:
+        stores = list(
+            threads.map(
+                lambda rank: store_on_loopback(port, rank, WORLD_SIZE, timedelta(seconds=20)),
+                range(WORLD_SIZE),
+            )
+        )
+    assert_one_and_its_own(stores)
+    listening = [
+        line.split()[1]
+        for table in ("tcp", "tcp6")
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]
+        if line.split()[3] == "0A" and int(line.split()[1].split(":")[1], 16) == port
+    ]
+    assert listening == [f"0100007F:{port:04X}"]
