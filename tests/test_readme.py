@@ -101,8 +101,8 @@ def test_example_of_four_ranks(tmp_path: Path) -> None:
     if ranks < 4:
         pytest.skip(f"needs four GPUs or none, this machine has {ranks}")
     load, seconds = run_on_ranks(4, write_example(tmp_path, MODEL)).splitlines()
-    # 32 tokens of 16 experts on each of the two ranks that share one copy of the experts.
-    assert load.startswith("1,024 pairs, busiest rank ")
+    # 32 tokens of 16 experts on each of the four ranks.
+    assert load.startswith("2,048 pairs, busiest rank ")
     assert "'experts_backward'" in seconds
 
 
