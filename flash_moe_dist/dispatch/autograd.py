@@ -81,7 +81,8 @@ class ShardedExperts(torch.autograd.Function):
             )
             return pairs.saved(scores_M)
 
-        inp = RankInput.check(hidden_TH, indices_TK, weights_TK, settings)
+        identity = layer.next_pass()
+        inp = RankInput.check(hidden_TH, indices_TK, weights_TK, settings, identity)
         completed = layer.run(inp, dispatcher, experts)
         received, metadata = completed.received, completed.metadata
         assert metadata.pairs is not None
@@ -104,6 +105,7 @@ class ShardedExperts(torch.autograd.Function):
         ctx.save_for_backward(*saved)
         ctx.dispatch_metadata = metadata.with_tensors(MetadataTensors())
         ctx.dispatcher, ctx.backend = completed.dispatcher, backend
+        ctx.backward_passes, ctx.name = layer.backward_passes, identity.name
         ctx.hidden_dtype, ctx.tile_pairs = hidden_TH.dtype, received.tile_pairs
         return completed.out_TH
 
@@ -118,6 +120,8 @@ class ShardedExperts(torch.autograd.Function):
     @staticmethod
     def _backward(ctx: Any, grad_TH: Tensor) -> tuple[Tensor | None, ...]:
         saved = _SavedTensors(*ctx.saved_tensors)
+        # Agreed in the header of the next forward pass, as the host never waits in this one.
+        ctx.backward_passes.append(ctx.name)
         dispatcher: Dispatcher = ctx.dispatcher
         metadata: DispatchMetadata = ctx.dispatch_metadata.with_tensors(
             MetadataTensors(saved.slots_P, saved.tokens_S, saved.sent_TW)

@@ -44,7 +44,13 @@ from flash_moe_dist.dispatch.base import (
 )
 from flash_moe_dist.dispatch.comm_volume import DispatcherName
 from flash_moe_dist.dispatch.exact import DISPATCHERS, AllGatherDispatcher, ExactDispatcher
-from flash_moe_dist.dispatch.handshake import PassCounts, RankInput, Splits
+from flash_moe_dist.dispatch.handshake import (
+    PassCounts,
+    PassIdentity,
+    RankInput,
+    Splits,
+    backward_passes,
+)
 from flash_moe_dist.dispatch.header import TOKENS_DO_NOT_FIT, Header
 from flash_moe_dist.dispatch.message import CapacityLayout, header_of, pack_into, unpack_from
 from flash_moe_dist.dispatch.symmetric import SymmetricDispatcher, buffer_bytes
@@ -200,7 +206,7 @@ class CapacityPlan:
                 header_WF[:, Header.TOKENS] = TOKENS_DO_NOT_FIT
         packed = pack_into(message_WL, routing, sent.weights_TK, layout)
         messages = dispatcher.exchange_messages(message_WL)
-        unpacked = unpack_from(messages, header_2WF[1], layout)
+        unpacked = unpack_from(messages, header_2WF[1], layout, sent.checksum)
         rows.start_transfer()
         tile_pairs = expected_pairs_per_row(self.top_k, ep_size)
         received = ReceivedTokens(rows.rows_RH, rows.chunks, *unpacked, tile_pairs)
@@ -279,17 +285,37 @@ class LayerDispatch:
     All ranks decide alike when to make a plan, from counts that all have seen. Where plans are
     seldom confirmed, because sizes change all the time, more and more passes with exact counts
     go by before the next plan.
+
+    Args:
+        group: the expert-parallel ranks.
+        name: tells this layer from others of the group; the same on all ranks.
+        transport: what carries rows and sums.
+        has_capacity: make passes with static capacity.
     """
 
     def __init__(
-        self, group: dist.ProcessGroup, transport: Transport = "auto", has_capacity: bool = True
+        self,
+        group: dist.ProcessGroup,
+        name: str,
+        transport: Transport = "auto",
+        has_capacity: bool = True,
     ) -> None:
-        self.group, self.transport, self.has_capacity = group, transport, has_capacity
+        self.group, self.name = group, name
+        self.transport, self.has_capacity = transport, has_capacity
         self.stats = DispatchStats()
+        self.backward_passes = backward_passes(group)
+        # Forward passes that all ranks have made together.
+        self._calls = 0
         self.plan: CapacityPlan | None = None
         # Exact passes to make before the next plan, those made, and confirmed passes of this plan.
         self._backoff = self._exact_passes = self._hits = 0
         self._dispatchers: dict[DispatcherName, ExactDispatcher] = {}
+
+    def next_pass(self) -> PassIdentity:
+        """Identity of the forward pass that follows; call it once for each `run`."""
+        identity = PassIdentity(self.name, self._calls, tuple(self.backward_passes))
+        self.backward_passes.clear()
+        return identity
 
     def run(self, inp: RankInput, name: DispatcherName, experts: Experts) -> CompletedPass:
         """Dispatch, run the experts, and combine: with static capacity if that is confirmed.
@@ -302,8 +328,8 @@ class LayerDispatch:
             experts: called once for each attempt in which this rank takes part with its tokens.
 
         Raises:
-            TypeError, ValueError: on every rank alike, if any rank's input is wrong or the ranks'
-                settings differ.
+            TypeError, ValueError: on every rank alike, if any rank's input is wrong, the ranks'
+                settings differ, or they do not call the same layer.
             RuntimeError: the device failed, perhaps because a rank did not come in time.
         """
         if self.plan is not None:
@@ -313,10 +339,12 @@ class LayerDispatch:
             out_TH, saved = _compute(attempt.dispatched, self.plan.sum_dtype, attempted)
             metadata = self._confirm(inp, attempt)
             if metadata is not None:
+                self._calls += 1
                 return _completed(out_TH, saved, replace(attempt.dispatched, metadata=metadata))
         with phase("dispatch"):
             dispatcher = self._dispatcher(name)
             dispatched, counts = dispatcher.dispatch(inp)
+            self._calls += 1
             self.stats.exact += 1
             self.stats.transports[dispatcher.transport] += 1
             self._plan_next_passes(inp, counts, dispatcher)
@@ -325,6 +353,7 @@ class LayerDispatch:
 
     def fail(self, error: Exception, device: torch.device) -> NoReturn:
         """Raise `error` on every rank, in place of a pass that this rank cannot make."""
+        self.next_pass()
         self.run(RankInput(device, error), "all_to_all", _write_zeros)
         raise AssertionError("an error of this rank was not raised")
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from flash_moe.ops.triton_launch import cdiv, launch
-from flash_moe_dist.dispatch.header import HEADER_BYTES, Header
+from flash_moe_dist.dispatch.header import HEADER_BYTES, INVALID_INPUT, Header
 from flash_moe_dist.dispatch.message_kernels import pack_kernel, unpack_kernel
 from flash_moe_dist.dispatch.routing import Routing
 
@@ -242,17 +242,22 @@ def unpack(
     return UnpackedPairs(torch.cat(offsets), ids_M, weights_M.to(layout.weight_dtype))
 
 
-def unpack_from(messages: Tensor, header_WF: Tensor, layout: CapacityLayout) -> UnpackedPairs:
+def unpack_from(
+    messages: Tensor, header_WF: Tensor, layout: CapacityLayout, checksum: int
+) -> UnpackedPairs:
     """Read the messages of all ranks where they have static capacity.
+
+    A message with another checksum, perhaps of another layer's layout, is read as one of no pairs.
 
     Args:
         messages: (W, L) int32, or (W,) int64 pointers to the message of each rank.
         header_WF: (W, F) int64, written: the headers of the messages.
         layout: of the messages.
+        checksum: `RankInput.checksum` of this rank.
     """
     ep_size = len(messages)
     sizes = (ep_size * layout.padded_tokens, ep_size * layout.max_pairs, layout.max_pairs)
-    return _unpack_in_kernel(messages, header_WF, layout, *sizes)
+    return _unpack_in_kernel(messages, header_WF, layout, *sizes, checksum)
 
 
 def _unpack_in_kernel(
@@ -262,6 +267,7 @@ def _unpack_in_kernel(
     num_rows: int,
     num_pairs: int,
     max_pairs: int,
+    checksum: int = INVALID_INPUT,
 ) -> UnpackedPairs:
     device, ep_size = messages.device, len(header_WF)
     capacity = layout if isinstance(layout, CapacityLayout) else None
@@ -283,6 +289,7 @@ def _unpack_in_kernel(
             layout.padded_tokens,
             0 if capacity is None else capacity.message_stride,
             0 if capacity is None else capacity.max_pairs,
+            checksum,
             WEIGHT_WORDS=words_per_pair(layout.weight_dtype) - 1,
             ALL_ROWS=layout.all_rows,
             HAS_CAPACITY=capacity is not None,
