@@ -206,6 +206,13 @@ class ExpertParallelFunc:
         """How often each way to dispatch ran on this rank; all zero on a mesh of one rank."""
         return self._layer.stats
 
+    def __repr__(self) -> str:
+        return (
+            f"ExpertParallelFunc({self.layer}, ep_size={self.ep_size}, "
+            f"dispatcher={self.dispatcher!r}, transport={self.transport!r}, "
+            f"capacity={self.capacity!r})"
+        )
+
     def __reduce__(self) -> tuple[Any, ...]:
         # Pickling drops load counters, statistics and the learned capacity plan.
         return _copy, (self.ep_mesh, self.dispatcher, self.transport, self.capacity, self.layer)
@@ -264,7 +271,7 @@ class ExpertParallelFunc:
             hidden_size=hidden_size,
             table_dtypes=(down_eH.dtype, up_eH.dtype),
             device=down_eH.device,
-            dispatcher=dispatcher,
+            dispatcher="all_gather" if self.transport == "symmetric_memory" else self.dispatcher,
             needs_grad=needs_grad,
         )
         out_TH: Tensor = ShardedExperts.apply(

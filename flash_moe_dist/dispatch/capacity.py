@@ -77,6 +77,7 @@ class DispatchStats:
         input did not fit or was wrong.
     transports: passes in `exact` and `capacity` by what carried their rows: the backend of the
         process group ("nccl", "gloo") or "symmetric_memory".
+    dispatchers: the same passes by dispatcher, "all_to_all" or "all_gather".
     """
 
     exact: int = 0
@@ -84,6 +85,12 @@ class DispatchStats:
     retried: int = 0
     stood_in: int = 0
     transports: Counter[str] = field(default_factory=Counter)
+    dispatchers: Counter[str] = field(default_factory=Counter)
+
+    def count(self, dispatcher: Dispatcher) -> None:
+        """Count a pass by its transport and its dispatcher."""
+        self.transports[dispatcher.transport] += 1
+        self.dispatchers[dispatcher.name] += 1
 
 
 @dataclass(frozen=True)
@@ -346,7 +353,7 @@ class LayerDispatch:
             dispatched, counts = dispatcher.dispatch(inp)
             self._calls += 1
             self.stats.exact += 1
-            self.stats.transports[dispatcher.transport] += 1
+            self.stats.count(dispatcher)
             self._plan_next_passes(inp, counts, dispatcher)
         out_TH, saved = _compute(dispatched, inp.sum_dtype, experts)
         return _completed(out_TH, saved, dispatched)
@@ -380,7 +387,7 @@ class LayerDispatch:
         self.plan = attempt.plan
         self._hits += 1
         self.stats.capacity += 1
-        self.stats.transports[attempt.plan.dispatcher.transport] += 1
+        self.stats.count(attempt.plan.dispatcher)
         metadata = attempt.dispatched.metadata
         slots_N = metadata.tensors.slots_P
         assert slots_N is not None

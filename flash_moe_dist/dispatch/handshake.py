@@ -79,7 +79,7 @@ class LayerSettings:
     hidden_size: H, of the tables.
     table_dtypes: of the down and the up table.
     device: of the tables.
-    dispatcher: name of the dispatcher.
+    dispatcher: the option; if it is "auto", the dispatcher follows from what else is shared.
     needs_grad: which gradients are needed.
     """
 
@@ -124,7 +124,7 @@ def _shared_settings(
         "dispatcher": settings.dispatcher,
         "backend": backend,
     }
-    gradients = "which of hidden states, tables, routing weights need gradients"
+    gradients = "which of hidden states, down table, up table, routing weights need gradients"
     needs_grad = {gradients: list(settings.needs_grad)}
     checksum = zlib.crc32(repr((sizes, needs_grad)).encode())
     return SharedSettings(sizes, needs_grad, checksum)
