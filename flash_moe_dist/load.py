@@ -1,13 +1,15 @@
 """Load of experts and ranks: how evenly routing spreads the tokens, counted on request."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from flash_moe_dist.dispatch.partition import num_local_experts
@@ -147,23 +149,27 @@ def count_load(model: nn.Module) -> Iterator[dict[str, ExpertLoad]]:
     forward pass in the block counts, so one that activation checkpointing recomputes counts again.
     """
     loads: dict[str, ExpertLoad] = {}
-    counted: dict[str, tuple[nn.Module, LoadCounter]] = {}
+    gathers: dict[str, Callable[[], ExpertLoad]] = {}
     with ExitStack() as stack:
         for name, module in model.named_modules():
             func = getattr(module, "expert_func", None)
             table = next(module.parameters(recurse=False), None)
             if func is None or table is None:
                 continue
-            num_local = table.shape[0]
+            if isinstance(module, FSDPModule):
+                # Gathered tables, as some forward passes leave them, are not on the whole mesh.
+                module.reshard()
+                table = next(module.parameters(recurse=False))
+            num_experts = num_local = table.shape[0]
+            ep_group = None
             if isinstance(func, ExpertParallelFunc):
+                ep_group = func.ep_mesh.get_group()
                 ep_rank = func.ep_mesh.get_local_rank()
-                num_local = num_local_experts(table.shape[0], func.ep_size, ep_rank)
+                num_local = num_local_experts(num_experts, func.ep_size, ep_rank)
+            groups = table.device_mesh.get_all_groups() if isinstance(table, DTensor) else []
             counter = LoadCounter(num_local, table.device)
             stack.enter_context(_counting(module, counter))
-            counted[name] = (module, counter)
+            gathers[name] = partial(counter.gather, num_experts, ep_group, groups)
         yield loads
-    for name, (module, counter) in counted.items():
-        func, table = module.expert_func, next(module.parameters(recurse=False))
-        ep_group = func.ep_mesh.get_group() if isinstance(func, ExpertParallelFunc) else None
-        groups = table.device_mesh.get_all_groups() if isinstance(table, DTensor) else []
-        loads[name] = counter.gather(table.shape[0], ep_group, groups)
+    for name, gather in gathers.items():
+        loads[name] = gather()

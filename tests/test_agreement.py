@@ -212,9 +212,7 @@ def other_number_of_slots() -> None:
 
 def test_what_auto_means_is_no_difference_of_its_own(rank_pools: RankPools) -> None:
     for outcome in rank_pools.outcomes(2, other_number_of_slots):
-        assert outcome.message == (
-            "ranks must agree on num_experts_per_tok (rank 0: 5, rank 1: 1)"
-        )
+        assert outcome.message == ("ranks must agree on num_experts_per_tok (rank 0: 5, rank 1: 1)")
 
 
 def other_dispatchers() -> None:

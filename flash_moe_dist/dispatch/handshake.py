@@ -2,12 +2,12 @@
 
 W ranks, F header fields, T tokens and K experts per token on this rank. Each rank sends a `Header`
 to every other: rows and pairs to come, bad ids, tokens, and a checksum of what all ranks must
-share: settings, and which pass this is. A rank with wrong input sends INVALID_INPUT instead, so that all ranks notice in
-the same exchange and then raise the same error.
+share: settings, and which pass this is. A rank with wrong input sends INVALID_INPUT instead, so
+that all ranks notice in the same exchange and then raise the same error.
 """
 
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Any, NamedTuple, NoReturn
 from weakref import WeakKeyDictionary
@@ -52,12 +52,24 @@ class PassIdentity(NamedTuple):
         }
 
 
-_backward_passes: WeakKeyDictionary[dist.ProcessGroup, list[str]] = WeakKeyDictionary()
+@dataclass
+class GroupPasses:
+    """What ranks note of the passes of all layers of a group.
+
+    backward: backward passes since the last forward pass, see `PassIdentity`.
+    failures: passes with static capacity that ended in an error. Ranks may have called different
+        layers in these, so no plan made before is known to be the same on all of them.
+    """
+
+    backward: list[str] = field(default_factory=list)
+    failures: int = 0
+
+    @classmethod
+    def of(cls, group: dist.ProcessGroup) -> "GroupPasses":
+        return _passes_of_groups.setdefault(group, cls())
 
 
-def backward_passes(group: dist.ProcessGroup) -> list[str]:
-    """Backward passes of all layers of the group since their last forward pass, to be extended."""
-    return _backward_passes.setdefault(group, [])
+_passes_of_groups: WeakKeyDictionary[dist.ProcessGroup, GroupPasses] = WeakKeyDictionary()
 
 
 def check_backward_passes(group: dist.ProcessGroup) -> None:
@@ -66,7 +78,7 @@ def check_backward_passes(group: dist.ProcessGroup) -> None:
     Raises:
         ValueError: on every rank alike, if the ranks made other backward passes or another order.
     """
-    made = backward_passes(group)
+    made = GroupPasses.of(group).backward
     raise_differences({"the backward passes since the last forward pass": made}, group)
     made.clear()
 
@@ -77,8 +89,8 @@ class LayerSettings:
 
     num_experts: E, over all ranks.
     hidden_size: H, of the tables.
-    table_dtypes: of the down and the up table.
-    device: of the tables.
+    table_dtypes: dtypes of the down and the up table.
+    device: device of the tables.
     dispatcher: the option; if it is "auto", the dispatcher follows from what else is shared.
     needs_grad: which gradients are needed.
     """
@@ -97,7 +109,7 @@ class SharedSettings:
 
     sizes: what the sizes of messages follow from.
     needs_grad: which gradients are needed.
-    checksum: of both.
+    checksum: CRC-32 of both.
     """
 
     sizes: dict[str, Any]
@@ -139,7 +151,7 @@ class RankInput:
 
     hidden_TH, indices_TK, weights_TK: the tokens and their routing.
     num_experts: E, over all ranks.
-    sum_dtype: of partial sums.
+    sum_dtype: dtype of partial sums.
     shared: settings that all ranks must share.
     identity: which pass this is; all ranks must make the same.
     in_kernels: whether Triton kernels run on the device.

@@ -38,8 +38,8 @@ HEADER_WORDS = HEADER_BYTES // WORD_BYTES
 class ExactLayout:
     """Messages as long as their rows and pairs.
 
-    rows_W, pairs_W: of the message to, or from, each rank.
-    weight_dtype: of the routing weights.
+    rows_W, pairs_W: numbers in the message to, or from, each rank.
+    weight_dtype: dtype of the routing weights.
     all_rows: every rank gets the rows of all tokens, then rows without pairs up to the same number.
     """
 
@@ -66,7 +66,7 @@ class CapacityLayout:
 
     padded_tokens: X, the rows of every message.
     max_pairs: pairs that a message has space for.
-    weight_dtype: of the routing weights.
+    weight_dtype: dtype of the routing weights.
     """
 
     padded_tokens: int
@@ -81,20 +81,37 @@ class CapacityLayout:
         return cdiv(HEADER_WORDS + self.padded_tokens + words, 4) * 4
 
 
-class PackedPairs(NamedTuple):
-    """Messages to all ranks, and what the way back needs.
+class MetadataTensors(NamedTuple):
+    """What the way back needs to know of the pairs and rows sent; autograd saves these tensors.
 
-    message     (words,) int32, the messages to rank 0, 1, ...; (W, L) with static capacity
     slots_P     position in (T, K) of each pair
     tokens_S    token of each row sent
     sent_TW     (T, W) int32: which of the S rows are copies of token t, by rank, -1 for none
                 (tokens_S and sent_TW are None where every rank gets all rows)
     """
 
+    slots_P: Tensor | None = None
+    tokens_S: Tensor | None = None
+    sent_TW: Tensor | None = None
+
+
+NO_TENSORS = MetadataTensors()
+
+
+class PackedPairs(NamedTuple):
+    """Messages to all ranks, and the `MetadataTensors` of the way back.
+
+    message: (words,) int32, the messages to rank 0, 1, ...; (W, L) with static capacity.
+    """
+
     message: Tensor
     slots_P: Tensor
     tokens_S: Tensor | None
     sent_TW: Tensor | None
+
+    @property
+    def tensors(self) -> MetadataTensors:
+        return MetadataTensors(slots_P=self.slots_P, tokens_S=self.tokens_S, sent_TW=self.sent_TW)
 
 
 class UnpackedPairs(NamedTuple):
@@ -219,13 +236,19 @@ def unpack(
     Args:
         message: (words,) int32, the messages from rank 0, 1, ...
         header_WF: (W, F) int64, the headers received.
-        layout: of what was received.
+        layout: layout of what was received.
         in_kernels: use Triton kernels.
     """
     rows_W, pairs_W = layout.rows_W, layout.pairs_W
     if in_kernels:
-        sizes = (sum(rows_W), sum(pairs_W), max(pairs_W))
-        return _unpack_in_kernel(message, header_WF, layout, *sizes)
+        return _unpack_in_kernel(
+            message,
+            header_WF,
+            layout,
+            num_rows=sum(rows_W),
+            num_pairs=sum(pairs_W),
+            max_pairs=max(pairs_W),
+        )
     weight_words = words_per_pair(layout.weight_dtype) - 1
     sizes_W3 = [
         size
@@ -252,12 +275,19 @@ def unpack_from(
     Args:
         messages: (W, L) int32, or (W,) int64 pointers to the message of each rank.
         header_WF: (W, F) int64, written: the headers of the messages.
-        layout: of the messages.
+        layout: layout of the messages.
         checksum: `RankInput.checksum` of this rank.
     """
     ep_size = len(messages)
-    sizes = (ep_size * layout.padded_tokens, ep_size * layout.max_pairs, layout.max_pairs)
-    return _unpack_in_kernel(messages, header_WF, layout, *sizes, checksum)
+    return _unpack_in_kernel(
+        messages,
+        header_WF,
+        layout,
+        num_rows=ep_size * layout.padded_tokens,
+        num_pairs=ep_size * layout.max_pairs,
+        max_pairs=layout.max_pairs,
+        checksum=checksum,
+    )
 
 
 def _unpack_in_kernel(

@@ -10,15 +10,14 @@ the layout of a message.
 import triton
 import triton.language as tl
 
-from flash_moe_dist.dispatch.header import Header
-
-ROWS = tl.constexpr(int(Header.ROWS))
-PAIRS = tl.constexpr(int(Header.PAIRS))
-TOKENS = tl.constexpr(int(Header.TOKENS))
-CHECKSUM = tl.constexpr(int(Header.CHECKSUM))
-HEADER_FIELDS = tl.constexpr(len(Header))
-# The header is 64 bits a field, a message 32 bits a word.
-HEADER_WORDS = tl.constexpr(2 * len(Header))
+from flash_moe_dist.dispatch.header_kernels import (
+    CHECKSUM,
+    HEADER_FIELDS,
+    HEADER_WORDS,
+    PAIRS,
+    ROWS,
+    TOKENS,
+)
 
 
 @triton.jit
@@ -47,7 +46,7 @@ def pack_kernel(
 
     pairs_end, rows_end (W*T,) count pairs and rows up to each token's with each rank, inclusive.
     Every rank gets padded_tokens rows if ALL_ROWS, else the rows with pairs. slots_sent (P,),
-    tokens_sent (S,) and row_copies (T, W) are those of `PackedPairs`; the latter two are written
+    tokens_sent (S,) and row_copies (T, W) are the `MetadataTensors`; the latter two are written
     unless ALL_ROWS. HAS_CAPACITY: messages lie message_stride words apart, begin with a header
     that is not written here, and hold max_pairs pairs; pairs beyond that are left out.
     """
