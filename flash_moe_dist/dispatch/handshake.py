@@ -78,9 +78,10 @@ def check_backward_passes(group: dist.ProcessGroup) -> None:
     Raises:
         ValueError: on every rank alike, if the ranks made other backward passes or another order.
     """
-    made = GroupPasses.of(group).backward
+    backward = GroupPasses.of(group).backward
+    made = list(backward)
+    backward.clear()
     raise_differences({"the backward passes since the last forward pass": made}, group)
-    made.clear()
 
 
 @dataclass(frozen=True)
