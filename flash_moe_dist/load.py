@@ -153,13 +153,12 @@ def count_load(model: nn.Module) -> Iterator[dict[str, ExpertLoad]]:
     with ExitStack() as stack:
         for name, module in model.named_modules():
             func = getattr(module, "expert_func", None)
+            if func is not None and isinstance(module, FSDPModule):
+                # Gathered tables, as some forward passes leave them, are not on the whole mesh.
+                module.reshard()
             table = next(module.parameters(recurse=False), None)
             if func is None or table is None:
                 continue
-            if isinstance(module, FSDPModule):
-                # Gathered tables, as some forward passes leave them, are not on the whole mesh.
-                module.reshard()
-                table = next(module.parameters(recurse=False))
             num_experts = num_local = table.shape[0]
             ep_group = None
             if isinstance(func, ExpertParallelFunc):

@@ -65,7 +65,7 @@ def called_otherwise(dispatcher: str, good_passes: int, order: str, change: str)
 @pytest.mark.parametrize(("backend", "dispatcher"), WAYS)
 @pytest.mark.parametrize(
     ("order", "change", "differing"),
-    [("ab", "ba", "ab"), ("abc", "ac", "bc"), ("ab", "bb", "ab"), ("abc", "acb", "bc")],
+    [("ab", "ba", "ab"), ("abc", "ac", "bc")],
 )
 @pytest.mark.parametrize("good_passes", [0, 2])
 def test_layers_called_in_another_order_on_one_rank(
