@@ -3,12 +3,14 @@
 T local tokens, K experts per token, H hidden size, E experts, e of them on this rank.
 """
 
+from collections import Counter
 from collections.abc import Callable
 from functools import cached_property
 from typing import Any, Literal, NoReturn, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ParallelStyle
@@ -16,7 +18,11 @@ from torch.distributed.tensor.parallel import ParallelStyle
 from flash_moe.ops.dtypes import accumulator_dtype
 from flash_moe.ops.expert_math import NeedsGrad
 from flash_moe.ops.flash_expert import triton_flash_expert_func
-from flash_moe_dist.agreement import raise_differences, same_error_on_all_ranks
+from flash_moe_dist.agreement import (
+    gather_objects,
+    raise_differences,
+    same_error_on_all_ranks,
+)
 from flash_moe_dist.dispatch.autograd import ShardedExperts
 from flash_moe_dist.dispatch.capacity import DispatchStats, LayerDispatch, Transport
 from flash_moe_dist.dispatch.comm_volume import DispatcherName, ElementSizes, cheaper_dispatcher
@@ -25,6 +31,9 @@ from flash_moe_dist.initialization import init_normal_rows_
 
 DispatcherChoice = Literal["auto", "all_to_all", "all_gather"]
 Capacity = Literal["auto"] | None
+# Layers named so far in this process, and copies made of each, by its name.
+_num_layers = 0
+_num_copies: Counter[str] = Counter()
 
 
 class ExpertParallel(ParallelStyle):
@@ -110,7 +119,7 @@ class ExpertParallel(ParallelStyle):
             module.register_parameter(name, parameters[table])
         hooked: Any = module
         hooked.expert_func = ExpertParallelFunc(
-            device_mesh, self.dispatcher, self.transport, self.capacity
+            device_mesh, self.dispatcher, self.transport, self.capacity, _new_name(group)
         )
         if hasattr(module, "normal_rows_"):
             hooked.normal_rows_ = init_normal_rows_
@@ -131,6 +140,15 @@ def _check_options(dispatcher: DispatcherChoice, transport: Transport, capacity:
             "transport 'symmetric_memory' needs dispatcher 'all_gather' or 'auto' and capacity "
             f"'auto', got dispatcher {dispatcher!r} and capacity {capacity!r}"
         )
+
+
+def _new_name(group: ProcessGroup) -> str:
+    """Name a layer, alike on all ranks of the group and unlike any other layer. Collective."""
+    global _num_layers
+    # A rank may also have layers of other groups.
+    number = max(gather_objects(_num_layers, group))
+    _num_layers = number + 1
+    return f"layer {number}"
 
 
 def _tables_of(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -156,6 +174,8 @@ class ExpertParallelFunc:
     Args:
         ep_mesh: the ranks that own the experts.
         dispatcher, transport, capacity: as `ExpertParallel`.
+        layer: name that errors give the layer, the same on all ranks. Ranks that do not call
+            layers of the same name in the same order raise an error.
 
     Attributes:
         counters: each is called with the local ids of every forward pass
@@ -168,9 +188,10 @@ class ExpertParallelFunc:
         dispatcher: DispatcherChoice = "auto",
         transport: Transport = "auto",
         capacity: Capacity = "auto",
+        layer: str = "an unnamed layer",
     ) -> None:
         _check_options(dispatcher, transport, capacity)
-        self.ep_mesh, self.ep_size = ep_mesh, ep_mesh.size()
+        self.ep_mesh, self.ep_size, self.layer = ep_mesh, ep_mesh.size(), layer
         self.dispatcher, self.transport, self.capacity = dispatcher, transport, capacity
         self.counters: list[Callable[[Tensor], None]] = []
 
@@ -178,21 +199,27 @@ class ExpertParallelFunc:
     def _layer(self) -> LayerDispatch:
         # Made at the first pass: a saved model is loaded where there are no process groups yet.
         has_capacity = self.capacity is not None
-        return LayerDispatch(self.ep_mesh.get_group(), self.transport, has_capacity)
+        return LayerDispatch(self.ep_mesh.get_group(), self.layer, self.transport, has_capacity)
 
     @property
     def stats(self) -> DispatchStats:
         """How often each way to dispatch ran on this rank; all zero on a mesh of one rank."""
         return self._layer.stats
 
+    def __repr__(self) -> str:
+        return (
+            f"ExpertParallelFunc({self.layer}, ep_size={self.ep_size}, "
+            f"dispatcher={self.dispatcher!r}, transport={self.transport!r}, "
+            f"capacity={self.capacity!r})"
+        )
+
     def __reduce__(self) -> tuple[Any, ...]:
         # Pickling drops load counters, statistics and the learned capacity plan.
-        options = (self.ep_mesh, self.dispatcher, self.transport, self.capacity)
-        return ExpertParallelFunc, options
+        return _copy, (self.ep_mesh, self.dispatcher, self.transport, self.capacity, self.layer)
 
     def __deepcopy__(self, memo: dict[int, object]) -> "ExpertParallelFunc":
         # A copied model (an average of weights, say) uses the same process group.
-        return ExpertParallelFunc(self.ep_mesh, self.dispatcher, self.transport, self.capacity)
+        return _copy(self.ep_mesh, self.dispatcher, self.transport, self.capacity, self.layer)
 
     @torch.compiler.disable
     def fail(self, error: Exception) -> NoReturn:
@@ -244,7 +271,7 @@ class ExpertParallelFunc:
             hidden_size=hidden_size,
             table_dtypes=(down_eH.dtype, up_eH.dtype),
             device=down_eH.device,
-            dispatcher=dispatcher,
+            dispatcher="all_gather" if self.transport == "symmetric_memory" else self.dispatcher,
             needs_grad=needs_grad,
         )
         out_TH: Tensor = ShardedExperts.apply(
@@ -295,3 +322,16 @@ class ExpertParallelFunc:
                 "tables are on the meta device: give them values by flash_moe_dist.materialize"
             )
         return local
+
+
+def _copy(
+    ep_mesh: DeviceMesh,
+    dispatcher: DispatcherChoice,
+    transport: Transport,
+    capacity: Capacity,
+    layer: str,
+) -> ExpertParallelFunc:
+    """Copy the function of the layer of that name, under the next name for a copy of it."""
+    _num_copies[layer] += 1
+    name = f"copy {_num_copies[layer]} of {layer}"
+    return ExpertParallelFunc(ep_mesh, dispatcher, transport, capacity, name)

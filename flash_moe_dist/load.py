@@ -1,12 +1,16 @@
 """Load of experts and ranks: how evenly routing spreads the tokens, counted on request."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from flash_moe_dist.dispatch.partition import num_local_experts
 from flash_moe_dist.expert_parallel import ExpertParallelFunc
@@ -16,7 +20,8 @@ from flash_moe_dist.expert_parallel import ExpertParallelFunc
 class ExpertLoad:
     """Load of one layer's experts over all tokens counted; `str` gives one line for a log.
 
-    pairs_per_rank: (token, expert) pairs that each rank of the ep mesh computed.
+    pairs_per_rank: (token, expert) pairs that each rank computed, in the order of the mesh that the
+        tables are on.
     touched: share of the experts that at least one token used, 0 to 1.
     max_over_mean: pairs of the busiest expert over the mean of all experts; 0 without pairs.
     rank_max_over_mean: pairs of the busiest rank over the mean of all ranks: 1 if balanced.
@@ -50,49 +55,120 @@ class LoadCounter:
         ids = (local_ids.flatten().long() + 1).clamp_(0, self.pairs.shape[0] - 1)
         self.pairs.scatter_add_(0, ids, torch.ones_like(ids))
 
-    def gather(self, num_experts: int, group: dist.ProcessGroup) -> ExpertLoad:
-        """Combine the counts of all ranks of `group`; collective, waits for the device."""
-        counts = self.pairs[1:]
+    def gather(
+        self,
+        num_experts: int,
+        ep_group: dist.ProcessGroup | None,
+        groups: Sequence[dist.ProcessGroup],
+    ) -> ExpertLoad:
+        """Combine the counts of all ranks; collective, waits for the device.
+
+        Args:
+            num_experts: E, over all ranks.
+            ep_group: ranks that own the other experts; None: this rank counts them all.
+            groups: of this rank along each axis of the mesh that the tables are on. Ranks along
+                the axes other than `ep_group` have the same experts and other tokens.
+        """
+        counts, replicas = self.pairs[1:].clone(), 1
+        own_pairs = counts.sum()
+        for group in groups:
+            if ep_group is None or group.group_name != ep_group.group_name:
+                dist.all_reduce(counts, group=group)
+                replicas *= dist.get_world_size(group)
         busiest = counts.max() if len(counts) else counts.sum()
-        mine = torch.stack([counts.sum(), (counts > 0).sum(), busiest])
-        ranks = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(ranks, mine, group=group)
-        pairs, touched, most = torch.stack(ranks).t().tolist()
+        of_ranks = torch.stack([own_pairs, (counts > 0).sum(), busiest])
+        for group in reversed(groups):
+            gathered = [torch.empty_like(of_ranks) for _ in range(dist.get_world_size(group))]
+            dist.all_gather(gathered, of_ranks, group=group)
+            of_ranks = torch.stack(gathered)
+        pairs, touched, most = of_ranks.view(-1, 3).t().tolist()
         mean = sum(pairs) / max(1, num_experts)
         return ExpertLoad(
-            pairs, sum(touched) / max(1, num_experts), max(most) / mean if mean else 0.0
+            pairs_per_rank=pairs,
+            touched=sum(touched) / replicas / max(1, num_experts),
+            max_over_mean=max(most) / mean if mean else 0.0,
         )
+
+
+class _CountingFunc:
+    """An `expert_func` of unsharded tables that counts the ids it is called with."""
+
+    def __init__(self, func: Any, counter: LoadCounter) -> None:
+        self._func, self._counter = func, counter
+
+    def __call__(
+        self,
+        hidden_states: Tensor,
+        down_weights: Tensor,
+        up_weights: Tensor,
+        indices: Tensor,
+        routing_weights: Tensor,
+    ) -> Tensor:
+        out: Tensor = self._func(hidden_states, down_weights, up_weights, indices, routing_weights)
+        self._counter.add(indices)
+        return out
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._func, name)
+
+
+@contextmanager
+def _counting(module: Any, counter: LoadCounter) -> Iterator[None]:
+    """Call the counter with the local ids of every forward pass of the module in the block."""
+    func = module.expert_func
+    if isinstance(func, ExpertParallelFunc):
+        func.counters.append(counter.add)
+        try:
+            yield
+        finally:
+            func.counters.remove(counter.add)
+        return
+    own = vars(module).get("expert_func")
+    module.expert_func = _CountingFunc(func, counter)
+    try:
+        yield
+    finally:
+        del module.expert_func
+        if own is not None:
+            module.expert_func = own
 
 
 @contextmanager
 def count_load(model: nn.Module) -> Iterator[dict[str, ExpertLoad]]:
-    """Count the load of every layer sharded by `ExpertParallel` within the block.
+    """Count the load of every module that calls an `expert_func` within the block.
 
         with count_load(model) as loads:
             model(tokens)
         for name, load in loads.items():
             print(name, load)
 
-    Collective at the end of the block over the ep mesh of each layer, so every rank must enter
-    the block. Yields a dictionary that is filled at its end: an `ExpertLoad` for each such module,
-    by name, over the tokens of all ranks of its ep mesh and equal on them. Every forward pass in
-    the block counts, so one that activation checkpointing recomputes counts again.
+    Yields a dictionary that is filled at its end: an `ExpertLoad` for each such module, by name,
+    over the tokens of all ranks of the mesh that its tables are on, replicas of its experts
+    included, and equal on these ranks. The end of the block is collective over that mesh, so every
+    rank must enter the block. Tables that are no DTensors are counted for this process alone. Every
+    forward pass in the block counts, so one that activation checkpointing recomputes counts again.
     """
     loads: dict[str, ExpertLoad] = {}
-    counted: dict[str, tuple[ExpertParallelFunc, int, LoadCounter]] = {}
-    for name, module in model.named_modules():
-        func = getattr(module, "expert_func", None)
-        if isinstance(func, ExpertParallelFunc):
-            table = next(module.parameters(recurse=False))
-            ep_rank = func.ep_mesh.get_local_rank()
-            num_local = num_local_experts(table.shape[0], func.ep_size, ep_rank)
+    gathers: dict[str, Callable[[], ExpertLoad]] = {}
+    with ExitStack() as stack:
+        for name, module in model.named_modules():
+            func = getattr(module, "expert_func", None)
+            if func is not None and isinstance(module, FSDPModule):
+                # Gathered tables, as some forward passes leave them, are not on the whole mesh.
+                module.reshard()
+            table = next(module.parameters(recurse=False), None)
+            if func is None or table is None:
+                continue
+            num_experts = num_local = table.shape[0]
+            ep_group = None
+            if isinstance(func, ExpertParallelFunc):
+                ep_group = func.ep_mesh.get_group()
+                ep_rank = func.ep_mesh.get_local_rank()
+                num_local = num_local_experts(num_experts, func.ep_size, ep_rank)
+            groups = table.device_mesh.get_all_groups() if isinstance(table, DTensor) else []
             counter = LoadCounter(num_local, table.device)
-            func.counters.append(counter.add)
-            counted[name] = (func, table.shape[0], counter)
-    try:
+            stack.enter_context(_counting(module, counter))
+            gathers[name] = partial(counter.gather, num_experts, ep_group, groups)
         yield loads
-    finally:
-        for func, _, counter in counted.values():
-            func.counters.remove(counter.add)
-    for name, (func, num_experts, counter) in counted.items():
-        loads[name] = counter.gather(num_experts, func.ep_mesh.get_group())
+    for name, gather in gathers.items():
+        loads[name] = gather()

@@ -3,6 +3,8 @@
 dispatch, experts, combine                              phases of a forward pass
 combine_backward, experts_backward, dispatch_backward   phases of a backward pass
 communication                                           waits for other ranks, within a phase
+
+The transfer of the combine starts within "experts", as soon as the partial sums are written.
 """
 
 import time

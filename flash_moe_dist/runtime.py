@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from flash_moe_dist.dispatch.handshake import check_backward_passes
 from flash_moe_dist.rendezvous import store_of_this_attempt, store_on_loopback
 
 DEFAULT_TIMEOUT = timedelta(minutes=10)
@@ -115,7 +116,9 @@ def distributed(
     Raises:
         RuntimeError: the process was not started by torchrun, there are more processes than GPUs
             on this machine, or not all ranks have joined within `timeout`.
-        ValueError: `ep_size` does not divide the number of ranks.
+        ValueError: `ep_size` does not divide the number of ranks; or at the end of the block, on
+            every rank of the ep mesh, if sharded layers ran their last backward passes in another
+            order on some rank.
     """
     missing = [name for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if name not in os.environ]
     if missing:
@@ -140,7 +143,9 @@ def distributed(
     else:
         device = torch.device("cpu")
         dist.init_process_group("gloo", timeout=timeout, **_rendezvous_arguments(timeout))
-    yield Runtime.of_world(device, ep_size, timeout)
+    runtime = Runtime.of_world(device, ep_size, timeout)
+    yield runtime
+    check_backward_passes(runtime.ep_mesh.get_group())
     dist.barrier()
     dist.destroy_process_group()
 

@@ -60,9 +60,9 @@ MESSAGES = {
     "dtype of indices": "rank 1: indices must have one of the dtypes int32, int64",
     "dtype of hidden states": "ranks must agree on dtype of hidden_states (rank 0: "
     "torch.float32, rank 1: torch.float64, rank 2: torch.float32)",
-    "requires_grad": "on which of hidden states, tables, routing weights need gradients (rank 0: "
-    "[True, True, True, True], rank 1: [False, True, True, True], rank 2: ",
-    "requires_grad of weights": "on which of hidden states, tables, routing weights need gradients",
+    "requires_grad": "on which of hidden states, down table, up table, routing weights need "
+    "gradients (rank 0: [True, True, True, True], rank 1: [False, True, True, True], rank 2: ",
+    "requires_grad of weights": "up table, routing weights need gradients (rank 0: ",
     "number of slots": "ranks must agree on num_experts_per_tok (rank 0: 5, rank 1: 4",
     "device": "rank 1: indices must be on cpu, where the tables are, got meta",
     "no tensor": "rank 1: indices must be a torch.Tensor, got NoneType",
@@ -200,6 +200,19 @@ def test_tables_frozen_on_one_rank_only(rank_pools: RankPools) -> None:
         assert "(rank 0: [True, True, True, True], rank 1: [True, True, False, True])" in (
             outcome.message
         )
+
+
+def other_number_of_slots() -> None:
+    """With so few hidden elements that "auto" is all_to_all for 1 slot and all_gather for 5."""
+    experts = shard_experts(make_case(1, HIDDEN_SIZE, NUM_EXPERTS, 1), "auto")
+    slots = 1 if dist.get_rank() == 1 else SLOTS
+    case = make_case(6, HIDDEN_SIZE, NUM_EXPERTS, slots)
+    experts(case.hidden_states, case.indices, case.routing_weights)
+
+
+def test_what_auto_means_is_no_difference_of_its_own(rank_pools: RankPools) -> None:
+    for outcome in rank_pools.outcomes(2, other_number_of_slots):
+        assert outcome.message == ("ranks must agree on num_experts_per_tok (rank 0: 5, rank 1: 1)")
 
 
 def other_dispatchers() -> None:

@@ -1,5 +1,6 @@
 """Every way to dispatch can be selected, and `stats` says which one ran."""
 
+import re
 from typing import Any
 
 import pytest
@@ -72,6 +73,26 @@ def test_stats_say_which_way_ran(
         assert (stats.exact, stats.capacity) == (exact, PASSES - exact)
         assert (stats.retried, stats.stood_in) == (0, 0)
         assert stats.transports == transports
+        name = "all_to_all" if options["dispatcher"] == "all_to_all" else "all_gather"
+        assert stats.dispatchers == {name: PASSES}
+
+
+def what_auto_means() -> tuple[str, str]:
+    """What `stats` and `repr` say after a pass."""
+    case = make_case(9, HIDDEN_SIZE, NUM_EXPERTS, 1, seed=dist.get_rank())
+    experts = shard_experts(make_case(1, HIDDEN_SIZE, NUM_EXPERTS, 1), "auto")
+    experts(case.hidden_states, case.indices, case.routing_weights)
+    return ", ".join(stats_of(experts).dispatchers), repr(experts.expert_func)
+
+
+def test_what_auto_means_can_be_seen(rank_pools: RankPools) -> None:
+    for dispatcher, shown in rank_pools.run(4, what_auto_means):
+        assert dispatcher == "all_to_all"
+        assert re.fullmatch(
+            r"ExpertParallelFunc\(layer \d+, ep_size=4, dispatcher='auto', transport='auto', "
+            r"capacity='auto'\)",
+            shown,
+        )
 
 
 def test_all_ways_agree(rank_pools: RankPools) -> None:
@@ -90,7 +111,7 @@ def test_all_ways_agree(rank_pools: RankPools) -> None:
     ("backend", "message"),
     [
         (KERNELS, "transport 'symmetric_memory' needs ranks of one host"),
-        ("gloo", "transport 'symmetric_memory' needs a Triton backend, got backend 'torch_sparse'"),
+        ("gloo", "transport 'symmetric_memory' needs ranks of one host"),
     ],
 )
 def test_symmetric_memory_that_cannot_be_had(

@@ -21,6 +21,7 @@ from flash_moe_dist.dispatch.comm_volume import (
     expected_fan_out,
 )
 from flash_moe_dist.dispatch.exact import sum_row_copies
+from flash_moe_dist.dispatch.handshake import _Columns
 from flash_moe_dist.dispatch.header import Header
 from flash_moe_dist.dispatch.message import ExactLayout, pack, unpack
 from flash_moe_dist.dispatch.partition import experts_per_rank, num_local_experts
@@ -47,6 +48,10 @@ def header_of(routing: Routing) -> Tensor:
     header_WF = header_WF.to(routing.ids_N.device)
     routing.write_header(header_WF, checksum=17)
     return header_WF
+
+
+def test_columns_of_headers_are_in_the_order_of_the_fields() -> None:
+    assert [name.upper() for name in _Columns._fields] == [field.name for field in Header]
 
 
 def bits(weight: float) -> int:

@@ -9,9 +9,13 @@ from cases import make_case
 from ranks import RankPools
 from sharded import shard_experts
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard
 
+from flash_moe import FlashExperts, triton_flash_expert_func
 from flash_moe_dist import ExpertLoad, count_load
 from flash_moe_dist.expert_parallel import ExpertParallelFunc
+from flash_moe_dist.runtime import Runtime
 
 NUM_EXPERTS, HIDDEN_SIZE, SLOTS = 11, 6, 3
 
@@ -52,6 +56,51 @@ def test_load_is_that_of_counting_by_hand(world_size: int, rank_pools: RankPools
         assert load.touched == pytest.approx((pairs > 0).sum().item() / NUM_EXPERTS)
         assert load.max_over_mean == pytest.approx(float(pairs.max() / pairs.double().mean()))
         assert load.rank_max_over_mean == pytest.approx(max(per_rank) * world_size / sum(per_rank))
+
+
+def counted_with_replicas(ep_size: int) -> ExpertLoad:
+    hidden_size = 8
+    runtime = Runtime.of_world(torch.device("cpu"), ep_size)
+    experts = shard_experts(make_case(1, hidden_size, NUM_EXPERTS, 1), mesh=runtime.ep_mesh)
+    if ep_size < runtime.world_size:
+        fully_shard(experts, mesh=runtime.efsdp_mesh, shard_placement_fn=lambda _: Shard(1))
+    indices = indices_of(runtime.rank)
+    case = make_case(len(indices), hidden_size, NUM_EXPERTS, SLOTS, indices=indices)
+    with count_load(experts) as loads:
+        experts(case.hidden_states, case.indices, case.routing_weights)
+    return loads[""]
+
+
+def test_load_does_not_depend_on_the_number_of_replicas(rank_pools: RankPools) -> None:
+    everything = torch.cat([indices_of(rank).flatten() for rank in range(4)])
+    pairs = torch.bincount(everything[everything >= 0], minlength=NUM_EXPERTS)
+    for ep_size in (4, 2, 1):
+        loads = rank_pools.run(4, counted_with_replicas, ep_size)
+        assert loads == loads[:1] * 4
+        assert len(loads[0].pairs_per_rank) == 4
+        assert sum(loads[0].pairs_per_rank) == int(pairs.sum())
+        assert loads[0].touched == pytest.approx((pairs > 0).sum().item() / NUM_EXPERTS)
+        assert loads[0].max_over_mean == pytest.approx(float(pairs.max() / pairs.double().mean()))
+
+
+@pytest.mark.parametrize("own_func", [False, True])
+def test_unsharded_experts_are_counted(own_func: bool) -> None:
+    experts = FlashExperts(NUM_EXPERTS, HIDDEN_SIZE)
+    if own_func:
+        experts.expert_func = triton_flash_expert_func
+    before = dict(vars(experts))
+    indices = indices_of(0)
+    case = make_case(len(indices), HIDDEN_SIZE, NUM_EXPERTS, SLOTS, indices=indices)
+    rows = (case.hidden_states, case.indices, case.routing_weights)
+    with count_load(nn.ModuleDict({"experts": experts})) as loads:
+        experts(*rows)
+        with count_load(experts) as inner:
+            experts(*rows)
+    assert vars(experts) == before
+    experts(*rows)
+    pairs = int((indices >= 0).sum())
+    assert (loads["experts"].pairs_per_rank, inner[""].pairs_per_rank) == ([2 * pairs], [pairs])
+    assert loads["experts"].touched == len(indices[indices >= 0].unique()) / NUM_EXPERTS
 
 
 def test_as_a_line_for_a_log() -> None:

@@ -6,7 +6,12 @@ import pytest
 import torch
 
 from flash_moe.ops import pairs
-from flash_moe.ops.pairs import Pairs
+from flash_moe.ops.flash_expert import ForwardOutputs
+from flash_moe.ops.pairs import Pairs, SavedPairs
+
+
+def test_the_forward_op_returns_the_output_and_then_what_is_saved() -> None:
+    assert ForwardOutputs._fields[1:] == SavedPairs._fields
 
 
 def test_worked_example() -> None:

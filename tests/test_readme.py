@@ -8,11 +8,19 @@ import sys
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from ranks import RankPools
 from safetensors.torch import load_file
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.run import get_args_parser
+from torch.distributed.tensor.parallel import parallelize_module
+
+from flash_moe_dist import ExpertParallel
 
 REPOSITORY = Path(__file__).parent.parent
 READMES = ("README.md", "flash_moe_dist/README.md", "launch/README.md")
@@ -23,6 +31,7 @@ LAYER = "# layer.py"
 SHARD = "# torchrun --standalone --nproc-per-node 2 shard.py"
 MODEL = "# torchrun --standalone --nproc-per-node 4 model.py"
 SAVE = "# torchrun --standalone --nproc-per-node 2 save.py"
+OWN = "# own.py"
 ONE_BY_ONE = """import runpy, sys
 for script in sys.argv[1:]:
     runpy.run_path(script, run_name="__main__")
@@ -75,7 +84,36 @@ def run_on_ranks(ranks: int, *scripts: Path) -> str:
 
 def test_every_python_block_has_a_test() -> None:
     first_lines = [block.splitlines()[0] for block in blocks("python")]
-    assert sorted(first_lines) == sorted((OP, LAYER, SHARD, MODEL, SAVE))
+    assert sorted(first_lines) == sorted((OP, LAYER, SHARD, MODEL, SAVE, OWN))
+
+
+def own_module() -> Any:
+    names: dict[str, Any] = {}
+    exec(example(OWN), names)
+    torch.manual_seed(0)
+    return names["OwnExperts"]()
+
+
+def sharded_own_module() -> Tensor:
+    """Outputs, and then an error of one rank."""
+    module = own_module()
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    parallelize_module(module, mesh, ExpertParallel())
+    x = torch.randn(8, 64, generator=torch.Generator().manual_seed(dist.get_rank()))
+    out: Tensor = module(x)
+    out.sum().backward()
+    with pytest.raises(RuntimeError, match="rank 1: "):
+        module(x[:, 1:] if dist.get_rank() == 1 else x)
+    return out.detach()
+
+
+def test_example_of_a_module_of_ones_own(rank_pools: RankPools) -> None:
+    module = own_module()
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        module(torch.randn(8, 63))
+    for rank, out in enumerate(rank_pools.run(2, sharded_own_module)):
+        x = torch.randn(8, 64, generator=torch.Generator().manual_seed(rank))
+        torch.testing.assert_close(out, module(x))
 
 
 def test_examples_of_two_ranks(tmp_path: Path) -> None:
@@ -101,8 +139,8 @@ def test_example_of_four_ranks(tmp_path: Path) -> None:
     if ranks < 4:
         pytest.skip(f"needs four GPUs or none, this machine has {ranks}")
     load, seconds = run_on_ranks(4, write_example(tmp_path, MODEL)).splitlines()
-    # 32 tokens of 16 experts on each of the two ranks that share one copy of the experts.
-    assert load.startswith("1,024 pairs, busiest rank ")
+    # 32 tokens of 16 experts on each of the four ranks.
+    assert load.startswith("2,048 pairs, busiest rank ")
     assert "'experts_backward'" in seconds
 
 

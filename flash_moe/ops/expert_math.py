@@ -19,7 +19,7 @@ from torch import Tensor
 
 from flash_moe.ops.activation import ScoreGrads, activate, activate_backward
 from flash_moe.ops.backend_choice import MIN_PAIRS_FOR_SIDE_STREAM, uses_triton
-from flash_moe.ops.backends import gather, load_backend
+from flash_moe.ops.backends import load_backend
 from flash_moe.ops.overlap import InputChunk, Outputs, wait_for_rows
 from flash_moe.ops.pairs import Pairs
 
@@ -102,9 +102,9 @@ def backward_scores(
     if (
         (needs_grad.down or needs_grad.up)
         and pairs.num_pairs >= MIN_PAIRS_FOR_SIDE_STREAM
-        and primitives.gathers_table_grads
+        and primitives.prepare_table_grads is not None
     ):
-        pairs.start_expert_sort(gather.tokens_by_expert if pairs.top_k is None else None)
+        pairs.start_expert_sort(primitives.prepare_table_grads)
     activation_grads_N = None
     if scores_needed or needs_grad.weights:
         activation_grads_N = primitives.sddmm(grad_TH, tables.up, pairs, inputs)

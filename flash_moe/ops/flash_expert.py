@@ -4,7 +4,7 @@ T tokens, H hidden size, E experts, K experts per token, N (token, expert) pairs
 is in `flash_moe.ops.expert_math`.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -82,6 +82,15 @@ def triton_flash_expert_func(
     name = choose_backend(backend, hidden_states, down_weights, up_weights, indices.shape[1])
     tensors = (hidden_states, down_weights, up_weights, indices, None, routing_weights)
     return ForwardOutputs(*_forward_op(*tensors, 1.0, name)).out
+
+
+def _fail(error: Exception) -> NoReturn:
+    raise error
+
+
+# As the function that replaces this one where the tables are sharded: a module's own errors are
+# raised by it on all ranks.
+triton_flash_expert_func.fail = _fail  # type: ignore[attr-defined]
 
 
 def ragged_flash_expert_func(

@@ -31,7 +31,10 @@ from flash_moe.ops.tuning import Tuning
 
 @dataclass(frozen=True)
 class PairsConfig:
-    """sort_limit: pairs sorted at a time; torch.sort takes fewer than 2^31, and memory for each."""
+    """How pairs are sorted.
+
+    sort_limit: pairs sorted at a time; torch.sort takes fewer than 2^31, and memory for each.
+    """
 
     sort_limit: int = 2**30
 
@@ -106,7 +109,7 @@ class Scratch:
     """Results that a backend stores with a pattern for its later primitives.
 
     tokens_by_expert: (N,), see `gather.tokens_by_expert`.
-    filled_matrix: of the last values, where one matrix holds all experts.
+    filled_matrix: matrix of the last values, where one matrix holds all experts.
     """
 
     tokens_by_expert: Tensor | None = None
@@ -140,7 +143,7 @@ class Pairs:
         top_k: K where all tokens have as many pairs, else None.
         tile_pairs: mean pairs per token, rounded up; selects the tile shapes of kernels.
         given_row_offsets: (T+1,), or None where K > 0 tells them.
-        slot_order: as of `SavedPairs`; None: unchanged.
+        slot_order: see `SavedPairs`; None: unchanged.
         hot: arrays of the partitioned hot pairs, or None.
     """
 
@@ -221,7 +224,7 @@ class Pairs:
             expert_ids: (N,) int32 in [-1, E); may be longer than the last offset, with any values
                 from there on.
             num_experts: E.
-            tile_pairs: as the attribute. Results are bitwise equal only for equal values, so give
+            tile_pairs: see the attribute. Results are bitwise equal only for equal values, so give
                 it where it must not depend on N.
         """
         if tile_pairs is None:
@@ -240,7 +243,7 @@ class Pairs:
 
         Args:
             saved: the tensors, in the forward or the backward pass.
-            num_experts, top_k: of the pattern.
+            num_experts, top_k: E and K of the pattern.
             tile_pairs: as given to `from_checked_offsets`.
         """
         ids_N = saved.expert_ids
@@ -268,7 +271,7 @@ class Pairs:
 
     @cached_property
     def row_offsets(self) -> Tensor:
-        """(T+1,) int64."""
+        """Bounds of the pairs of each token: (T+1,) int64."""
         if self.given_row_offsets is not None:
             return self.given_row_offsets
         assert self.top_k is not None
@@ -277,7 +280,7 @@ class Pairs:
 
     @property
     def num_tokens(self) -> int:
-        """T."""
+        """Number of tokens, T."""
         if self.given_row_offsets is not None:
             return self.given_row_offsets.shape[0] - 1
         assert self.top_k is not None
@@ -285,12 +288,12 @@ class Pairs:
 
     @property
     def num_pairs(self) -> int:
-        """N; more where ids are longer than the last offset."""
+        """Number of pairs, N; more where ids are longer than the last offset."""
         return self.expert_ids.shape[0]
 
     @cached_property
     def token_ids(self) -> Tensor:
-        """(N,) int32."""
+        """Token of each pair: (N,) int32."""
         positions = torch.arange(self.num_pairs, device=self.expert_ids.device)
         if self.top_k:
             return positions.div_(self.top_k, rounding_mode="floor").int()
@@ -305,12 +308,12 @@ class Pairs:
 
     @property
     def expert_order(self) -> Tensor:
-        """(N,) int64."""
+        """Positions of the pairs, sorted by expert: (N,) int64."""
         return self._by_expert.order
 
     @property
     def expert_offsets(self) -> Tensor:
-        """(E+1,) int64."""
+        """Bounds of the pairs of each expert in `expert_order`: (E+1,) int64."""
         return self._by_expert.offsets
 
     def start_expert_sort(self, prepare: "Callable[[Pairs], object] | None" = None) -> None:
@@ -320,7 +323,8 @@ class Pairs:
         read, and followed by `wait_expert_sort` before any of these is.
 
         Args:
-            prepare: called on the side stream after the sort, to fill `scratch.tokens_by_expert`.
+            prepare: `Backend.prepare_table_grads`, called after the sort; fills
+                `scratch.tokens_by_expert`, if anything.
         """
         side_stream = SideStream(self.expert_ids.device)
         with side_stream:

@@ -24,12 +24,12 @@ from flash_moe.ops.pairs import Pairs, SavedPairs
 from flash_moe_dist.dispatch.base import (
     Dispatcher,
     DispatchMetadata,
-    MetadataTensors,
     ReceivedTokens,
 )
 from flash_moe_dist.dispatch.capacity import LayerDispatch
 from flash_moe_dist.dispatch.comm_volume import DispatcherName
 from flash_moe_dist.dispatch.handshake import LayerSettings, RankInput
+from flash_moe_dist.dispatch.message import NO_TENSORS, MetadataTensors
 from flash_moe_dist.phases import phase
 
 
@@ -81,12 +81,14 @@ class ShardedExperts(torch.autograd.Function):
             )
             return pairs.saved(scores_M)
 
-        inp = RankInput.check(hidden_TH, indices_TK, weights_TK, settings)
+        identity = layer.next_pass()
+        inp = RankInput.check(hidden_TH, indices_TK, weights_TK, settings, identity)
         completed = layer.run(inp, dispatcher, experts)
         received, metadata = completed.received, completed.metadata
         assert metadata.pairs is not None
         num_pairs = sum(metadata.pairs.received)
-        pairs: SavedPairs = completed.saved.first(num_pairs)
+        assert completed.saved is not None
+        pairs = completed.saved.first(num_pairs)
         for count in counters:
             count(pairs.expert_ids)
         saved = _SavedTensors(
@@ -102,8 +104,9 @@ class ShardedExperts(torch.autograd.Function):
             sent_TW=metadata.tensors.sent_TW,
         )
         ctx.save_for_backward(*saved)
-        ctx.dispatch_metadata = metadata.with_tensors(MetadataTensors())
+        ctx.dispatch_metadata = metadata.with_tensors(NO_TENSORS)
         ctx.dispatcher, ctx.backend = completed.dispatcher, backend
+        ctx.group_passes, ctx.name = layer.group_passes, identity.name
         ctx.hidden_dtype, ctx.tile_pairs = hidden_TH.dtype, received.tile_pairs
         return completed.out_TH
 
@@ -118,9 +121,11 @@ class ShardedExperts(torch.autograd.Function):
     @staticmethod
     def _backward(ctx: Any, grad_TH: Tensor) -> tuple[Tensor | None, ...]:
         saved = _SavedTensors(*ctx.saved_tensors)
+        # Agreed in the header of the next forward pass, as the host never waits in this one.
+        ctx.group_passes.backward.append(ctx.name)
         dispatcher: Dispatcher = ctx.dispatcher
         metadata: DispatchMetadata = ctx.dispatch_metadata.with_tensors(
-            MetadataTensors(saved.slots_P, saved.tokens_S, saved.sent_TW)
+            MetadataTensors(slots_P=saved.slots_P, tokens_S=saved.tokens_S, sent_TW=saved.sent_TW)
         )
         hidden, down, up, _, weights, *_ = ctx.needs_input_grad
         needs_grad = NeedsGrad(hidden, down, up, weights)

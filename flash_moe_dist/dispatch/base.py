@@ -11,7 +11,6 @@ partial sum for it, and the token's rank adds these up.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -21,23 +20,7 @@ from flash_moe.ops.overlap import InputChunk, OutputChunk
 from flash_moe_dist.dispatch.collectives import Pending
 from flash_moe_dist.dispatch.comm_volume import DispatcherName
 from flash_moe_dist.dispatch.handshake import Splits
-
-
-class MetadataTensors(NamedTuple):
-    """What `PackedPairs` says of the pairs and rows sent; autograd saves these tensors.
-
-    slots_P      position in (T, K) of each pair
-    tokens_S     token of each row sent
-    sent_TW      (T, W) int32: which of the S rows are copies of token t, by rank, -1 for none
-                 (both None where every rank gets all rows)
-    """
-
-    slots_P: Tensor | None = None
-    tokens_S: Tensor | None = None
-    sent_TW: Tensor | None = None
-
-
-NO_TENSORS = MetadataTensors()
+from flash_moe_dist.dispatch.message import NO_TENSORS, MetadataTensors, UnpackedPairs
 
 
 @dataclass(frozen=True)
@@ -47,7 +30,7 @@ class DispatchMetadata:
     rows, pairs: sent to and received from each rank; `pairs` is None in a provisional pass, until
         it is confirmed.
     num_tokens, max_tokens: T, and X.
-    shape_TK: of the indices.
+    shape_TK: shape of the indices.
     """
 
     rows: Splits
@@ -84,6 +67,19 @@ class ReceivedTokens:
     expert_ids_M: Tensor
     weights_M: Tensor
     tile_pairs: int | None
+
+    @classmethod
+    def from_unpacked(
+        cls, rows: "ArrivingRows", pairs: UnpackedPairs, tile_pairs: int | None
+    ) -> "ReceivedTokens":
+        return cls(
+            hidden_RH=rows.rows_RH,
+            inputs=rows.chunks,
+            row_offsets=pairs.row_offsets,
+            expert_ids_M=pairs.expert_ids_M,
+            weights_M=pairs.weights_M,
+            tile_pairs=tile_pairs,
+        )
 
 
 @dataclass(frozen=True)

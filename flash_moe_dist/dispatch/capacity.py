@@ -33,22 +33,38 @@ import torch.distributed as dist
 from torch import Tensor
 
 from flash_moe.ops.overlap import Outputs, wait_for_rows
+from flash_moe.ops.pairs import SavedPairs
 from flash_moe.ops.side_stream import SideStream
 from flash_moe_dist.dispatch.base import (
     Dispatched,
     Dispatcher,
     DispatchMetadata,
-    MetadataTensors,
     ReceivedTokens,
     expected_pairs_per_row,
 )
 from flash_moe_dist.dispatch.comm_volume import DispatcherName
 from flash_moe_dist.dispatch.exact import DISPATCHERS, AllGatherDispatcher, ExactDispatcher
-from flash_moe_dist.dispatch.handshake import PassCounts, RankInput, Splits
+from flash_moe_dist.dispatch.handshake import (
+    GroupPasses,
+    PassCounts,
+    PassIdentity,
+    RankInput,
+    Splits,
+)
 from flash_moe_dist.dispatch.header import TOKENS_DO_NOT_FIT, Header
-from flash_moe_dist.dispatch.message import CapacityLayout, header_of, pack_into, unpack_from
+from flash_moe_dist.dispatch.message import (
+    CapacityLayout,
+    MetadataTensors,
+    header_of,
+    pack_into,
+    unpack_from,
+)
 from flash_moe_dist.dispatch.symmetric import SymmetricDispatcher, buffer_bytes
-from flash_moe_dist.dispatch.symmetric_memory import symmetric_buffers, timeout_seconds
+from flash_moe_dist.dispatch.symmetric_memory import (
+    check_symmetric_memory,
+    symmetric_buffers,
+    timeout_seconds,
+)
 from flash_moe_dist.phases import phase
 
 Transport = Literal["auto", "nccl", "symmetric_memory"]
@@ -71,6 +87,7 @@ class DispatchStats:
         input did not fit or was wrong.
     transports: passes in `exact` and `capacity` by what carried their rows: the backend of the
         process group ("nccl", "gloo") or "symmetric_memory".
+    dispatchers: the same passes by dispatcher, "all_to_all" or "all_gather".
     """
 
     exact: int = 0
@@ -78,22 +95,29 @@ class DispatchStats:
     retried: int = 0
     stood_in: int = 0
     transports: Counter[str] = field(default_factory=Counter)
+    dispatchers: Counter[str] = field(default_factory=Counter)
+
+    def count(self, dispatcher: Dispatcher) -> None:
+        """Count a pass by its transport and its dispatcher."""
+        self.transports[dispatcher.transport] += 1
+        self.dispatchers[dispatcher.name] += 1
 
 
 @dataclass(frozen=True)
 class CapacityPlan:
     """Sizes of the buffers of a pass, and all that they depend on.
 
-    layout: of the messages.
+    layout: layout of the messages.
     sizes: `SharedSettings.sizes` of the passes that it is for.
-    top_k, hidden_size, hidden_dtype: of the passes.
-    sum_dtype: of partial sums.
+    num_experts, top_k, hidden_size, hidden_dtype: E, K, H and dtype in these passes.
+    sum_dtype: dtype of partial sums.
     dispatcher: what sends the buffers.
-    timeout: of a collective, in seconds.
+    timeout: how long a collective may take, in seconds.
     """
 
     layout: CapacityLayout
     sizes: dict[str, Any]
+    num_experts: int
     top_k: int
     hidden_size: int
     hidden_dtype: torch.dtype
@@ -123,14 +147,9 @@ class CapacityPlan:
         hidden_size, top_k = inp.hidden_TH.shape[1], inp.indices_TK.shape[1]
         possible_pairs = counts.max_tokens * top_k
         max_pairs = min(possible_pairs, counts.max_pairs + counts.max_pairs // 8 + 16)
-        if not inp.in_kernels:
-            if transport == "symmetric_memory":
-                raise RuntimeError(
-                    "transport 'symmetric_memory' needs a Triton backend, got backend "
-                    f"{inp.shared.sizes['backend']!r}"
-                )
+        if not inp.in_kernels or possible_pairs == 0:
             return None
-        if possible_pairs == 0 or ep_size * max_pairs > MAX_PADDING * possible_pairs:
+        if ep_size * max_pairs > MAX_PADDING * possible_pairs:
             return None
         layout = CapacityLayout(counts.max_tokens, max_pairs, inp.weights_TK.dtype)
         if hidden_size > 0 and transport != "nccl":
@@ -146,6 +165,7 @@ class CapacityPlan:
         return cls(
             layout=layout,
             sizes=inp.shared.sizes,
+            num_experts=inp.num_experts,
             top_k=top_k,
             hidden_size=hidden_size,
             hidden_dtype=inp.hidden_TH.dtype,
@@ -200,11 +220,11 @@ class CapacityPlan:
                 header_WF[:, Header.TOKENS] = TOKENS_DO_NOT_FIT
         packed = pack_into(message_WL, routing, sent.weights_TK, layout)
         messages = dispatcher.exchange_messages(message_WL)
-        unpacked = unpack_from(messages, header_2WF[1], layout)
+        unpacked = unpack_from(messages, header_2WF[1], layout, sent.checksum)
         rows.start_transfer()
         tile_pairs = expected_pairs_per_row(self.top_k, ep_size)
-        received = ReceivedTokens(rows.rows_RH, rows.chunks, *unpacked, tile_pairs)
-        metadata = metadata.with_tensors(MetadataTensors(packed.slots_P))
+        received = ReceivedTokens.from_unpacked(rows, unpacked, tile_pairs)
+        metadata = metadata.with_tensors(packed.tensors)
         return ProvisionalPass(
             dispatched=Dispatched(received, metadata, dispatcher),
             plan=self,
@@ -222,7 +242,7 @@ class CapacityPlan:
             weights_TK=torch.empty(
                 0, self.top_k, device=inp.device, dtype=self.layout.weight_dtype
             ),
-            num_experts=self.sizes["num_experts"],
+            num_experts=self.num_experts,
             in_kernels=True,
         )
 
@@ -263,14 +283,15 @@ class CompletedPass(NamedTuple):
     """
 
     out_TH: Tensor
-    saved: Any
+    saved: SavedPairs | None
     received: ReceivedTokens
     metadata: DispatchMetadata
     dispatcher: Dispatcher
 
 
-# Computes the experts of the tokens received into the outputs, and returns what to save.
-Experts = Callable[[ReceivedTokens, Outputs], Any]
+# Computes the experts of the tokens received into the outputs, and returns what to save; None where
+# nothing but zeros was written.
+Experts = Callable[[ReceivedTokens, Outputs], SavedPairs | None]
 
 
 class LayerDispatch:
@@ -279,17 +300,40 @@ class LayerDispatch:
     All ranks decide alike when to make a plan, from counts that all have seen. Where plans are
     seldom confirmed, because sizes change all the time, more and more passes with exact counts
     go by before the next plan.
+
+    Args:
+        group: the expert-parallel ranks.
+        name: tells this layer from others of the group; the same on all ranks.
+        transport: what carries rows and sums.
+        has_capacity: make passes with static capacity.
     """
 
     def __init__(
-        self, group: dist.ProcessGroup, transport: Transport = "auto", has_capacity: bool = True
+        self,
+        group: dist.ProcessGroup,
+        name: str,
+        transport: Transport = "auto",
+        has_capacity: bool = True,
     ) -> None:
-        self.group, self.transport, self.has_capacity = group, transport, has_capacity
+        self.group, self.name = group, name
+        self.transport, self.has_capacity = transport, has_capacity
         self.stats = DispatchStats()
+        self.group_passes = GroupPasses.of(group)
+        # `GroupPasses.failures` when the plan was made.
+        self._failures = 0
+        # Forward passes that all ranks have made together.
+        self._calls = 0
         self.plan: CapacityPlan | None = None
         # Exact passes to make before the next plan, those made, and confirmed passes of this plan.
         self._backoff = self._exact_passes = self._hits = 0
         self._dispatchers: dict[DispatcherName, ExactDispatcher] = {}
+
+    def next_pass(self) -> PassIdentity:
+        """Identity of the forward pass that follows; call it once for each `run`."""
+        backward = self.group_passes.backward
+        identity = PassIdentity(self.name, self._calls, tuple(backward))
+        backward.clear()
+        return identity
 
     def run(self, inp: RankInput, name: DispatcherName, experts: Experts) -> CompletedPass:
         """Dispatch, run the experts, and combine: with static capacity if that is confirmed.
@@ -302,31 +346,62 @@ class LayerDispatch:
             experts: called once for each attempt in which this rank takes part with its tokens.
 
         Raises:
-            TypeError, ValueError: on every rank alike, if any rank's input is wrong or the ranks'
-                settings differ.
-            RuntimeError: the device failed, perhaps because a rank did not come in time.
+            TypeError, ValueError: on every rank alike, if any rank's input is wrong, the ranks'
+                settings differ, or they do not call the same layer.
+            RuntimeError: on every rank alike, if symmetric memory is asked for and cannot be had;
+                or the device failed, perhaps because a rank did not come in time.
         """
+        if self.transport == "symmetric_memory":
+            inp = self._check_symmetric_memory(inp)
+        if self._failures != self.group_passes.failures:
+            self.plan = None
         if self.plan is not None:
-            with phase("dispatch"):
-                attempt = self.plan.dispatch(inp)
-            attempted = _write_zeros if attempt.stands_in else experts
-            out_TH, saved = _compute(attempt.dispatched, self.plan.sum_dtype, attempted)
-            metadata = self._confirm(inp, attempt)
-            if metadata is not None:
-                return _completed(out_TH, saved, replace(attempt.dispatched, metadata=metadata))
+            completed = self._try_capacity(self.plan, inp, experts)
+            if completed is not None:
+                return completed
         with phase("dispatch"):
             dispatcher = self._dispatcher(name)
             dispatched, counts = dispatcher.dispatch(inp)
+            self._calls += 1
             self.stats.exact += 1
-            self.stats.transports[dispatcher.transport] += 1
+            self.stats.count(dispatcher)
             self._plan_next_passes(inp, counts, dispatcher)
         out_TH, saved = _compute(dispatched, inp.sum_dtype, experts)
         return _completed(out_TH, saved, dispatched)
 
     def fail(self, error: Exception, device: torch.device) -> NoReturn:
         """Raise `error` on every rank, in place of a pass that this rank cannot make."""
+        self.next_pass()
         self.run(RankInput(device, error), "all_to_all", _write_zeros)
         raise AssertionError("an error of this rank was not raised")
+
+    def _check_symmetric_memory(self, inp: RankInput) -> RankInput:
+        """Check, before anything is sent, that the transport can be had; `inp`, or an error in it.
+
+        Collective.
+        """
+        check_symmetric_memory(self.group, inp.device)
+        if inp.shared is None or inp.in_kernels:
+            return inp
+        error = RuntimeError(
+            "transport 'symmetric_memory' needs a Triton backend, got backend "
+            f"{inp.shared.sizes['backend']!r}"
+        )
+        return RankInput(inp.device, error)
+
+    def _try_capacity(
+        self, plan: CapacityPlan, inp: RankInput, experts: Experts
+    ) -> CompletedPass | None:
+        """Make the pass with static capacity; None, with nothing left of it, if it does not fit."""
+        with phase("dispatch"):
+            attempt = plan.dispatch(inp)
+        attempted = _write_zeros if attempt.stands_in else experts
+        out_TH, saved = _compute(attempt.dispatched, plan.sum_dtype, attempted)
+        metadata = self._confirm(inp, attempt)
+        if metadata is None:
+            return None
+        self._calls += 1
+        return _completed(out_TH, saved, replace(attempt.dispatched, metadata=metadata))
 
     def _dispatcher(self, name: DispatcherName) -> ExactDispatcher:
         if name not in self._dispatchers:
@@ -339,9 +414,12 @@ class LayerDispatch:
         Gives the plan up in the latter case.
         """
         self.stats.stood_in += attempt.stands_in
-        # If this raises, all ranks lose the plan alike.
         self.plan = None
-        counts = inp.agreed_counts(*attempt.wait_for_headers(), self.group)
+        headers = attempt.wait_for_headers()
+        # Until all ranks are known to have called this layer.
+        self.group_passes.failures += 1
+        counts = inp.agreed_counts(*headers, self.group)
+        self.group_passes.failures -= 1
         if not attempt.plan.covers(counts):
             self.stats.retried += not attempt.stands_in
             seldom = self._hits < MIN_HITS_TO_AMORTIZE_RETRY
@@ -351,7 +429,7 @@ class LayerDispatch:
         self.plan = attempt.plan
         self._hits += 1
         self.stats.capacity += 1
-        self.stats.transports[attempt.plan.dispatcher.transport] += 1
+        self.stats.count(attempt.plan.dispatcher)
         metadata = attempt.dispatched.metadata
         slots_N = metadata.tensors.slots_P
         assert slots_N is not None
@@ -363,13 +441,14 @@ class LayerDispatch:
             return
         if self._exact_passes >= self._backoff:
             self.plan = CapacityPlan.from_counts(inp, counts, dispatcher, self.transport)
+            self._failures = self.group_passes.failures
             self._hits = 0
         self._exact_passes += 1
 
 
 def _compute(
     dispatched: Dispatched, sum_dtype: torch.dtype, experts: Experts
-) -> tuple[Tensor, Any]:
+) -> tuple[Tensor, SavedPairs | None]:
     """Output (T, H) of the experts of all ranks, and what to save of this rank's."""
     with phase("experts"):
         combine = dispatched.combine(sum_dtype)
@@ -386,7 +465,7 @@ def _write_zeros(received: ReceivedTokens, outputs: Outputs) -> None:
         chunk.on_written()
 
 
-def _completed(out_TH: Tensor, saved: Any, dispatched: Dispatched) -> CompletedPass:
+def _completed(out_TH: Tensor, saved: SavedPairs | None, dispatched: Dispatched) -> CompletedPass:
     return CompletedPass(
         out_TH=out_TH,
         saved=saved,

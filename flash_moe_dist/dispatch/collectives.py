@@ -54,7 +54,7 @@ def start_all_to_all(
     """
     rows = rows.contiguous()
     received = rows.new_empty(sum(output_splits), *rows.shape[1:])
-    work = dist.all_to_all_single(
+    work = getattr(dist, ALL_TO_ALL_COLLECTIVE)(
         received, rows, output_splits, input_splits, group=group, async_op=True
     )
     return Pending(received, rows, work)

@@ -10,6 +10,7 @@ Pairs travel by all-to-all, as messages (`message.py`). Two ways for the rows:
                           with fewer tokens than X are padded with rows that have no pairs
 """
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -27,7 +28,6 @@ from flash_moe_dist.dispatch.base import (
     Dispatched,
     Dispatcher,
     DispatchMetadata,
-    MetadataTensors,
     ReceivedTokens,
     ReturningValues,
     expected_pairs_per_row,
@@ -71,13 +71,15 @@ class ExactDispatcher(Dispatcher):
         rows_sent, rows_received = counts.rows
         if self.sends_all_rows:
             rows_sent = rows_received = [counts.max_tokens] * self.ep_size
-        layout = (weights_TK.dtype, self.sends_all_rows)
-        sent = ExactLayout(rows_sent, counts.pairs.sent, *layout)
-        received = ExactLayout(rows_received, counts.pairs.received, *layout)
-        packed = pack(routing, weights_TK, sent)
-        metadata = metadata.with_tensors(
-            MetadataTensors(packed.slots_P, packed.tokens_S, packed.sent_TW)
+        sent = ExactLayout(
+            rows_W=rows_sent,
+            pairs_W=counts.pairs.sent,
+            weight_dtype=weights_TK.dtype,
+            all_rows=self.sends_all_rows,
         )
+        received = replace(sent, rows_W=rows_received, pairs_W=counts.pairs.received)
+        packed = pack(routing, weights_TK, sent)
+        metadata = metadata.with_tensors(packed.tensors)
         arriving = start_all_to_all(packed.message, sent.splits, received.splits, self.group)
         rows = rows or self.send_rows(inp.hidden_TH, metadata)
         unpacked = unpack(arriving.wait(), header_WF, received, routing.in_kernels)
@@ -85,7 +87,7 @@ class ExactDispatcher(Dispatcher):
         tile_pairs = None
         if self.sends_all_rows:
             tile_pairs = expected_pairs_per_row(inp.indices_TK.shape[1], self.ep_size)
-        tokens = ReceivedTokens(rows.rows_RH, rows.chunks, *unpacked, tile_pairs)
+        tokens = ReceivedTokens.from_unpacked(rows, unpacked, tile_pairs)
         return ExactDispatch(Dispatched(tokens, metadata, self), counts)
 
     def return_values(self, values_M: Tensor, metadata: DispatchMetadata) -> ReturningValues:

@@ -1,15 +1,16 @@
 """What ranks tell each other at the start of a forward pass, and how they agree on errors.
 
 W ranks, F header fields, T tokens and K experts per token on this rank. Each rank sends a `Header`
-to every other: rows and pairs to come, bad ids, tokens, and a checksum of the settings that all
-ranks must share. A rank with wrong input sends INVALID_INPUT instead, so that all ranks notice in
-the same exchange and then raise the same error.
+to every other: rows and pairs to come, bad ids, tokens, and a checksum of what all ranks must
+share: settings, and which pass this is. A rank with wrong input sends INVALID_INPUT instead, so
+that all ranks notice in the same exchange and then raise the same error.
 """
 
 import zlib
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple, NoReturn
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -26,15 +27,72 @@ from flash_moe_dist.dispatch.routing import Routing
 from flash_moe_dist.phases import communication
 
 
+class PassIdentity(NamedTuple):
+    """Which pass a rank makes, so that no pass of one layer meets another layer's on other ranks.
+
+    layer: name of the layer among those of its group.
+    call: forward passes of the layer that came before.
+    backward: backward passes of all layers of the group since their last forward pass, in order,
+        as `name` of their forward passes.
+    """
+
+    layer: str
+    call: int
+    backward: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        return f"call {self.call} of {self.layer}"
+
+    def by_name(self) -> dict[str, Any]:
+        """What all ranks must share, by the names that an error gives it."""
+        return {
+            "the layer that is called": self.name,
+            "the backward passes since the last forward pass": list(self.backward),
+        }
+
+
+@dataclass
+class GroupPasses:
+    """What ranks note of the passes of all layers of a group.
+
+    backward: backward passes since the last forward pass, see `PassIdentity`.
+    failures: passes with static capacity that ended in an error. Ranks may have called different
+        layers in these, so no plan made before is known to be the same on all of them.
+    """
+
+    backward: list[str] = field(default_factory=list)
+    failures: int = 0
+
+    @classmethod
+    def of(cls, group: dist.ProcessGroup) -> "GroupPasses":
+        return _passes_of_groups.setdefault(group, cls())
+
+
+_passes_of_groups: WeakKeyDictionary[dist.ProcessGroup, GroupPasses] = WeakKeyDictionary()
+
+
+def check_backward_passes(group: dist.ProcessGroup) -> None:
+    """Check backward passes that no forward pass has followed. Collective over `group`.
+
+    Raises:
+        ValueError: on every rank alike, if the ranks made other backward passes or another order.
+    """
+    backward = GroupPasses.of(group).backward
+    made = list(backward)
+    backward.clear()
+    raise_differences({"the backward passes since the last forward pass": made}, group)
+
+
 @dataclass(frozen=True)
 class LayerSettings:
     """What a forward pass takes from its layer; must be the same on all ranks.
 
     num_experts: E, over all ranks.
     hidden_size: H, of the tables.
-    table_dtypes: of the down and the up table.
-    device: of the tables.
-    dispatcher: name of the dispatcher.
+    table_dtypes: dtypes of the down and the up table.
+    device: device of the tables.
+    dispatcher: the option; if it is "auto", the dispatcher follows from what else is shared.
     needs_grad: which gradients are needed.
     """
 
@@ -52,7 +110,7 @@ class SharedSettings:
 
     sizes: what the sizes of messages follow from.
     needs_grad: which gradients are needed.
-    checksum: of both, in 31 bits; never INVALID_INPUT.
+    checksum: CRC-32 of both.
     """
 
     sizes: dict[str, Any]
@@ -79,9 +137,9 @@ def _shared_settings(
         "dispatcher": settings.dispatcher,
         "backend": backend,
     }
-    gradients = "which of hidden states, tables, routing weights need gradients"
+    gradients = "which of hidden states, down table, up table, routing weights need gradients"
     needs_grad = {gradients: list(settings.needs_grad)}
-    checksum = 1 + zlib.crc32(repr((sizes, needs_grad)).encode()) % (2**31 - 1)
+    checksum = zlib.crc32(repr((sizes, needs_grad)).encode())
     return SharedSettings(sizes, needs_grad, checksum)
 
 
@@ -94,8 +152,9 @@ class RankInput:
 
     hidden_TH, indices_TK, weights_TK: the tokens and their routing.
     num_experts: E, over all ranks.
-    sum_dtype: of partial sums.
+    sum_dtype: dtype of partial sums.
     shared: settings that all ranks must share.
+    identity: which pass this is; all ranks must make the same.
     in_kernels: whether Triton kernels run on the device.
 
     With an error, only `device` and `error` are set.
@@ -109,11 +168,17 @@ class RankInput:
     num_experts: int = 0
     sum_dtype: torch.dtype = torch.float32
     shared: SharedSettings | None = None
+    identity: PassIdentity | None = None
     in_kernels: bool = False
 
     @classmethod
     def check(
-        cls, hidden_TH: Tensor, indices_TK: Tensor, weights_TK: Tensor, settings: LayerSettings
+        cls,
+        hidden_TH: Tensor,
+        indices_TK: Tensor,
+        weights_TK: Tensor,
+        settings: LayerSettings,
+        identity: PassIdentity,
     ) -> "RankInput":
         """Check shapes, dtypes and devices; does not raise, as the other ranks must hear of it."""
         backend = default_backend(settings.device)
@@ -131,12 +196,16 @@ class RankInput:
             num_experts=settings.num_experts,
             sum_dtype=accumulator_dtype(hidden_TH.dtype, settings.table_dtypes[0]),
             shared=shared,
+            identity=identity,
             in_kernels=uses_triton(backend),
         )
 
-    @property
+    @cached_property
     def checksum(self) -> int:
-        return INVALID_INPUT if self.shared is None else self.shared.checksum
+        """Checksum of all that the ranks must share, in 31 bits, or INVALID_INPUT."""
+        if self.shared is None:
+            return INVALID_INPUT
+        return 1 + zlib.crc32(repr(self.identity).encode(), self.shared.checksum) % (2**31 - 1)
 
     def routing(self, ep_size: int) -> Routing:
         return Routing.from_indices(self.indices_TK, self.num_experts, ep_size, self.in_kernels)
@@ -170,7 +239,9 @@ class RankInput:
                 error = out_of_range
         raise_same_error(error, group)
         assert self.shared is not None
-        raise_differences({**self.shared.sizes, **self.shared.needs_grad}, group)
+        assert self.identity is not None
+        shared = self.identity.by_name() | self.shared.sizes | self.shared.needs_grad
+        raise_differences(shared, group)
         raise AssertionError("headers showed an error that no rank reports")
 
 

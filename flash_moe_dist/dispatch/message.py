@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from flash_moe.ops.triton_launch import cdiv, launch
-from flash_moe_dist.dispatch.header import HEADER_BYTES, Header
+from flash_moe_dist.dispatch.header import HEADER_BYTES, INVALID_INPUT, Header
 from flash_moe_dist.dispatch.message_kernels import pack_kernel, unpack_kernel
 from flash_moe_dist.dispatch.routing import Routing
 
@@ -38,8 +38,8 @@ HEADER_WORDS = HEADER_BYTES // WORD_BYTES
 class ExactLayout:
     """Messages as long as their rows and pairs.
 
-    rows_W, pairs_W: of the message to, or from, each rank.
-    weight_dtype: of the routing weights.
+    rows_W, pairs_W: numbers in the message to, or from, each rank.
+    weight_dtype: dtype of the routing weights.
     all_rows: every rank gets the rows of all tokens, then rows without pairs up to the same number.
     """
 
@@ -66,7 +66,7 @@ class CapacityLayout:
 
     padded_tokens: X, the rows of every message.
     max_pairs: pairs that a message has space for.
-    weight_dtype: of the routing weights.
+    weight_dtype: dtype of the routing weights.
     """
 
     padded_tokens: int
@@ -81,20 +81,37 @@ class CapacityLayout:
         return cdiv(HEADER_WORDS + self.padded_tokens + words, 4) * 4
 
 
-class PackedPairs(NamedTuple):
-    """Messages to all ranks, and what the way back needs.
+class MetadataTensors(NamedTuple):
+    """What the way back needs to know of the pairs and rows sent; autograd saves these tensors.
 
-    message     (words,) int32, the messages to rank 0, 1, ...; (W, L) with static capacity
     slots_P     position in (T, K) of each pair
     tokens_S    token of each row sent
     sent_TW     (T, W) int32: which of the S rows are copies of token t, by rank, -1 for none
                 (tokens_S and sent_TW are None where every rank gets all rows)
     """
 
+    slots_P: Tensor | None = None
+    tokens_S: Tensor | None = None
+    sent_TW: Tensor | None = None
+
+
+NO_TENSORS = MetadataTensors()
+
+
+class PackedPairs(NamedTuple):
+    """Messages to all ranks, and the `MetadataTensors` of the way back.
+
+    message: (words,) int32, the messages to rank 0, 1, ...; (W, L) with static capacity.
+    """
+
     message: Tensor
     slots_P: Tensor
     tokens_S: Tensor | None
     sent_TW: Tensor | None
+
+    @property
+    def tensors(self) -> MetadataTensors:
+        return MetadataTensors(slots_P=self.slots_P, tokens_S=self.tokens_S, sent_TW=self.sent_TW)
 
 
 class UnpackedPairs(NamedTuple):
@@ -219,13 +236,19 @@ def unpack(
     Args:
         message: (words,) int32, the messages from rank 0, 1, ...
         header_WF: (W, F) int64, the headers received.
-        layout: of what was received.
+        layout: layout of what was received.
         in_kernels: use Triton kernels.
     """
     rows_W, pairs_W = layout.rows_W, layout.pairs_W
     if in_kernels:
-        sizes = (sum(rows_W), sum(pairs_W), max(pairs_W))
-        return _unpack_in_kernel(message, header_WF, layout, *sizes)
+        return _unpack_in_kernel(
+            message,
+            header_WF,
+            layout,
+            num_rows=sum(rows_W),
+            num_pairs=sum(pairs_W),
+            max_pairs=max(pairs_W),
+        )
     weight_words = words_per_pair(layout.weight_dtype) - 1
     sizes_W3 = [
         size
@@ -242,17 +265,29 @@ def unpack(
     return UnpackedPairs(torch.cat(offsets), ids_M, weights_M.to(layout.weight_dtype))
 
 
-def unpack_from(messages: Tensor, header_WF: Tensor, layout: CapacityLayout) -> UnpackedPairs:
+def unpack_from(
+    messages: Tensor, header_WF: Tensor, layout: CapacityLayout, checksum: int
+) -> UnpackedPairs:
     """Read the messages of all ranks where they have static capacity.
+
+    A message with another checksum, perhaps of another layer's layout, is read as one of no pairs.
 
     Args:
         messages: (W, L) int32, or (W,) int64 pointers to the message of each rank.
         header_WF: (W, F) int64, written: the headers of the messages.
-        layout: of the messages.
+        layout: layout of the messages.
+        checksum: `RankInput.checksum` of this rank.
     """
     ep_size = len(messages)
-    sizes = (ep_size * layout.padded_tokens, ep_size * layout.max_pairs, layout.max_pairs)
-    return _unpack_in_kernel(messages, header_WF, layout, *sizes)
+    return _unpack_in_kernel(
+        messages,
+        header_WF,
+        layout,
+        num_rows=ep_size * layout.padded_tokens,
+        num_pairs=ep_size * layout.max_pairs,
+        max_pairs=layout.max_pairs,
+        checksum=checksum,
+    )
 
 
 def _unpack_in_kernel(
@@ -262,6 +297,7 @@ def _unpack_in_kernel(
     num_rows: int,
     num_pairs: int,
     max_pairs: int,
+    checksum: int = INVALID_INPUT,
 ) -> UnpackedPairs:
     device, ep_size = messages.device, len(header_WF)
     capacity = layout if isinstance(layout, CapacityLayout) else None
@@ -283,6 +319,7 @@ def _unpack_in_kernel(
             layout.padded_tokens,
             0 if capacity is None else capacity.message_stride,
             0 if capacity is None else capacity.max_pairs,
+            checksum,
             WEIGHT_WORDS=words_per_pair(layout.weight_dtype) - 1,
             ALL_ROWS=layout.all_rows,
             HAS_CAPACITY=capacity is not None,

@@ -10,14 +10,14 @@ the layout of a message.
 import triton
 import triton.language as tl
 
-from flash_moe_dist.dispatch.header import Header
-
-ROWS = tl.constexpr(int(Header.ROWS))
-PAIRS = tl.constexpr(int(Header.PAIRS))
-TOKENS = tl.constexpr(int(Header.TOKENS))
-HEADER_FIELDS = tl.constexpr(len(Header))
-# The header is 64 bits a field, a message 32 bits a word.
-HEADER_WORDS = tl.constexpr(2 * len(Header))
+from flash_moe_dist.dispatch.header_kernels import (
+    CHECKSUM,
+    HEADER_FIELDS,
+    HEADER_WORDS,
+    PAIRS,
+    ROWS,
+    TOKENS,
+)
 
 
 @triton.jit
@@ -46,7 +46,7 @@ def pack_kernel(
 
     pairs_end, rows_end (W*T,) count pairs and rows up to each token's with each rank, inclusive.
     Every rank gets padded_tokens rows if ALL_ROWS, else the rows with pairs. slots_sent (P,),
-    tokens_sent (S,) and row_copies (T, W) are those of `PackedPairs`; the latter two are written
+    tokens_sent (S,) and row_copies (T, W) are the `MetadataTensors`; the latter two are written
     unless ALL_ROWS. HAS_CAPACITY: messages lie message_stride words apart, begin with a header
     that is not written here, and hold max_pairs pairs; pairs beyond that are left out.
     """
@@ -110,6 +110,13 @@ def _header_and_body(messages, rank, message_stride, BY_POINTER: tl.constexpr):
 
 
 @triton.jit
+def _pairs_in_message(header, max_pairs, checksum):
+    """Number of pairs in a message with static capacity: 0 if the checksum is another."""
+    is_of_this_pass = tl.load(header + CHECKSUM) == checksum
+    return tl.where(is_of_this_pass, tl.minimum(tl.load(header + PAIRS), max_pairs), 0)
+
+
+@triton.jit
 def unpack_kernel(
     messages,
     headers,
@@ -119,6 +126,7 @@ def unpack_kernel(
     padded_tokens,
     message_stride,
     max_pairs,
+    checksum,
     WEIGHT_WORDS: tl.constexpr,
     ALL_ROWS: tl.constexpr,
     HAS_CAPACITY: tl.constexpr,
@@ -129,7 +137,8 @@ def unpack_kernel(
 
     headers (W, F): of all ranks; written if HAS_CAPACITY, from the headers of the messages, else
     read. messages: if BY_POINTER (W,) int64, a pointer to each message. offsets (R+1,), ids (M,)
-    and weights (M,) are written; rows past a rank's own tokens get no pairs.
+    and weights (M,) are written; rows past a rank's own tokens get no pairs, nor do those of a
+    message with another checksum if HAS_CAPACITY.
     """
     source = tl.program_id(0).to(tl.int64)
     rows_before, pairs_before = tl.zeros([], tl.int64), tl.zeros([], tl.int64)
@@ -138,8 +147,10 @@ def unpack_kernel(
         if HAS_CAPACITY:
             sent, _ = _header_and_body(messages, rank, message_stride, BY_POINTER)
         rows_before += padded_tokens if ALL_ROWS else tl.load(sent + ROWS)
-        pairs = tl.load(sent + PAIRS)
-        pairs_before += tl.minimum(pairs, max_pairs) if HAS_CAPACITY else pairs
+        if HAS_CAPACITY:
+            pairs_before += _pairs_in_message(sent, max_pairs, checksum)
+        else:
+            pairs_before += tl.load(sent + PAIRS)
     sent = headers + source * HEADER_FIELDS
     if HAS_CAPACITY:
         sent, message = _header_and_body(messages, source, message_stride, BY_POINTER)
@@ -150,7 +161,8 @@ def unpack_kernel(
     all_pairs = tl.load(sent + PAIRS)
     num_pairs = all_pairs
     if HAS_CAPACITY:
-        num_pairs = tl.minimum(num_pairs, max_pairs)
+        num_pairs = _pairs_in_message(sent, max_pairs, checksum)
+        rows_with_pairs = tl.where(num_pairs > 0, rows_with_pairs, 0)
         all_pairs = tl.zeros([], tl.int64) + max_pairs
         if tl.program_id(1) == 0:
             for field in tl.static_range(HEADER_FIELDS):

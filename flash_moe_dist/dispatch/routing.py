@@ -133,9 +133,9 @@ class Routing:
 
         Args:
             header_WF: (W, F) int64, written.
-            checksum: of the settings that all ranks must share.
+            checksum: `RankInput.checksum`.
             count_rows: count the rows that have pairs; otherwise ROWS is 0.
-            copy_WF: a second place that receives the same, rows in any stride.
+            copy_WF: receives the same, with rows in any stride.
         """
         copy_WF = header_WF if copy_WF is None else copy_WF
         ep_size, num_tokens = self.pairs_WT.shape

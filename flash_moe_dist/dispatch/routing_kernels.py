@@ -15,15 +15,15 @@ import triton
 import triton.language as tl
 
 from flash_moe.ops.indices_kernels import sorted_slots
-from flash_moe_dist.dispatch.header import Header
-
-ROWS = tl.constexpr(int(Header.ROWS))
-PAIRS = tl.constexpr(int(Header.PAIRS))
-BAD_IDS = tl.constexpr(int(Header.BAD_IDS))
-TOKENS = tl.constexpr(int(Header.TOKENS))
-CHECKSUM = tl.constexpr(int(Header.CHECKSUM))
-MAX_PAIRS = tl.constexpr(int(Header.MAX_PAIRS))
-HEADER_FIELDS = tl.constexpr(len(Header))
+from flash_moe_dist.dispatch.header_kernels import (
+    BAD_IDS,
+    CHECKSUM,
+    HEADER_FIELDS,
+    MAX_PAIRS,
+    PAIRS,
+    ROWS,
+    TOKENS,
+)
 
 
 @triton.jit

@@ -25,6 +25,7 @@ A buffer may be written again once it has been read, which follows from barriers
 """
 
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -43,23 +44,32 @@ from flash_moe_dist.dispatch.message import WORD_BYTES, CapacityLayout
 from flash_moe_dist.dispatch.symmetric_memory import SymmetricBuffers
 from flash_moe_dist.phases import communication
 
-ROWS, MESSAGES, SUMS = 0, 1, 2
+
+class BufferBytes(NamedTuple):
+    """Bytes of each buffer, in the order of their numbers."""
+
+    rows: int
+    messages: int
+    sums: int
+
+
+ROWS, MESSAGES, SUMS = range(len(BufferBytes._fields))
 
 
 def buffer_bytes(
     layout: CapacityLayout, ep_size: int, row_bytes: int, sum_bytes: int
-) -> tuple[int, int, int]:
-    """Bytes of the buffers ROWS, MESSAGES and SUMS.
+) -> BufferBytes:
+    """Compute the bytes of the buffers.
 
     Args:
-        layout: of the messages.
+        layout: layout of the messages.
         ep_size: W.
         row_bytes, sum_bytes: bytes of one hidden row, and of one partial sum.
     """
-    return (
-        2 * layout.padded_tokens * row_bytes,
-        ep_size * layout.message_stride * WORD_BYTES,
-        ep_size * layout.padded_tokens * sum_bytes,
+    return BufferBytes(
+        rows=2 * layout.padded_tokens * row_bytes,
+        messages=ep_size * layout.message_stride * WORD_BYTES,
+        sums=ep_size * layout.padded_tokens * sum_bytes,
     )
 
 

@@ -238,18 +238,37 @@ def symmetric_buffers(
     Raises:
         RuntimeError: on every rank alike, if they are `required` and there can be none.
     """
+    buffers = _buffers_of(group, device)
+    if buffers is not None and buffers.ensure_size(sizes):
+        return buffers
+    if required:
+        raise _unavailable()
+    return None
+
+
+def check_symmetric_memory(group: dist.ProcessGroup, device: torch.device) -> None:
+    """Check that the ranks share a host. Collective, once for a group.
+
+    Raises:
+        RuntimeError: on every rank alike, if they can have no symmetric memory.
+    """
+    if _buffers_of(group, device) is None:
+        raise _unavailable()
+
+
+def _buffers_of(group: dist.ProcessGroup, device: torch.device) -> SymmetricBuffers | None:
     known, buffers = _buffers_of_groups.get(group.group_name, (None, None))
     if known is not group:
         buffers = SymmetricBuffers(group, device) if _share_one_host(group, device) else None
         _buffers_of_groups[group.group_name] = (group, buffers)
-    if buffers is not None and buffers.ensure_size(sizes):
-        return buffers
-    if required:
-        raise RuntimeError(
-            "transport 'symmetric_memory' needs ranks of one host, each with an NVIDIA GPU of its "
-            "own, the nccl backend, memory to spare, and FLASH_MOE_PEER_MEMORY unset or 1"
-        )
-    return None
+    return buffers
+
+
+def _unavailable() -> RuntimeError:
+    return RuntimeError(
+        "transport 'symmetric_memory' needs ranks of one host, each with an NVIDIA GPU of its "
+        "own, the nccl backend, memory to spare, and FLASH_MOE_PEER_MEMORY unset or 1"
+    )
 
 
 def symmetric_memory_bytes() -> int:

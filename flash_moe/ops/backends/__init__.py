@@ -10,7 +10,7 @@ pattern of pairs, named as in that field:
 Sums are computed in float32 (float64 where an input is float64) and rounded once, at the end.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib import import_module
 from typing import Protocol, cast
@@ -25,11 +25,11 @@ from flash_moe.ops.pairs import Pairs
 class Backend(Protocol):
     """The interface of a backend module.
 
-    gathers_table_grads: `spmm_t` gathers rows in the order by expert, which may be computed
-        concurrently with what comes before, and for ragged rows reads `gather.tokens_by_expert`.
+    prepare_table_grads: computes, from the order by expert, what else `spmm_t` gathers by; called
+        on a side stream. None: `spmm_t` does not gather in that order.
     """
 
-    gathers_table_grads: bool
+    prepare_table_grads: Callable[[Pairs], None] | None
 
     def sddmm(
         self, rows_TH: Tensor, table_EH: Tensor, pairs: Pairs, inputs: Sequence[InputChunk] = ()

@@ -20,7 +20,7 @@ from flash_moe.ops.pairs import FilledMatrix, Pairs
 from flash_moe.ops.triton_launch import launch
 from flash_moe.ops.tuning import Tuning
 
-gathers_table_grads = False
+prepare_table_grads = None
 
 
 @dataclass(frozen=True)

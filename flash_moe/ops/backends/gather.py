@@ -21,8 +21,6 @@ from flash_moe.ops.pairs import Pairs
 from flash_moe.ops.triton_launch import cdiv, launch, next_power_of_2
 from flash_moe.ops.tuning import Tuning
 
-gathers_table_grads = True
-
 MAX_GRID_Y = 65_535
 SUM_BLOCK = 1024
 TOKEN_IDS_BLOCK = 256
@@ -303,6 +301,15 @@ def two_table_sums(
     return [TableSum(*one) for one in zip(values_2N, rows_2TH, outs, strict=True)]
 
 
+class _TableArguments(NamedTuple):
+    """Arguments of `spmm_t_kernel` for one table, in their order."""
+
+    values: Tensor
+    rows: Tensor
+    row_stride: int
+    out: Tensor
+
+
 def spmm_t_into(sums: Sequence[TableSum], pairs: Pairs, scale: float) -> None:
     """Compute the sums of one table or two, without the rows of partitioned hot experts."""
     out = sums[0].out
@@ -311,14 +318,16 @@ def spmm_t_into(sums: Sequence[TableSum], pairs: Pairs, scale: float) -> None:
     config = tuning.config
     hidden_size = out.shape[1]
     accumulator = accumulator_dtype(*(one.dtype for pair in sums for one in pair[:2]))
-    tables: list[tuple[Tensor, Tensor, int, Tensor]] = []
+    tables: list[_TableArguments] = []
     for values_N, rows_TH, out_EH in sums:
         rows_TH = contiguous_rows(rows_TH)
         values_N = values_N.to(accumulator).contiguous()
         if accumulator == torch.float64:
             # As a kernel argument, the scale would be rounded to float32.
             values_N = values_N * scale
-        tables.append((values_N, rows_TH, rows_TH.stride(0), out_EH))
+        tables.append(
+            _TableArguments(values=values_N, rows=rows_TH, row_stride=rows_TH.stride(0), out=out_EH)
+        )
     scale = 1.0 if accumulator == torch.float64 else scale
     num_splits = cdiv(pairs.num_pairs, config.spmm_t_split_pairs)
     # With a single split, no expert has more pairs than one program sums.
@@ -326,7 +335,7 @@ def spmm_t_into(sums: Sequence[TableSum], pairs: Pairs, scale: float) -> None:
     partial_sums = torch.empty(
         (num_splits, 2, len(sums), hidden_size), device=out.device, dtype=accumulator
     )
-    row_bytes = sum(rows_TH.element_size() for _, rows_TH, _, _ in tables)
+    row_bytes = sum(table.rows.element_size() for table in tables)
     block_hidden = spmm_t_block_hidden(pairs, hidden_size, row_bytes)
     blocks = cdiv(hidden_size, block_hidden)
     shared = {
@@ -394,6 +403,12 @@ def spmm_t_block_hidden(pairs: Pairs, hidden_size: int, element_bytes: int) -> i
     ):
         block_hidden = config.spmm_t_narrow_hidden
     return min(block_hidden, next_power_of_2(hidden_size))
+
+
+def prepare_table_grads(pairs: Pairs) -> None:
+    """Compute the tokens by expert of ragged rows; other kernels divide by K."""
+    if pairs.top_k is None:
+        tokens_by_expert(pairs)
 
 
 def tokens_by_expert(pairs: Pairs) -> Tensor:

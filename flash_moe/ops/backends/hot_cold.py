@@ -26,7 +26,7 @@ from flash_moe.ops.side_stream import SideStream
 from flash_moe.ops.triton_launch import cdiv, launch, next_power_of_2
 from flash_moe.ops.tuning import Tuning
 
-gathers_table_grads = True
+prepare_table_grads = gather.prepare_table_grads
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from flash_moe.ops.overlap import InputChunk, Outputs, wait_for_rows
 from flash_moe.ops.pairs import Pairs
 from flash_moe.ops.tuning import Tuning
 
-gathers_table_grads = False
+prepare_table_grads = None
 
 
 @dataclass(frozen=True)

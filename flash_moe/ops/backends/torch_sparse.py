@@ -17,7 +17,7 @@ from flash_moe.ops.dtypes import accumulator_dtype
 from flash_moe.ops.overlap import InputChunk, Outputs, wait_for_rows
 from flash_moe.ops.pairs import Pairs
 
-gathers_table_grads = False
+prepare_table_grads = None
 
 
 def sddmm(

@@ -1,0 +1,202 @@
+"""Layers called, or differentiated, in another order on one rank: the same error on every rank."""
+
+import copy
+import io
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from cases import Case, make_case
+from ranks import KERNELS, Failure, RankPools
+from sharded import shard_experts
+from test_capacity import SYMMETRIC, run
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from flash_moe import FlashExperts
+from flash_moe_dist.dispatch.handshake import GroupPasses, check_backward_passes
+
+NUM_EXPERTS, HIDDEN_SIZE, SLOTS, TOKENS = 23, 12, 5, 6
+WAYS = [
+    pytest.param("gloo", "all_to_all", id="all_to_all"),
+    pytest.param("gloo", "all_gather", id="all_gather"),
+    pytest.param(KERNELS, "all_gather", id="static capacity"),
+    pytest.param(SYMMETRIC, "all_gather", id="symmetric memory"),
+]
+
+
+def layers(number: int, dispatcher: str) -> list[FlashExperts]:
+    """Layers of the same shapes and other values."""
+    cases = [make_case(1, HIDDEN_SIZE, NUM_EXPERTS, 1, seed=layer) for layer in range(number)]
+    return [shard_experts(case, dispatcher) for case in cases]
+
+
+def own_case() -> Case:
+    return make_case(TOKENS, HIDDEN_SIZE, NUM_EXPERTS, SLOTS, seed=dist.get_rank())
+
+
+def forward(experts: FlashExperts, case: Case) -> Tensor:
+    out: Tensor = experts(case.hidden_states, case.indices, case.routing_weights)
+    return out
+
+
+def number_of(experts: FlashExperts) -> int:
+    func: Any = experts.expert_func
+    return int(func.layer.split()[-1])
+
+
+def called_otherwise(dispatcher: str, good_passes: int, order: str, change: str) -> tuple[int, str]:
+    """Layers a, b, c in that order on rank 0, in another on rank 1; then in the same order."""
+    case = own_case()
+    by_name = dict(zip("abc", layers(3, dispatcher), strict=True))
+    for _ in range(good_passes):
+        for name in order:
+            forward(by_name[name], case).sum().backward()
+    first = number_of(by_name["a"])
+    called = change if dist.get_rank() == 1 else order
+    error = error_of(lambda: [forward(by_name[name], case) for name in called])
+    for name in reversed(order):
+        forward(by_name[name], case).sum().backward()
+    return first, error
+
+
+@pytest.mark.parametrize(("backend", "dispatcher"), WAYS)
+@pytest.mark.parametrize(
+    ("order", "change", "differing"),
+    [("ab", "ba", "ab"), ("abc", "ac", "bc")],
+)
+@pytest.mark.parametrize("good_passes", [0, 2])
+def test_layers_called_in_another_order_on_one_rank(
+    good_passes: int,
+    order: str,
+    change: str,
+    differing: str,
+    backend: str,
+    dispatcher: str,
+    rank_pools: RankPools,
+) -> None:
+    outcomes = run(rank_pools, 2, backend, called_otherwise, dispatcher, good_passes, order, change)
+    for outcome in outcomes:
+        assert not isinstance(outcome, Failure), outcome.trace
+    first, message = outcomes[0]
+    assert outcomes[1] == (first, message)
+    mine, theirs = (first + "abc".index(name) for name in differing)
+    assert message == (
+        f"ranks must agree on the layer that is called (rank 0: call {good_passes} of layer "
+        f"{mine}, rank 1: call {good_passes} of layer {theirs})"
+    )
+
+
+def differentiated_otherwise(dispatcher: str, change: str) -> list[str]:
+    """Errors of the next forward pass, of the one after it, and of the end."""
+    case = own_case()
+    first, second = layers(2, dispatcher)
+    for _ in range(2):
+        outs = [forward(first, case), forward(second, case)]
+        outs[0].sum().backward()
+        outs[1].sum().backward()
+    outs = [forward(first, case), forward(second, case)]
+    order = [0, 1]
+    if dist.get_rank() == 1:
+        order = {"another order": [1, 0], "one twice": [0, 0]}[change]
+    for layer in order:
+        outs[layer].sum().backward(retain_graph=True)
+    group = dist.group.WORLD
+    assert group is not None
+    return [
+        error_of(lambda: forward(first, case)),
+        error_of(lambda: forward(first, case)),
+        error_of(lambda: check_backward_passes(group)),
+    ]
+
+
+def error_of(call: Callable[[], object]) -> str:
+    try:
+        call()
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(("backend", "dispatcher"), WAYS[1:])
+@pytest.mark.parametrize("change", ["another order", "one twice"])
+def test_backward_passes_in_another_order_on_one_rank(
+    change: str, backend: str, dispatcher: str, rank_pools: RankPools
+) -> None:
+    errors = run(rank_pools, 2, backend, differentiated_otherwise, dispatcher, change)
+    assert errors[0] == errors[1]
+    told, *later = errors[0]
+    assert told.startswith(
+        "ranks must agree on the backward passes since the last forward pass (rank 0: ['call 2 of "
+    )
+    assert later == ["", ""]
+
+
+def backward_without_a_forward_after_it() -> str:
+    case = own_case()
+    outs = [forward(experts, case) for experts in layers(2, "all_gather")]
+    for out in reversed(outs) if dist.get_rank() == 1 else outs:
+        out.sum().backward()
+    group = dist.group.WORLD
+    assert group is not None
+    try:
+        return error_of(lambda: check_backward_passes(group))
+    finally:
+        assert GroupPasses.of(group).backward == []
+
+
+def test_the_last_backward_passes_are_checked_at_the_end(rank_pools: RankPools) -> None:
+    first, second = rank_pools.run(2, backward_without_a_forward_after_it)
+    assert first == second
+    assert first.startswith("ranks must agree on the backward passes since the last forward pass")
+
+
+def alike_on_all_ranks(dispatcher: str) -> None:
+    """Orders that change from step to step, recomputation, evaluation, copies: no error."""
+    case = own_case()
+    by_name = dict(zip("abc", layers(3, dispatcher), strict=True))
+    for order in ("abc", "cab", "b", "aab", "c"):
+        outs = [forward(by_name[name], case) for name in order]
+        for out in reversed(outs) if order == "cab" else outs:
+            out.sum().backward()
+    for name in "ab":
+        args = (by_name[name], case)
+        checkpoint(forward, *args, use_reentrant=False).sum().backward()
+    with torch.no_grad():
+        forward(by_name["c"], case)
+    teacher = copy.deepcopy(by_name["a"])
+    assert torch.equal(forward(teacher, case), forward(by_name["a"], case))
+
+
+@pytest.mark.parametrize(("backend", "dispatcher"), WAYS)
+def test_any_order_that_all_ranks_share(
+    backend: str, dispatcher: str, rank_pools: RankPools
+) -> None:
+    for outcome in run(rank_pools, 2, backend, alike_on_all_ranks, dispatcher):
+        assert outcome is None, outcome.trace
+
+
+def copies_called_otherwise(by: str) -> str:
+    case = own_case()
+    (experts,) = layers(1, "all_gather")
+    if by == "deepcopy":
+        pair = [experts, copy.deepcopy(experts)]
+    else:
+        saved = io.BytesIO()
+        torch.save(experts, saved)
+        pair = []
+        for _ in range(2):
+            saved.seek(0)
+            pair.append(torch.load(saved, weights_only=False))
+    order = reversed(pair) if dist.get_rank() == 1 else pair
+    return error_of(lambda: [forward(one, case) for one in order])
+
+
+@pytest.mark.parametrize("by", ["deepcopy", "torch.save"])
+def test_a_layer_and_its_copy_are_not_the_same(by: str, rank_pools: RankPools) -> None:
+    first, second = rank_pools.run(2, copies_called_otherwise, by)
+    assert first == second
+    assert "ranks must agree on the layer that is called (rank 0: call 0 of " in first
+    assert "of copy " in first
