@@ -11,7 +11,7 @@ folder named step-N can be loaded, on any number of ranks and any meshes.
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -23,12 +23,13 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save, save
 from torch.optim import Optimizer
 
 from flash_moe_dist.agreement import gather_objects, same_error_on_all_ranks
+from flash_moe_dist.optimizer_state import SavedOptimizer, optimizer_state
 from flash_moe_dist.runtime import DEFAULT_TIMEOUT
 
 PROGRESS = "progress.json"
@@ -84,8 +85,10 @@ class Checkpointer:
             progress: values to store with it, serializable as JSON, the same on all ranks.
 
         Raises:
-            ValueError: on every rank, if `step` has already been saved.
-            TypeError: on every rank, if `progress` cannot be serialized.
+            ValueError: on every rank, if `step` has already been saved, or the optimizer has a
+                parameter that is not one of the model.
+            TypeError: on every rank, if `progress`, or a value in the optimizer that is no tensor,
+                cannot be serialized.
             RuntimeError: on every rank, if this checkpoint or the previous one cannot be written.
                 Complete checkpoints are left unchanged.
         """
@@ -93,12 +96,15 @@ class Checkpointer:
         complete = self._path(step)
         partial = complete.with_name(complete.name + ".partial")
         with same_error_on_all_ranks(self._group):
+            state: dict[str, Any] = {
+                "model": get_model_state_dict(model),
+                "optimizer": optimizer_state(model, optimizer),
+                "rng": {f"rank_{dist.get_rank()}": _generator_states(_device_of(model))},
+            }
             if self._is_first:
                 if complete.exists():
                     raise ValueError(f"step must be one that is not saved yet, found {complete}")
                 self._begin(partial, {"step": step, **(progress or {})})
-        state = _state_of(model, optimizer)
-        state["rng"] = {f"rank_{dist.get_rank()}": _generator_states(_device_of(model))}
         if self._thread is not None:
             written: Any = async_save(state, checkpoint_id=partial, process_group=self._group)
             self._writing = self._thread.submit(self._finish, written.result, partial, complete)
@@ -183,7 +189,8 @@ class Checkpointer:
 
         Raises:
             ValueError: on every rank, if the checkpoint is damaged, or was saved from a different
-                model or kind of optimizer. Model and optimizer are then unchanged.
+                model or kind of optimizer, other parameter groups, or groups without options that
+                the optimizer has. Model and optimizer are then unchanged.
             RuntimeError: on every rank, if reading fails. Model and optimizer may then hold a mix
                 of old and loaded values.
         """
@@ -191,28 +198,43 @@ class Checkpointer:
         path, device = self._path(step), _device_of(model)
         with same_error_on_all_ranks(self._group):
             metadata = _complete_metadata(path)
-        state = _state_of(model, optimizer)
+        model_state = get_model_state_dict(model)
         with same_error_on_all_ranks(self._group):
-            _check_fits(state, metadata, path)
+            _check_fits(model_state, metadata, path)
+            saved_optimizer = SavedOptimizer(metadata, path, model, optimizer)
+        self._read(path, saved_optimizer.options)
+        with same_error_on_all_ranks(self._group):
+            saved_optimizer.match_groups()
+            optimizer_entries = saved_optimizer.state_entries()
         own = f"rank_{dist.get_rank()}"
         generators = {
             name: one
             for name, one in _generator_states(device).items()
             if f"rng.{own}.{name}" in metadata.state_dict_metadata
         }
+        # Nothing to read for a tensor without elements, which an old checkpoint may lack.
+        state: dict[str, Any] = {
+            **optimizer_entries,
+            "model": {
+                name: one
+                for name, one in model_state.items()
+                if not isinstance(one, Tensor) or one.numel()
+            },
+        }
         state["rng"] = {own: generators} if generators else {}
+        self._read(path, state)
+        set_model_state_dict(model, {**model_state, **state["model"]})
+        with same_error_on_all_ranks(self._group):
+            saved_optimizer.restore({name: state[name] for name in optimizer_entries})
+        _set_generator_states(generators, device)
+        return progress
+
+    def _read(self, path: Path, state: dict[str, Any]) -> None:
+        """Read the entries of `state`, tensors in place."""
         try:
             load(state, checkpoint_id=path, process_group=self._group)
         except CheckpointException as failure:
             raise RuntimeError(f"{path} could not be loaded: {_causes(failure)}") from failure
-        set_state_dict(
-            model,
-            optimizer,
-            model_state_dict=state["model"],
-            optim_state_dict=state["optimizer"],
-        )
-        _set_generator_states(generators, device)
-        return progress
 
     def _path(self, step: int) -> Path:
         return self.folder / f"step-{step:08d}"
@@ -290,43 +312,34 @@ def _complete_metadata(path: Path) -> Metadata:
     return metadata
 
 
-def _state_of(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
-    """State dicts of both; an optimizer that has made no step is left without state."""
-    fresh = not optimizer.state
-    model_state, optimizer_state = get_state_dict(model, optimizer)
-    if fresh:
-        # get_state_dict creates the state by a step with zero gradients: undo it.
-        optimizer.state.clear()
-        entries: Any = optimizer_state["state"]
-        for entry in entries.values():
-            if isinstance(entry.get("step"), Tensor):
-                entry["step"].zero_()
-    return {"model": model_state, "optimizer": optimizer_state}
-
-
-def _check_fits(state: Mapping[str, Any], metadata: Metadata, path: Path) -> None:
-    """Raise ValueError unless shapes and dtypes in the checkpoint equal those of `state`."""
+def _check_fits(model_state: Mapping[str, Any], metadata: Metadata, path: Path) -> None:
+    """Raise ValueError unless the model's shapes and dtypes in the checkpoint are those here."""
     saved = {
         name: (tuple(one.size), one.properties.dtype)
         for name, one in metadata.state_dict_metadata.items()
-        if not name.startswith("rng.") and isinstance(one, TensorStorageMetadata)
+        if name.startswith("model.") and isinstance(one, TensorStorageMetadata)
     }
-    check_same_tensors(saved, dict(_tensors_in(state, "")), path, "model or optimizer")
+    check_same_tensors(saved, dict(_tensors_in(model_state, "model.")), path, "model or optimizer")
 
 
 def check_same_tensors(
-    saved: Mapping[str, object], here: Mapping[str, object], path: Path, owner: str
+    saved: Mapping[str, tuple[Sequence[int], object]],
+    here: Mapping[str, tuple[Sequence[int], object]],
+    path: Path,
+    owner: str,
 ) -> None:
     """Raise ValueError if the tensors in a file are not those in memory.
 
+    A file may lack tensors without elements.
+
     Args:
-        saved, here: a description of each tensor, such as shape and dtype, by name.
+        saved, here: shape and dtype of each tensor by name.
         path, owner: for the message: the file, and what holds the tensors in memory.
     """
     differing = [
         f"{name}: saved {saved.get(name, 'nothing')}, here {here.get(name, 'nothing')}"
         for name in sorted(saved.keys() | here.keys())
-        if saved.get(name) != here.get(name)
+        if saved.get(name) != here.get(name) and (name in saved or 0 not in here[name][0])
     ]
     if differing:
         raise ValueError(

@@ -103,6 +103,8 @@ def import_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
             if isinstance(tensor, DTensor) and tensor.device_mesh.get_coordinate() is None:
                 continue
             local, offset = _local_shard(tensor)
+            if local.numel() == 0:
+                continue
             if local.ndim == 0:
                 with safe_open(path, framework="pt") as file:
                     local.copy_(file.get_tensor(name))
