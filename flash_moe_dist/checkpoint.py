@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save, save
 from torch.optim import Optimizer
@@ -54,6 +54,7 @@ from flash_moe_dist.checkpoint_unpickling import (
     check_objects,
     parse_metadata,
 )
+from flash_moe_dist.optimizer_state import SavedOptimizer, optimizer_state
 from flash_moe_dist.runtime import DEFAULT_TIMEOUT
 
 # How keys of a state dict end that hold what nn.Module.get_extra_state gave.
@@ -122,8 +123,10 @@ class Checkpointer:
             progress: values to store with it, serializable as JSON, the same on all ranks.
 
         Raises:
-            ValueError: on every rank, if `step` is negative or has already been saved.
-            TypeError: on every rank, if `step` is no int, or `progress` cannot be serialized.
+            ValueError: on every rank, if `step` is negative or has already been saved, or the
+                optimizer has a parameter that is not one of the model.
+            TypeError: on every rank, if `step` is no int, or `progress` or a value in the optimizer
+                cannot be serialized.
             RuntimeError: on every rank, if this checkpoint or the previous one cannot be written,
                 or the state holds an object that `load` would not admit. Complete checkpoints are
                 left unchanged.
@@ -133,14 +136,16 @@ class Checkpointer:
             complete = self._path(step)
             partial = complete.with_name(complete.name + ".partial")
             progress_file = json.dumps({"step": step, **(progress or {})}) + "\n"
+            state: dict[str, Any] = {
+                "model": _with_opaque_extra_state(get_model_state_dict(model)),
+                "optimizer": optimizer_state(model, optimizer),
+                "rng": {f"rank_{self._rank}": _generator_states(_device_of(model))},
+            }
             if self._is_first:
                 # A link that leads nowhere is taken, too.
                 if os.path.lexists(complete):
                     raise ValueError(f"step must be one that is not saved yet, found {complete}")
                 self._begin(partial)
-        state = _state_of(model, optimizer)
-        state["model"] = _with_opaque_extra_state(state["model"])
-        state["rng"] = {f"rank_{self._rank}": _generator_states(_device_of(model))}
         how: dict[str, Any] = {
             "storage_writer": HashingWriter(partial, {PROGRESS: progress_file.encode()}),
             "planner": SafeSavePlanner(),
@@ -243,7 +248,8 @@ class Checkpointer:
 
         Raises:
             ValueError: on every rank, if there is no such step, or its checkpoint is damaged or
-                not safe to load, or was saved from a different model or kind of optimizer.
+                not safe to load, or was saved from a different model or kind of optimizer, other
+                parameter groups, or groups without options that the optimizer has.
             TypeError: on every rank, if `step` is no int.
             PartialLoadError: on every rank, if reading fails when some rank has begun to load.
                 Model and optimizer may then hold a mix of old and loaded values.
@@ -254,9 +260,10 @@ class Checkpointer:
         path, device = self._path(step), _device_of(model)
         with same_error_on_all_ranks(self._group):
             metadata, sizes, sums = _read_complete(path)
-        state = _state_of(model, optimizer)
+        model_state = get_model_state_dict(model)
         with same_error_on_all_ranks(self._group):
-            _check_fits(state, metadata, path)
+            _check_fits(model_state, metadata, path)
+            saved_optimizer = SavedOptimizer(metadata, path, model, optimizer)
         if sums is None and self._is_first:
             warnings.warn(
                 f"{path} has no {MANIFEST}, as it was saved by an earlier version: changes to its "
@@ -266,32 +273,45 @@ class Checkpointer:
         with same_error_on_all_ranks(self._group):
             own_files = share_of_rank(sizes, self._rank, self._world_size)
             _check_data(path, metadata, own_files, sums)
+        self._read(path, metadata, saved_optimizer.options, in_place=False)
+        with same_error_on_all_ranks(self._group):
+            saved_optimizer.match_groups()
+            optimizer_entries = saved_optimizer.state_entries()
         own = f"rank_{self._rank}"
         generators = {
             name: one
             for name, one in _generator_states(device).items()
             if f"rng.{own}.{name}" in metadata.state_dict_metadata
         }
+        # Nothing to read for a tensor without elements, which an old checkpoint may lack.
+        state: dict[str, Any] = {
+            **optimizer_entries,
+            "model": {
+                name: one
+                for name, one in _with_opaque_extra_state(model_state).items()
+                if not isinstance(one, Tensor) or one.numel()
+            },
+        }
         state["rng"] = {own: generators} if generators else {}
-        state["model"] = _with_opaque_extra_state(state["model"])
+        self._read(path, metadata, state, in_place=True)
+        set_model_state_dict(model, _with_own_extra_state({**model_state, **state["model"]}))
+        with same_error_on_all_ranks(self._group):
+            saved_optimizer.restore({name: state[name] for name in optimizer_entries})
+        _set_generator_states(generators, device)
+        return progress
+
+    def _read(self, path: Path, metadata: Metadata, state: dict[str, Any], in_place: bool) -> None:
+        """Read the entries of `state`; `in_place` if its tensors are those of the model."""
         reader, planner = SafeReader(path, metadata), SafeLoadPlanner()
         try:
             load(state, storage_reader=reader, planner=planner, process_group=self._group)
         except CheckpointException as failure:
             causes = f"{path} could not be loaded: {_causes(failure)}"
-            if any(gather_objects(planner.has_begun, self._group)):
+            if in_place and any(gather_objects(planner.has_begun, self._group)):
                 raise PartialLoadError(
                     f"{causes}; model and optimizer hold a mix of old and loaded values"
                 ) from failure
             raise RuntimeError(causes) from failure
-        set_state_dict(
-            model,
-            optimizer,
-            model_state_dict=_with_own_extra_state(state["model"]),
-            optim_state_dict=state["optimizer"],
-        )
-        _set_generator_states(generators, device)
-        return progress
 
     def _path(self, step: int) -> Path:
         if not isinstance(step, int):
@@ -449,43 +469,34 @@ def _file_in(path: Path, name: str) -> Path:
     return found
 
 
-def _state_of(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
-    """State dicts of both; an optimizer that has made no step is left without state."""
-    fresh = not optimizer.state
-    model_state, optimizer_state = get_state_dict(model, optimizer)
-    if fresh:
-        # get_state_dict creates the state by a step with zero gradients: undo it.
-        optimizer.state.clear()
-        entries: Any = optimizer_state["state"]
-        for entry in entries.values():
-            if isinstance(entry.get("step"), Tensor):
-                entry["step"].zero_()
-    return {"model": model_state, "optimizer": optimizer_state}
-
-
-def _check_fits(state: Mapping[str, Any], metadata: Metadata, path: Path) -> None:
-    """Raise ValueError unless shapes and dtypes in the checkpoint equal those of `state`."""
+def _check_fits(model_state: Mapping[str, Any], metadata: Metadata, path: Path) -> None:
+    """Raise ValueError unless the model's shapes and dtypes in the checkpoint are those here."""
     saved = {
         name: (tuple(one.size), one.properties.dtype)
         for name, one in metadata.state_dict_metadata.items()
-        if not name.startswith("rng.") and isinstance(one, TensorStorageMetadata)
+        if name.startswith("model.") and isinstance(one, TensorStorageMetadata)
     }
-    check_same_tensors(saved, dict(_tensors_in(state, "")), path, "model or optimizer")
+    check_same_tensors(saved, dict(_tensors_in(model_state, "model.")), path, "model or optimizer")
 
 
 def check_same_tensors(
-    saved: Mapping[str, object], here: Mapping[str, object], path: Path, owner: str
+    saved: Mapping[str, tuple[Sequence[int], object]],
+    here: Mapping[str, tuple[Sequence[int], object]],
+    path: Path,
+    owner: str,
 ) -> None:
     """Raise ValueError if the tensors in a file are not those in memory.
 
+    A file may lack tensors without elements.
+
     Args:
-        saved, here: a description of each tensor, such as shape and dtype, by name.
+        saved, here: shape and dtype of each tensor by name.
         path, owner: for the message: the file, and what holds the tensors in memory.
     """
     differing = [
         f"{name}: saved {saved.get(name, 'nothing')}, here {here.get(name, 'nothing')}"
         for name in sorted(saved.keys() | here.keys())
-        if saved.get(name) != here.get(name)
+        if saved.get(name) != here.get(name) and (name in saved or 0 not in here[name][0])
     ]
     if differing:
         raise ValueError(

@@ -120,6 +120,8 @@ def import_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor]) 
             if isinstance(tensor, DTensor) and tensor.device_mesh.get_coordinate() is None:
                 continue
             local, offset = _local_shard(tensor)
+            if local.numel() == 0:
+                continue
             if local.ndim == 0:
                 with safe_open(path, framework="pt") as file:
                     local.copy_(file.get_tensor(name))

@@ -20,6 +20,9 @@ POSITIVE = (
 def parse_args(description: str, argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the options, by default those of the process; exits for --help.
 
+    Returns:
+        The options, and the names of those that were given as `given`.
+
     Raises:
         ValueError: unknown options, or values that are invalid on their own.
     """
@@ -108,6 +111,11 @@ def parse_args(description: str, argv: list[str] | None = None) -> argparse.Name
     )
     add("--time-steps", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
+    # Attributes that exist already are not set to defaults.
+    unset = argparse.Namespace(**dict.fromkeys(vars(args)))
+    args.given = {
+        name for name, one in vars(parser.parse_args(argv, unset)).items() if one is not None
+    }
     if vars(args).pop("time_steps"):
         args.time_phases = True
         # Every rank parses the options; one note is enough.

@@ -43,6 +43,7 @@ from flash_moe_dist.runtime import DEFAULT_TIMEOUT, Runtime, distributed
 from metrics import Line, MetricsFile, plot_losses, speed
 from model import ModelConfig, Transformer
 from options import parse_args
+from resume import changes, options_to_remember, recall
 from sigterm import Sigterm
 
 MAX_GRAD_NORM = 1.0
@@ -76,6 +77,8 @@ def runtime_for(args: argparse.Namespace, runtime: Runtime) -> Runtime:
 def progress_to_resume(args: argparse.Namespace, checkpoints: Checkpointer) -> dict[str, Any]:
     """Read the progress saved with the checkpoint to resume from; the same on every rank.
 
+    Sets options that were not given to what they were then.
+
     Returns:
         What `Run.progress` gave, with "step" and "run_id"; empty to start a new run.
 
@@ -95,6 +98,7 @@ def progress_to_resume(args: argparse.Namespace, checkpoints: Checkpointer) -> d
             f"--out {args.out} holds a checkpoint of step {newest}: --resume continues "
             "from it, another --out starts a new run"
         )
+    recall(args, saved, dist.get_world_size())
     return saved
 
 
@@ -108,7 +112,7 @@ def prepare(
 ) -> tuple[Corpus, ModelConfig]:
     """Check options, data and checkpoint before any work; load the data and configure the model.
 
-    Replaces an `args.batch_size` of None by its default.
+    Replaces an `args.batch_size` and an `args.precision` of None by their defaults.
 
     Args:
         saved: progress of the checkpoint to resume from; empty for a new run.
@@ -117,6 +121,8 @@ def prepare(
         ValueError: invalid options or data, or a checkpoint of another model.
     """
     world_size = runtime.world_size
+    if args.precision is None:
+        args.precision = "bfloat16" if runtime.device.type == "cuda" else "float32"
     if args.batch_size is None:
         args.batch_size = saved.get("batch_size", DEFAULT_BATCH_SIZE)
         args.batch_size = -(-args.batch_size // world_size) * world_size
@@ -128,6 +134,12 @@ def prepare(
     saved_model = saved.get("model", {})
     vocab_size = args.vocab_size or saved_model.get("vocab_size")
     corpus = load_corpus(args.data, args.seq_len, vocab_size)
+    tokens, then = len(corpus.train), saved.get("training_tokens")
+    if "data" not in args.given and then not in (None, tokens):
+        raise ValueError(
+            f"--data must be given to go on with other data: {corpus.source} has {tokens:,} "
+            f"training tokens, the data of the checkpoint had {then:,}"
+        )
     if args.num_experts_per_tok > args.num_experts:
         raise ValueError(
             f"--num-experts-per-tok must be at most --num-experts = {args.num_experts}, "
@@ -299,12 +311,11 @@ class Run:
         return report
 
     def progress(self) -> dict[str, Any]:
-        """What a checkpoint records so that a resumed run gets the batches that would have come."""
+        """Collect what a resumed run needs to train as this one would have."""
         return {
-            "seed": self.args.seed,
+            "options": options_to_remember(self.args),
             "batch_size": self.args.batch_size,
-            "seq_len": self.args.seq_len,
-            "data": self.corpus.source,
+            "data": str(Path(self.corpus.source).absolute()),
             "training_tokens": len(self.corpus.train),
             "world_size": self.runtime.world_size,
             "model": asdict(self.config),
@@ -359,9 +370,7 @@ class Run:
 
     def precision(self) -> AbstractContextManager[object]:
         """Autocast context for --precision."""
-        on_gpu = self.runtime.device.type == "cuda"
-        chosen = self.args.precision or ("bfloat16" if on_gpu else "float32")
-        if chosen == "float32":
+        if self.args.precision == "float32":
             return nullcontext()
         return torch.autocast(self.runtime.device.type, dtype=torch.bfloat16)
 
@@ -469,7 +478,6 @@ def main() -> None:
             with same_error_on_all_ranks():
                 if option_error is not None:
                     raise option_error
-                runtime = runtime_for(args, runtime)
                 if runtime.is_main:
                     check_out_folder(args.out)
             checkpoints = Checkpointer(
@@ -478,6 +486,7 @@ def main() -> None:
             saved = progress_to_resume(args, checkpoints)
             last_step = saved.get("step", 0)
             with same_error_on_all_ranks():
+                runtime = runtime_for(args, runtime)
                 corpus, config = prepare(args, runtime, saved)
         run = Run(args, runtime, corpus, config)
         if last_step:
@@ -491,13 +500,9 @@ def main() -> None:
             f"{len(corpus.train):,} training tokens from {corpus.source}",
         )
         if last_step:
-            changed = [
-                f"{name} {saved.get(name)} before, {now} now"
-                for name, now in run.progress().items()
-                if saved.get(name) != now
-            ]
-            resumed = f"resuming after step {last_step} of {args.steps}"
-            print_on_main_rank(runtime, "; ".join([resumed, *changed]))
+            print_on_main_rank(runtime, f"resuming after step {last_step} of {args.steps}")
+            for line in changes(saved, run.progress()):
+                print_on_main_rank(runtime, line)
         metrics = MetricsFile(args.out / METRICS, last_step) if runtime.is_main else None
         with closing(metrics) if metrics else nullcontext(), Sigterm(args.grace) as sigterm:
             last_step = train(run, last_step + 1, checkpoints, metrics, sigterm)

@@ -405,8 +405,8 @@ FOREIGN: dict[str, tuple[dict[str, str], str, str]] = {
     "more layers": ({"num-layers": "3"}, "AdamW", "saved nothing, here"),
     "fewer layers": ({"num-layers": "1"}, "AdamW", "here nothing"),
     "more experts": ({"num-experts": "60"}, "AdamW", "layers.0.moe.experts.down_weights"),
-    "another optimizer": ({}, "Adagrad", "optimizer.state"),
-    "one without state": ({}, "SGD", "optimizer.state"),
+    "another optimizer": ({}, "Adagrad", "optimizer.kind: saved AdamW, here Adagrad"),
+    "one without state": ({}, "SGD", "optimizer.kind: saved AdamW, here SGD"),
 }
 
 

@@ -153,9 +153,11 @@ def test_torchrun_killed_takes_its_processes_along(
     process.kill()
     process.communicate(timeout=10)
     assert_nothing_left(str(tmp_path))
-    resumed = launch(*options, "--resume", "--out", str(tmp_path))
+    # With the options of the start, which are not given again.
+    resumed = launch("--resume", "--out", str(tmp_path))
     assert resumed.returncode == 0, resumed.stderr
     assert "resuming after step 3 of 20" in resumed.stdout
+    assert "changed: " not in resumed.stdout
     assert_same_run(tmp_path, uninterrupted)
 
 
@@ -170,6 +172,7 @@ def test_resume_after_the_end_trains_only_further_steps(
     assert_same_run(out, uninterrupted)
     longer = launch(*arguments, "--steps", "23")
     assert longer.returncode == 0, longer.stderr
+    assert "resuming after step 20 of 23\nchanged: --steps 20 before, 23 now\n" in longer.stdout
     assert [line["step"] for line in metrics_of(out)] == list(range(1, 24))
     assert checkpoints_in(out)[-1] == names(23)[0]
 
@@ -197,6 +200,6 @@ def test_resume_with_other_ranks_and_settings_says_so(
     assert "checkpoint in --out is of a model with num_experts = 50, here 60" in other.stderr
     resumed = launch(*arguments, ranks=3)
     assert resumed.returncode == 0, resumed.stderr
-    assert "resuming after step 18 of 20; world_size 2 before, 3 now\n" in resumed.stdout
+    assert "resuming after step 18 of 20\nchanged: world_size 2 before, 3 now\n" in resumed.stdout
     for line, expected in zip(metrics_of(out), metrics_of(uninterrupted), strict=True):
         assert line["loss"] == pytest.approx(expected["loss"], rel=1e-4)

@@ -1,7 +1,11 @@
 """Product-key routing against the best of all sums."""
 
+from functools import partial
+from pathlib import Path
+
 import pytest
 import torch
+from ranks import RankPools
 
 from flash_moe import ProductKeyRouter
 from flash_moe.layers.router import squarest_grid
@@ -96,3 +100,49 @@ def test_ties() -> None:
     torch.testing.assert_close(weights, sums.flatten(-2).exp().topk(30)[0])
     torch.testing.assert_close(weights, sums.flatten(-2).exp().gather(-1, indices))
     assert all(len(set(row.tolist())) == 30 for row in indices)
+
+
+def routers() -> list[ProductKeyRouter]:
+    """Two of one grid, one of the transposed grid, and one as before the grid was saved."""
+    made = [ProductKeyRouter(8, 24, 4, key_grid=grid) for grid in ((4, 6), (4, 6), (6, 4), (4, 6))]
+    del made[3].grid
+    return made
+
+
+def test_keys_of_another_grid_are_refused() -> None:
+    router, other, transposed, old = routers()
+    with pytest.raises(RuntimeError, match=r"size mismatch for grid: .*\[6, 4, 0\].*\[4, 6, 0\]"):
+        router.load_state_dict(transposed.state_dict())
+    for loadable in (other, old):
+        router.load_state_dict(loadable.state_dict())
+        assert torch.equal(router.keys.weight, loadable.keys.weight)
+
+
+def load_grids(folder: str) -> None:
+    from flash_moe_dist.checkpoint import Checkpointer
+    from flash_moe_dist.export import export_tensors, import_tensors
+
+    checkpoints = Checkpointer(Path(folder), keep=3)
+    router, *others = routers()
+    for step, other in enumerate(others):
+        path = Path(folder) / f"{step}.safetensors"
+        checkpoints.save(step, other, torch.optim.SGD(other.parameters()))
+        export_tensors(path, other.state_dict())
+        for load in (
+            partial(checkpoints.load, step, router, torch.optim.SGD(router.parameters())),
+            partial(import_tensors, path, router.state_dict()),
+        ):
+            before = router.keys.weight.clone()
+            if other.key_grid == router.key_grid:
+                load()
+                assert torch.equal(router.keys.weight, other.keys.weight)
+            else:
+                with pytest.raises(ValueError, match=r"grid: saved \(.6, 4, 0.*here \(.4, 6, 0"):
+                    load()
+                assert torch.equal(router.keys.weight, before)
+            torch.nn.init.normal_(router.keys.weight)
+    checkpoints.close()
+
+
+def test_files_of_another_grid_are_refused(tmp_path: Path, rank_pools: RankPools) -> None:
+    rank_pools.run(1, load_grids, str(tmp_path))

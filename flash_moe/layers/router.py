@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,10 @@ class ProductKeyRouter(nn.Module):
     the K best, about K ln K of them. Memory is O(T (K ln K + grid[0] + grid[1])) for T tokens.
     Probabilities are computed in float32 at least. (Product keys: Lample et al. 2019,
     arXiv:1907.05242.)
+
+    The grid is part of the state dict, as the shape of `grid`, (*key_grid, 0): the same keys on
+    another grid choose other experts, and loading them fails. Without `grid`, a state dict made
+    before it existed is loaded as one of this grid.
 
     Args:
         hidden_size: H.
@@ -34,6 +39,7 @@ class ProductKeyRouter(nn.Module):
 
     candidates_first: Tensor
     candidates_second: Tensor
+    grid: Tensor
 
     def __init__(
         self,
@@ -75,6 +81,10 @@ class ProductKeyRouter(nn.Module):
         self.keys = nn.Linear(
             hidden_size, sum(self.key_grid), bias=False, device=device, dtype=dtype
         )
+        # Everything that loads tensors compares their shapes.
+        grid = torch.empty(*self.key_grid, 0, dtype=torch.int64, device=self.keys.weight.device)
+        self.register_buffer("grid", grid)
+        self.register_load_state_dict_pre_hook(_add_missing_grid)
         ranks = _candidate_ranks(num_experts_per_tok, self.key_grid)
         for name, values in zip(("candidates_first", "candidates_second"), ranks, strict=True):
             self.register_buffer(name, values.to(self.keys.weight.device), persistent=False)
@@ -140,6 +150,12 @@ class ProductKeyRouter(nn.Module):
             f"num_experts={self.num_experts}, num_experts_per_tok={self.num_experts_per_tok}, "
             f"key_grid={self.key_grid}, norm_topk_prob={self.norm_topk_prob}"
         )
+
+
+def _add_missing_grid(
+    router: nn.Module, state_dict: dict[str, Any], prefix: str, *_: object
+) -> None:
+    state_dict.setdefault(f"{prefix}grid", router.grid)
 
 
 def squarest_grid(num_experts: int) -> tuple[int, int]:

@@ -1,0 +1,120 @@
+"""A resumed run trains as the first one would have, unless other options are given."""
+
+import json
+import sysconfig
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from small_run import SMALL
+
+GIVEN = ("--lr", "0.5", "--precision", "bfloat16", "--seed", "3", "--on-nonfinite", "skip")
+
+
+def prepared(argv: list[str], saved: dict[str, Any], world_size: int = 2) -> Any:
+    """Options, data and model of a run of `argv`, as launch/train.py makes them."""
+    from options import parse_args
+    from resume import recall
+    from train import prepare
+
+    args = parse_args("", argv)
+    if saved:
+        recall(args, saved, world_size)
+    runtime: Any = SimpleNamespace(world_size=world_size, device=torch.device("cpu"))
+    corpus, config = prepare(args, runtime, saved)
+    return SimpleNamespace(args=args, runtime=runtime, corpus=corpus, config=config)
+
+
+def progress_of(run: Any) -> dict[str, Any]:
+    from train import Run
+
+    saved: dict[str, Any] = json.loads(json.dumps(Run.progress(run)))
+    return saved
+
+
+def changed(run: Any, saved: dict[str, Any]) -> list[str]:
+    from resume import changes
+
+    return list(changes(saved, progress_of(run)))
+
+
+@pytest.fixture
+def data(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "data.txt"
+    path.write_bytes(Path(text).read_bytes())
+    return path
+
+
+def test_options_are_those_of_the_start(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = prepared([*SMALL, *GIVEN, "--ep-size", "1", "--data", data.name], {})
+    saved = progress_of(first)
+    # A relative path stays what it was.
+    monkeypatch.chdir("/")
+    again = prepared(["--resume"], saved)
+    expected = vars(first.args) | {"data": data, "resume": True, "given": {"resume"}}
+    assert vars(again.args) == expected
+    assert again.config == first.config
+    assert changed(again, saved) == []
+    # As many sequences for each rank; experts over all of them.
+    more = prepared(["--resume"], saved, world_size=5)
+    assert (more.args.batch_size, more.args.ep_size) == (15, None)
+    assert changed(more, saved) == [
+        "changed: --ep-size 1 before, None now",
+        "changed: batch_size 12 before, 15 now",
+        "changed: world_size 2 before, 5 now",
+    ]
+
+
+def test_what_is_given_again_is_used_and_said(data: Path) -> None:
+    saved = progress_of(prepared([*SMALL, *GIVEN, "--data", data.name], {}))
+    other = data.with_name("other.txt")
+    other.write_bytes(data.read_bytes()[:-40])
+    argv = ["--resume", "--lr", "0.002", "--precision", "float32", "--data", "other.txt"]
+    again = prepared(argv, saved)
+    assert (again.args.lr, again.args.precision, again.args.data) == (
+        0.002,
+        "float32",
+        Path(argv[-1]),
+    )
+    tokens = len(again.corpus.train)
+    assert changed(again, saved) == [
+        "changed: --lr 0.5 before, 0.002 now",
+        "changed: --precision bfloat16 before, float32 now",
+        f"changed: data {data} before, {other} now",
+        f"changed: training_tokens {saved['training_tokens']} before, {tokens} now",
+    ]
+
+
+def test_other_data_must_be_asked_for(data: Path) -> None:
+    saved = progress_of(prepared([*SMALL, "--data", data.name], {}))
+    data.write_bytes(data.read_bytes()[:-40])
+    with pytest.raises(ValueError, match=rf"--data must be given to go on with .*: {data} has"):
+        prepared(["--resume"], saved)
+    assert len(changed(prepared(["--resume", "--data", data.name], saved), saved)) == 1
+    data.unlink()
+    with pytest.raises(ValueError, match=f"found nothing at {data}"):
+        prepared(["--resume"], saved)
+
+
+def test_progress_of_older_runs(data: Path) -> None:
+    first = prepared([*SMALL, "--data", data.name, "--seed", "4"], {})
+    saved = progress_of(first)
+    del saved["options"]
+    saved |= {"seed": 4, "seq_len": 16}
+    again = prepared(["--resume"], saved)
+    assert again.config == first.config
+    assert (again.args.data, again.args.seed, again.args.seq_len) == (data, 4, 16)
+    assert changed(again, saved) == []
+
+
+def test_the_standard_library_stays_without_installed_packages() -> None:
+    from options import parse_args
+    from resume import recall
+
+    args = parse_args("", ["--resume"])
+    recall(args, {"data": sysconfig.get_paths()["stdlib"]}, 2)
+    assert args.data is None
