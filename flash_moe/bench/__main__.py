@@ -37,14 +37,16 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[Case]]:
         description=bench.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--list", action="store_true", help="print the named cases and exit")
+    parser.add_argument(
+        "--list", action="store_true", help="print the named cases and exit (default: off)"
+    )
     parser.add_argument(
         "--case",
         nargs="+",
         action="extend",
         default=[],
         metavar="NAME",
-        help="named cases to run; all: every case that is not for the CPU",
+        help="named cases to run; all: every case that is not for the CPU (default: a custom case)",
     )
     shape = parser.add_argument_group("a custom case")
     for name in ("tokens", "hidden_size", "num_experts", "num_experts_per_tok"):
@@ -65,17 +67,22 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[Case]]:
         "--peers",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="measure the built-in baselines too (--peers is the old name)",
+        help="measure the built-in baselines too; --peers is the old name (default: on)",
     )
     parser.add_argument(
         "--against",
         action="append",
         default=[],
         metavar="PACKAGE.MODULE:FUNCTION",
-        help="another baseline, called with the arguments of the op; may be repeated",
+        help="another baseline, called with the arguments of the op; may be repeated "
+        "(default: none)",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all measurements")
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="write a bar chart of times")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write all measurements (default: none)"
+    )
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE.png", help="write a bar chart of times (default: none)"
+    )
     args = parser.parse_args(argv)
 
     if args.repeats is not None and args.repeats < 2:
@@ -156,14 +163,18 @@ def run_case(
     )
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Run the benchmark with the given options, by default those of the process."""
+def main(argv: list[str] | None = None) -> int:
+    """Run the benchmark with the given options, by default those of the process.
+
+    Returns:
+        Exit status: 1 if a function of --against has failed or was wrong in any case, else 0.
+    """
     argv = sys.argv[1:] if argv is None else argv
     args, cases = parse(argv)
     if args.list:
         for case in CASES.values():
             print(f"{case.name:18}{case.description}{', on the CPU' if case.on_cpu else ''}")
-        return
+        return 0
     reports: list[CaseReport] = []
     for case in cases:
         reports.append(run_case(case, args.baselines, args.against, args.repeats))
@@ -173,7 +184,8 @@ def main(argv: list[str] | None = None) -> None:
             write_json(args.json, reports, argv)
         if args.plot:
             write_plot(args.plot, reports)
+    return int(any(report.results[name].failure for report in reports for name in args.against))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
