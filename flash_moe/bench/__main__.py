@@ -49,18 +49,32 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[Case]]:
         help="named cases to run; all: every case that is not for the CPU (default: a custom case)",
     )
     shape = parser.add_argument_group("a custom case")
-    for name in ("tokens", "hidden_size", "num_experts", "num_experts_per_tok"):
-        shape.add_argument(_option(name), type=int, help=f"default {DEFAULTS[name]}")
-    shape.add_argument("--dtype", choices=DTYPES, help=f"default {DEFAULTS['dtype']}")
-    shape.add_argument("--routing", choices=ROUTINGS, help=f"default {DEFAULTS['routing']}")
+    for name, meaning in (
+        ("tokens", "tokens of a pass"),
+        ("hidden_size", "width of hidden states and table rows"),
+        ("num_experts", "rows of each table"),
+        ("num_experts_per_tok", "experts that each token uses"),
+    ):
+        default = f"(default: {DEFAULTS[name]})"
+        shape.add_argument(_option(name), type=int, help=f"{meaning} {default}")
+    shape.add_argument(
+        "--dtype", choices=DTYPES, help=f"dtype of all tensors (default: {DEFAULTS['dtype']})"
+    )
+    shape.add_argument(
+        "--routing",
+        choices=ROUTINGS,
+        help=f"how expert ids are drawn (default: {DEFAULTS['routing']})",
+    )
     shape.add_argument(
         "--key-bias",
         type=float,
         help="how skewed routing product_keys is: standard deviation of a key's score between "
-        "keys, in units of that between tokens; default 0",
+        "keys, in units of that between tokens (default: 0)",
     )
     parser.add_argument(
-        "--repeats", type=int, help="timed passes of each variant; default 20 on CUDA, 10 on CPU"
+        "--repeats",
+        type=int,
+        help="timed passes of each variant (default: 20 on CUDA, 10 on CPU)",
     )
     parser.add_argument(
         "--baselines",
