@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ParallelStyle
 
 from flash_moe.ops.dtypes import accumulator_dtype
+from flash_moe.ops.environment import switch
 from flash_moe.ops.expert_math import NeedsGrad
 from flash_moe.ops.flash_expert import triton_flash_expert_func
 from flash_moe_dist.agreement import (
@@ -127,6 +128,8 @@ class ExpertParallel(ParallelStyle):
 
 
 def _check_options(dispatcher: DispatcherChoice, transport: Transport, capacity: Capacity) -> None:
+    # A wrong value is refused here, before ranks wait for each other.
+    switch("FLASH_MOE_PEER_MEMORY", True)
     given = {
         "dispatcher": (dispatcher, get_args(DispatcherChoice)),
         "transport": (transport, get_args(Transport)),

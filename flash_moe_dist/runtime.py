@@ -181,10 +181,22 @@ def _configure_nccl_watchdog() -> None:
 
 
 def _end_with_torchrun() -> None:
-    """Make Linux kill this process when torchrun, its parent, has died.
+    """Make Linux kill this process when torchrun, its parent, has died, now or earlier.
 
     A torchrun that was killed cannot end its processes, and one started in its place would run the
     same ranks a second time.
     """
     if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        # The signal does not come if torchrun has died before it was asked for.
+        if os.getppid() == 1 and not _is_python(1):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _is_python(pid: int) -> bool:
+    """Whether a process runs the interpreter of this one, as torchrun does."""
+    try:
+        return os.path.samefile(f"/proc/{pid}/exe", "/proc/self/exe")
+    except OSError:
+        # Another user's, as init is.
+        return False

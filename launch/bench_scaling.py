@@ -18,6 +18,11 @@ on PYTHONPATH, and compare seconds.loop of the results in the JSON files:
     done
 """
 
+from signals import end_with_torchrun
+
+# Before the other imports, which take seconds.
+end_with_torchrun()
+
 import argparse
 import io
 import os

@@ -10,10 +10,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from formats import HEAD_BYTES, foreign_to_text, foreign_to_uint16
+
 Tokens: TypeAlias = npt.NDArray[np.integer[Any]]
 
 BYTE_VOCAB = 256
 VALIDATION_SHARE = 0.05
+COUNTED_AT_ONCE = 2**20
+JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
 TEXT_SUFFIXES = (".py", ".txt", ".md", ".rst", ".json", ".c", ".h", ".html", ".csv")
 
 
@@ -32,7 +36,11 @@ class Corpus:
 
     def single_token_entropy(self) -> float:
         """Entropy of the validation tokens in nats: the loss of the best model without context."""
-        counts = np.bincount(self.validation, minlength=self.vocab_size)
+        counts = np.zeros(self.vocab_size, dtype=np.int64)
+        # bincount converts what it counts to int64.
+        for start in range(0, len(self.validation), COUNTED_AT_ONCE):
+            part = self.validation[start : start + COUNTED_AT_ONCE]
+            counts += np.bincount(part, minlength=self.vocab_size)
         shares = counts[counts > 0] / counts.sum()
         return float(-(shares * np.log(shares)).sum())
 
@@ -52,8 +60,8 @@ def load_corpus(path: Path | None, seq_len: int, vocab_size: int | None = None) 
             text.
 
     Raises:
-        ValueError: nothing readable at `path`, too few tokens for one sequence, or token ids
-            outside the vocabulary.
+        ValueError: nothing readable at `path`, a file in a format that `formats` recognises as
+            another, too few tokens for one sequence, or token ids outside the vocabulary.
     """
     if path is None:
         stdlib = Path(sysconfig.get_paths()["stdlib"])
@@ -62,8 +70,10 @@ def load_corpus(path: Path | None, seq_len: int, vocab_size: int | None = None) 
         raise ValueError(f"--data must name a file or a folder, found nothing at {path}")
     elif path.is_dir():
         corpus = _bin_folder(path) if (path / "train.bin").is_file() else _text_folder(path)
-    elif path.suffix == ".bin":
+    elif path.suffix.lower() == ".bin":
         corpus = _token_corpus(*_split(_read_tokens(path)), source=str(path))
+    elif path.suffix.lower() in JSON_SUFFIXES:
+        raise ValueError(f"--data must be text or uint16 token ids, got JSON in {path}")
     else:
         corpus = _byte_corpus(*_split(_read_bytes(path)), source=str(path))
     for name, tokens in (("training", corpus.train), ("validation", corpus.validation)):
@@ -148,13 +158,20 @@ def _token_corpus(train: Tokens, validation: Tokens, source: str) -> Corpus:
 
 def _read_bytes(path: Path) -> Tokens:
     try:
-        return np.frombuffer(path.read_bytes(), dtype=np.uint8)
+        content = path.read_bytes()
     except OSError as error:
         raise ValueError(f"--data must be readable, got {error}") from error
+    if found := foreign_to_text(content[:HEAD_BYTES]):
+        raise ValueError(f"--data must be text or uint16 token ids (.bin), got {found} in {path}")
+    return np.frombuffer(content, dtype=np.uint8)
 
 
 def _read_tokens(path: Path) -> Tokens:
     try:
+        with path.open("rb") as file:
+            head = file.read(HEAD_BYTES)
+        if found := foreign_to_uint16(head):
+            raise ValueError(f"--data must hold uint16 token ids, got {found} in {path}")
         size = path.stat().st_size
         if size == 0 or size % 2:
             raise ValueError(f"--data must hold uint16 token ids, got {size} bytes in {path}")

@@ -1,21 +1,17 @@
 """Exit on an error that all ranks raise alike, with one message and without a traceback."""
 
-import argparse
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NoReturn
+from pathlib import Path
 
 import torch.distributed as dist
 
 from flash_moe_dist.runtime import Runtime
 
-
-class RaisingParser(argparse.ArgumentParser):
-    """Parser that raises ValueError instead of exiting, so that all ranks can report one error."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(message)
+# Exit status of a script that was asked for what it cannot do.
+REFUSED = 2
 
 
 @contextmanager
@@ -26,12 +22,19 @@ def exit_on_shared_error(
 ) -> Iterator[None]:
     """Print an error of the block on the main rank, as one of `script`, and exit with status 2.
 
-    kinds: types of exceptions that all ranks raise alike; others pass through.
+    Under launch/start.py, which prints the error once torchrun has ended, the process hands it the
+    error and exits with status 0: after any other, torchrun would start the processes again.
+
+    Args:
+        kinds: types of exceptions that all ranks raise alike; others pass through.
     """
     try:
         yield
     except kinds as error:
-        if runtime.is_main:
+        file = os.environ.get("FLASH_MOE_REFUSAL_FILE")
+        if file is None and runtime.is_main:
             print(f"{script}: error: {error}", file=sys.stderr, flush=True)
+        elif file is not None and os.environ["LOCAL_RANK"] == "0":
+            Path(file).write_text(str(error))
         dist.barrier()
-        sys.exit(2)
+        sys.exit(REFUSED if file is None else 0)

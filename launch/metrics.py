@@ -51,7 +51,9 @@ def plot_losses(path: Path, lines: list[Line], single_token_entropy: float) -> N
     axes.axhline(single_token_entropy, color="grey", linestyle="--", label="single-token entropy")
     axes.set(xlabel="step", ylabel="loss, nats per token")
     axes.legend()
-    figure.savefig(path, dpi=120)
+    partial = path.with_name(path.name + ".partial")
+    figure.savefig(partial, dpi=120, format="png")
+    os.replace(partial, path)
 
 
 def speed(lines: list[Line]) -> str:

@@ -5,7 +5,9 @@ import os
 import sys
 from pathlib import Path
 
-from errors import RaisingParser
+from option_parser import DefaultsFormatter, RaisingParser
+
+DESCRIPTION = "Train a language model whose experts are sharded over ranks."
 
 # Upper bound of all numbers.
 MAX_OPTION = 2**31
@@ -29,28 +31,28 @@ def parse_args(description: str, argv: list[str] | None = None) -> argparse.Name
     parser = RaisingParser(
         prog="train.sh",
         description=description,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=DefaultsFormatter,
     )
     add = parser.add_argument
     add(
         "--data",
         type=Path,
         help="text file, folder of text, .bin of uint16 token ids, or folder with train.bin and "
-        "val.bin; if not given, the source of Python's standard library",
+        "val.bin (default: the source of Python's standard library)",
     )
     add(
         "--vocab-size",
         type=int,
-        help="number of token ids of the model; if not given, one more than the largest in the "
-        "data, 256 for text",
+        help="number of token ids of the model (default: one more than the largest in the data, "
+        "256 for text)",
     )
     add("--out", type=Path, default=Path("out/train"), help="folder for all results")
     add("--steps", type=int, default=250, help="optimizer steps")
     add(
         "--batch-size",
         type=int,
-        help="sequences of a step, over all ranks; if not given, that of the checkpoint, or 16, "
-        "rounded up to a multiple of the number of ranks",
+        help="sequences of a step, over all ranks (default: that of the checkpoint, or 16, rounded "
+        "up to a multiple of the number of ranks)",
     )
     add("--seq-len", type=int, default=256, help="tokens of a sequence")
     add("--lr", type=float, default=2e-3, help="peak learning rate of AdamW")
@@ -65,7 +67,7 @@ def parse_args(description: str, argv: list[str] | None = None) -> argparse.Name
         "--ep-size",
         type=int,
         help="ranks over which the experts are distributed; with fewer than all ranks, each group "
-        "of this size has all experts; if not given, all ranks",
+        "of this size has all experts (default: all ranks)",
     )
     add("--validation-batches", type=int, default=8, help="batches of a validation")
     add("--validation-interval", type=int, default=100, help="steps between validations")
@@ -92,15 +94,15 @@ def parse_args(description: str, argv: list[str] | None = None) -> argparse.Name
     add(
         "--precision",
         choices=("float32", "bfloat16"),
-        help="dtype of activations; if not given, bfloat16 on GPUs and float32 on CPUs",
+        help="dtype of activations (default: bfloat16 on GPUs, float32 on CPUs)",
     )
     add("--timeout", type=float, default=600, help="seconds a collective may wait for a rank")
     add(
         "--grace",
         type=float,
         default=5,
-        help="seconds after SIGTERM for the current step, and a validation, to end; then a "
-        "checkpoint is written",
+        help="seconds after SIGTERM or Ctrl-C for the current step, and a validation, to end; "
+        "then a checkpoint is written",
     )
     add(
         "--time-phases",

@@ -12,9 +12,14 @@
 extras=$1
 repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 export PYTHONPATH="$repository${PYTHONPATH:+:$PYTHONPATH}"
-if [ "${SKIP_INSTALL:-0}" = 1 ]; then
-  return 0
-fi
+case ${SKIP_INSTALL:-0} in
+  0) ;;
+  1) return 0 ;;
+  *)
+    echo "error: SKIP_INSTALL must be 0 or 1, got $SKIP_INSTALL" >&2
+    exit 2
+    ;;
+esac
 
 if [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]; then
   if [ ! -x "$repository/.venv/bin/python" ]; then

@@ -3,14 +3,23 @@
 torchrun --standalone --nproc-per-node 2 launch/train.py --out out/run
 """
 
+from signals import StopSignals, end_with_torchrun
+
+# Before the other imports, which take seconds.
+end_with_torchrun()
+
 import argparse
+import io
 import math
 import os
+import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +34,7 @@ from torch.distributed.tensor.parallel import parallelize_module
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from data import Corpus, Tokens, batch_at, load_corpus
+from data import BYTE_VOCAB, Corpus, Tokens, batch_at, load_corpus
 from errors import exit_on_shared_error
 from flash_moe_dist import (
     ExpertLoad,
@@ -42,9 +51,9 @@ from flash_moe_dist.dispatch.symmetric_memory import symmetric_memory_bytes
 from flash_moe_dist.runtime import DEFAULT_TIMEOUT, Runtime, distributed
 from metrics import Line, MetricsFile, plot_losses, speed
 from model import ModelConfig, Transformer
-from options import parse_args
+from options import DESCRIPTION, parse_args
+from out_folder import hold_folder
 from resume import changes, options_to_remember, recall
-from sigterm import Sigterm
 
 MAX_GRAD_NORM = 1.0
 DEFAULT_BATCH_SIZE = 16
@@ -167,16 +176,6 @@ def prepare(
     return corpus, config
 
 
-def check_out_folder(out: Path) -> None:
-    """Create the folder for results, and raise ValueError if it cannot be written to."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with (out / METRICS).open("a"):
-            pass
-    except OSError as error:
-        raise ValueError(f"--out must be a writable folder, got {error}") from error
-
-
 def build_model(config: ModelConfig, seed: int, runtime: Runtime) -> Transformer:
     """Build the model: experts' tables sharded over the ep and efsdp axes, the rest over all ranks.
 
@@ -241,14 +240,14 @@ def learning_rate_factor(step: int, steps: int) -> float:
 class StepReport:
     """Outcome of a training step, the same on every rank but for `layer_seconds`.
 
-    losses: of each rank, in nats per token. norm: of the gradient, before clipping. stop: some rank
-    was asked to stop. layer_seconds: this rank's seconds by phase, as `flash_moe_dist.time_phases`
-    gives them; empty without --time-phases.
+    losses: of each rank, in nats per token. norm: of the gradient, before clipping. stop: number of
+    the signal by which some rank was asked to stop; 0 if none was. layer_seconds: this rank's
+    seconds by phase, as `flash_moe_dist.time_phases` gives them; empty without --time-phases.
     """
 
     losses: list[float]
     norm: float
-    stop: bool
+    stop: int
     layer_seconds: dict[str, float]
 
     @property
@@ -282,13 +281,15 @@ class Run:
         self.args, self.runtime, self.corpus, self.config = args, runtime, corpus, config
         self.model = build_model(config, args.seed, runtime)
         self.optimizer = build_optimizer(self.model, args.lr)
+        self.single_token_entropy = cache(corpus.single_token_entropy)
 
-    def step(self, step: int, stop_asked: Callable[[], bool] = lambda: False) -> StepReport:
+    def step(self, step: int, stop_asked: Callable[[], int] = lambda: 0) -> StepReport:
         """Run a training step; skips the optimizer if a loss or the gradient norm is not finite.
 
         Args:
             step: counted from 1.
-            stop_asked: called at the end of the step; whether this process was asked to stop.
+            stop_asked: called at the end of the step; gives the number of the signal by which this
+                process was asked to stop, 0 if it was not.
         """
         learning_rate = self.args.lr * learning_rate_factor(step - 1, self.args.steps)
         for group in self.optimizer.param_groups:
@@ -304,7 +305,7 @@ class Run:
         assert dist.group.WORLD is not None
         everyone = all_gather_rows(torch.stack(numbers).unsqueeze(0), dist.group.WORLD)
         losses, norms, stops = everyone.t().tolist()
-        report = StepReport(losses, norms[0], any(stops), layer_seconds)
+        report = StepReport(losses, norms[0], int(max(stops)), layer_seconds)
         if report.is_finite:
             self.optimizer.step()
         self.optimizer.zero_grad()
@@ -363,9 +364,10 @@ class Run:
         return self.as_text(tokens[: len(prompt)]), self.as_text(tokens[len(prompt) :])
 
     def as_text(self, tokens: list[int]) -> str:
-        """Decode tokens of text; of other data, their ids."""
+        """Decode tokens of text, U+FFFD for ids that are no bytes; of other data, their ids."""
         if self.corpus.is_text:
-            return bytes(tokens).decode("utf-8", errors="replace")
+            parts = (bytes([one]) if one < BYTE_VOCAB else b"\xef\xbf\xbd" for one in tokens)
+            return b"".join(parts).decode("utf-8", errors="replace")
         return " ".join(map(str, tokens))
 
     def precision(self) -> AbstractContextManager[object]:
@@ -386,23 +388,23 @@ def train(
     first_step: int,
     checkpoints: Checkpointer,
     metrics: MetricsFile | None,
-    sigterm: Sigterm,
-) -> int:
-    """Train from `first_step` until all steps are done or some rank has received SIGTERM.
+    signals: StopSignals,
+) -> tuple[int, int]:
+    """Train from `first_step` until all steps are done or some rank was asked to stop.
 
-    Validates and saves checkpoints at their intervals and after the last step.
+    Validates, plots the losses and saves checkpoints at their intervals and after the last step.
 
     Args:
         metrics: written on the main rank; None on the others.
 
     Returns:
-        The last step.
+        The last step, and the number of the signal that asked to stop, 0 if none did.
 
     Raises:
         RuntimeError: on all ranks, if a loss or the gradient norm is not finite and --on-nonfinite
             is stop.
     """
-    args, runtime, step = run.args, run.runtime, first_step - 1
+    args, runtime, step, stop = run.args, run.runtime, first_step - 1, 0
     progress = tqdm(
         range(first_step, args.steps + 1),
         desc="training",
@@ -413,8 +415,8 @@ def train(
     )
     for step in progress:
         begin = time.perf_counter()
-        with sigterm.deadline():
-            report = run.step(step, lambda: sigterm.received)
+        with signals.deadline():
+            report = run.step(step, lambda: signals.received)
         seconds = time.perf_counter() - begin
         tokens_per_s = args.batch_size * args.seq_len / seconds
         line: Line = {"step": step, "loss": report.loss, "tokens_per_s": tokens_per_s}
@@ -435,7 +437,7 @@ def train(
             if runtime.is_main:
                 progress.write(f"{happened}: skipped")
         if step % args.validation_interval == 0 or step == args.steps:
-            with sigterm.deadline():
+            with signals.deadline():
                 validation_loss, loads = run.validate()
             line["validation_loss"] = validation_loss
             line["expert_load"] = {name: asdict(load) for name, load in loads.items()}
@@ -449,13 +451,25 @@ def train(
                 )
         if metrics is not None:
             metrics.write(line)
+            if "validation_loss" in line:
+                plot(run, metrics)
         if report.stop or step % args.checkpoint_interval == 0 or step == args.steps:
             progress_now = {**run.progress(), "run_id": run_id()}
             checkpoints.save(step, run.model, run.optimizer, progress_now)
-        if report.stop:
+        if stop := report.stop:
             break
     checkpoints.wait()
-    return step
+    if stop and metrics is not None:
+        plot(run, metrics)
+    return step, stop
+
+
+def plot(run: Run, metrics: MetricsFile) -> None:
+    """Plot the losses; a failure is noted, and does not end the run."""
+    try:
+        plot_losses(run.args.out / "loss.png", metrics.lines, run.single_token_entropy())
+    except Exception as error:
+        print(f"train.sh: the losses cannot be plotted: {error}", file=sys.stderr)
 
 
 def print_on_main_rank(runtime: Runtime, text: str) -> None:
@@ -467,9 +481,12 @@ def print_on_main_rank(runtime: Runtime, text: str) -> None:
 @record
 def main() -> None:
     """Parse the options on every rank, join the process group, and train."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Paths and samples may have characters that the encoding of the terminal has not.
+        sys.stdout.reconfigure(errors="backslashreplace")
     timeout, option_error = DEFAULT_TIMEOUT, None
     try:
-        args = parse_args((__doc__ or "").splitlines()[0])
+        args = parse_args(DESCRIPTION)
         timeout = timedelta(seconds=args.timeout)
     except ValueError as error:
         option_error = error
@@ -478,8 +495,7 @@ def main() -> None:
             with same_error_on_all_ranks():
                 if option_error is not None:
                     raise option_error
-                if runtime.is_main:
-                    check_out_folder(args.out)
+                held = hold_folder(args.out, create=False) if runtime.is_main else None
             checkpoints = Checkpointer(
                 args.out / CHECKPOINTS, args.keep, args.async_checkpoint, timeout
             )
@@ -488,6 +504,9 @@ def main() -> None:
             with same_error_on_all_ranks():
                 runtime = runtime_for(args, runtime)
                 corpus, config = prepare(args, runtime, saved)
+                # Last, so that a run that is refused leaves no folder.
+                if runtime.is_main and held is None:
+                    held = hold_folder(args.out, create=True)
         run = Run(args, runtime, corpus, config)
         if last_step:
             with exit_on_shared_error("train.sh", runtime, (ValueError,)):
@@ -495,48 +514,73 @@ def main() -> None:
         count = sum(parameter.numel() for parameter in run.model.parameters())
         print_on_main_rank(
             runtime,
-            f"{count:,} parameters, {config.num_layers} layers of {config.num_experts:,} "
-            f"experts over {runtime.world_size} ranks on {runtime.device.type}; "
+            f"{count:,} parameters, {counted(config.num_layers, 'layer')} of "
+            f"{counted(config.num_experts, 'expert')} over "
+            f"{counted(runtime.world_size, 'rank')} on {runtime.device.type}; "
             f"{len(corpus.train):,} training tokens from {corpus.source}",
         )
         if last_step:
-            print_on_main_rank(runtime, f"resuming after step {last_step} of {args.steps}")
+            resumed = f"resuming after step {last_step} of {args.steps}"
+            if last_step >= args.steps:
+                resumed += ": nothing to do, a larger --steps continues"
+            print_on_main_rank(runtime, resumed)
             for line in changes(saved, run.progress()):
                 print_on_main_rank(runtime, line)
         metrics = MetricsFile(args.out / METRICS, last_step) if runtime.is_main else None
-        with closing(metrics) if metrics else nullcontext(), Sigterm(args.grace) as sigterm:
-            last_step = train(run, last_step + 1, checkpoints, metrics, sigterm)
+        if metrics is not None:
+            # Imports matplotlib, for which the other ranks would wait at the first validation.
+            plot(run, metrics)
+        with closing(metrics) if metrics else nullcontext(), StopSignals(args.grace) as signals:
+            last_step, stop = train(run, last_step + 1, checkpoints, metrics, signals)
         checkpoints.close()
         if last_step < args.steps:
             print_on_main_rank(
                 runtime,
-                f"SIGTERM: ended after step {last_step} of {args.steps}, with a checkpoint; "
-                "--resume continues",
+                f"{signal.Signals(stop).name}: ended after step {last_step} of {args.steps}, "
+                "with a checkpoint; --resume continues",
             )
-            return
-        finish(run, metrics)
+        else:
+            finish(run, metrics)
 
 
 def finish(run: Run, metrics: MetricsFile | None) -> None:
-    """Plot the losses and print a summary with a sample of the model's text.
+    """Print a summary with a sample of the model's text; a failure is noted, and changes nothing.
 
     metrics: of the main rank; None on the others.
     """
-    prompt, continuation = run.sample()
-    if metrics is None:
-        return
-    entropy = run.corpus.single_token_entropy()
-    plot_losses(run.args.out / "loss.png", metrics.lines, entropy)
+    try:
+        prompt, continuation = run.sample()
+        if metrics is not None:
+            print_summary(run, metrics, prompt, continuation)
+    except Exception as error:
+        note = f"train.sh: all steps are done, but the summary failed: {error!r}"
+        with suppress(OSError):
+            print(note, file=sys.stderr, flush=True)
+
+
+def print_summary(run: Run, metrics: MetricsFile, prompt: str, continuation: str) -> None:
+    """Plot the losses, and print the last ones, the sample, speed and memory."""
+    plot(run, metrics)
     last = metrics.lines[-1] if metrics.lines else {}
-    print(
+    text = (
         f"training loss {_as_text(last.get('loss'))}, "
         f"validation loss {_as_text(last.get('validation_loss'))}, "
-        f"single-token entropy of the validation data {entropy:.4f} nats\n"
+        f"single-token entropy of the validation data {run.single_token_entropy():.4f} nats\n"
         f"sample, after the prompt {prompt!r}:\n{continuation}\n"
         f"{speed(metrics.lines)}{peak_memory(run.runtime.device)}\n"
-        f"metrics, loss curve and checkpoints are in {run.args.out}",
-        flush=True,
+        f"metrics, loss curve and checkpoints are in {run.args.out}"
     )
+    try:
+        print(text, flush=True)
+    except OSError:
+        # The reader of a pipe has gone, say: Python would fail to flush once more as it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise
+
+
+def counted(number: int, noun: str) -> str:
+    """Number and noun, in the plural unless the number is 1."""
+    return f"{number:,} {noun}{'s' if number != 1 else ''}"
 
 
 def peak_memory(device: torch.device) -> str:

@@ -93,7 +93,7 @@ def test_failing_op_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_failing_baselines_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
     failing = [f"--against=test_bench:{name}" for name in ("wrong", "raising", "exhausting")]
     right = "flash_moe.ops.naive:naive_expert_func"
-    main([*OPTIONS, "--no-baselines", *failing, "--against", right])
+    assert main([*OPTIONS, "--no-baselines", *failing, "--against", right]) == 1
     lines = [line.split("  ") for line in capsys.readouterr().out.splitlines()]
     cells = {line[1]: [cell.strip() for cell in line[2:] if cell] for line in lines[3:]}
     assert not any("gather and matmul" in name for name in cells)

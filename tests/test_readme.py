@@ -299,6 +299,7 @@ def test_environment_variables_are_documented() -> None:
             r'environ(?:\.get|\.setdefault)?[(\[]\s*"([A-Z_]+)"',
             r'"([A-Z_]+)" (?:not )?in os\.environ',
             r"\$\{([A-Z_]+):-",
+            r'(?:switch|positive_number)\("([A-Z_]+)"',
         )
         for name in re.findall(form, code)
     }

@@ -168,7 +168,7 @@ def test_resume_after_the_end_trains_only_further_steps(
     arguments = (*options, "--out", str(out), "--resume")
     again = launch(*arguments)
     assert again.returncode == 0, again.stderr
-    assert "resuming after step 20 of 20" in again.stdout
+    assert "resuming after step 20 of 20: nothing to do, a larger --steps" in again.stdout
     assert_same_run(out, uninterrupted)
     longer = launch(*arguments, "--steps", "23")
     assert longer.returncode == 0, longer.stderr

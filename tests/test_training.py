@@ -111,6 +111,7 @@ def test_bad_options_end_every_rank_with_one_message(
     assert ended.returncode != 0
     assert ended.stderr.count(f"train.sh: error: {message}") == 1
     assert 'train.py", line' not in ended.stderr, "a traceback hides the message"
+    assert not (tmp_path / "out").exists(), "a refused run leaves a folder"
 
 
 def test_loss_that_is_no_number_ends_the_run(text: str, tmp_path: Path) -> None:
@@ -125,11 +126,17 @@ def test_loss_that_is_no_number_ends_the_run(text: str, tmp_path: Path) -> None:
 
 
 def test_bfloat16_and_a_batch_for_any_number_of_ranks(text: str, tmp_path: Path) -> None:
-    small = [*SMALL, "--data", text, "--out", str(tmp_path), "--precision", "bfloat16"]
+    """And, to be printed where there is no UTF-8, ids of no bytes and a path."""
+    out = tmp_path / "\u00e9"
+    small = [*SMALL, "--data", text, "--out", str(out), "--precision", "bfloat16"]
+    small += ["--vocab-size", "300"]
     del small[small.index("--batch-size") : small.index("--batch-size") + 2]
-    ended = launch(*small, "--steps", "2", "--sample-tokens", "3", ranks=1 if TWO_GPUS else 3)
+    ranks = 1 if TWO_GPUS else 3
+    small += ["--steps", "2", "--sample-tokens", "6"]
+    ended = launch(*small, ranks=ranks, PYTHONIOENCODING="ascii")
     assert ended.returncode == 0, ended.stderr
-    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+    assert "\\xe9" in ended.stdout.splitlines()[-1]
+    assert len((out / "metrics.jsonl").read_text().splitlines()) == 2
 
 
 def test_shares_of_phases_in_a_step(text: str, tmp_path: Path) -> None:
@@ -211,6 +218,44 @@ def test_model_is_causal_and_knows_relative_positions() -> None:
     products = (turned[0, 0] @ turned[1, 0].t()).diagonal(offset=-3)
     torch.testing.assert_close(products, products[:1].expand(7))
     assert not torch.isclose(products[0], query @ key)
+
+
+def test_text_of_ids_that_are_no_bytes(text: str) -> None:
+    from data import load_corpus
+    from train import Run
+
+    run = Run.__new__(Run)
+    run.corpus = load_corpus(Path(text), 16, 300)
+    assert run.as_text([97, 299, 0xC3, 0xA4, 256]) == "a\ufffd\u00e4\ufffd"
+
+
+def test_nothing_after_the_last_step_fails_the_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import train
+
+    def failing(*_: Any) -> Any:
+        raise OSError(28, "No space left on device")
+
+    run: Any = train.Run.__new__(train.Run)
+    monkeypatch.setattr(train.Run, "sample", failing)
+    train.finish(run, None)
+    assert "the summary failed: OSError(28" in capsys.readouterr().err
+    monkeypatch.setattr(train.Run, "sample", lambda _: ("a", "b"))
+    monkeypatch.setattr(train, "plot_losses", failing)
+    monkeypatch.setattr(train, "peak_memory", failing)
+    run.args, run.single_token_entropy = parse_args_of_defaults(), lambda: 1.0
+    metrics: Any = type("Metrics", (), {"lines": []})
+    train.finish(run, metrics)
+    said = capsys.readouterr().err
+    assert "the losses cannot be plotted: [Errno 28]" in said
+    assert "the summary failed: " in said
+
+
+def parse_args_of_defaults() -> Any:
+    from options import parse_args
+
+    return parse_args("", [])
 
 
 def test_started_without_torchrun() -> None:

@@ -37,45 +37,66 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[Case]]:
         description=bench.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--list", action="store_true", help="print the named cases and exit")
+    parser.add_argument(
+        "--list", action="store_true", help="print the named cases and exit (default: off)"
+    )
     parser.add_argument(
         "--case",
         nargs="+",
         action="extend",
         default=[],
         metavar="NAME",
-        help="named cases to run; all: every case that is not for the CPU",
+        help="named cases to run; all: every case that is not for the CPU (default: a custom case)",
     )
     shape = parser.add_argument_group("a custom case")
-    for name in ("tokens", "hidden_size", "num_experts", "num_experts_per_tok"):
-        shape.add_argument(_option(name), type=int, help=f"default {DEFAULTS[name]}")
-    shape.add_argument("--dtype", choices=DTYPES, help=f"default {DEFAULTS['dtype']}")
-    shape.add_argument("--routing", choices=ROUTINGS, help=f"default {DEFAULTS['routing']}")
+    for name, meaning in (
+        ("tokens", "tokens of a pass"),
+        ("hidden_size", "width of hidden states and table rows"),
+        ("num_experts", "rows of each table"),
+        ("num_experts_per_tok", "experts that each token uses"),
+    ):
+        default = f"(default: {DEFAULTS[name]})"
+        shape.add_argument(_option(name), type=int, help=f"{meaning} {default}")
+    shape.add_argument(
+        "--dtype", choices=DTYPES, help=f"dtype of all tensors (default: {DEFAULTS['dtype']})"
+    )
+    shape.add_argument(
+        "--routing",
+        choices=ROUTINGS,
+        help=f"how expert ids are drawn (default: {DEFAULTS['routing']})",
+    )
     shape.add_argument(
         "--key-bias",
         type=float,
         help="how skewed routing product_keys is: standard deviation of a key's score between "
-        "keys, in units of that between tokens; default 0",
+        "keys, in units of that between tokens (default: 0)",
     )
     parser.add_argument(
-        "--repeats", type=int, help="timed passes of each variant; default 20 on CUDA, 10 on CPU"
+        "--repeats",
+        type=int,
+        help="timed passes of each variant (default: 20 on CUDA, 10 on CPU)",
     )
     parser.add_argument(
         "--baselines",
         "--peers",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="measure the built-in baselines too (--peers is the old name)",
+        help="measure the built-in baselines too; --peers is the old name (default: on)",
     )
     parser.add_argument(
         "--against",
         action="append",
         default=[],
         metavar="PACKAGE.MODULE:FUNCTION",
-        help="another baseline, called with the arguments of the op; may be repeated",
+        help="another baseline, called with the arguments of the op; may be repeated "
+        "(default: none)",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all measurements")
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="write a bar chart of times")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write all measurements (default: none)"
+    )
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE.png", help="write a bar chart of times (default: none)"
+    )
     args = parser.parse_args(argv)
 
     if args.repeats is not None and args.repeats < 2:
@@ -156,14 +177,18 @@ def run_case(
     )
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Run the benchmark with the given options, by default those of the process."""
+def main(argv: list[str] | None = None) -> int:
+    """Run the benchmark with the given options, by default those of the process.
+
+    Returns:
+        Exit status: 1 if a function of --against has failed or was wrong in any case, else 0.
+    """
     argv = sys.argv[1:] if argv is None else argv
     args, cases = parse(argv)
     if args.list:
         for case in CASES.values():
             print(f"{case.name:18}{case.description}{', on the CPU' if case.on_cpu else ''}")
-        return
+        return 0
     reports: list[CaseReport] = []
     for case in cases:
         reports.append(run_case(case, args.baselines, args.against, args.repeats))
@@ -173,7 +198,8 @@ def main(argv: list[str] | None = None) -> None:
             write_json(args.json, reports, argv)
         if args.plot:
             write_plot(args.plot, reports)
+    return int(any(report.results[name].failure for report in reports for name in args.against))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from flash_moe.ops.environment import switch
+
 BACKENDS = ("reference", "torch_sparse", "gather", "hot_cold", "dense")
 TRITON_BACKENDS = ("gather", "hot_cold", "dense")
 
@@ -94,7 +96,7 @@ def default_backend(device: torch.device) -> str:
     name = os.environ.get("FLASH_MOE_BACKEND")
     if name is not None:
         return name
-    if device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1":
+    if device.type == "cuda" or switch("TRITON_INTERPRET", False):
         return "gather"
     return "torch_sparse" if device.type == "cpu" else "reference"
 
@@ -158,7 +160,7 @@ def check_backend(name: str, device: torch.device) -> None:
         )
     if name == "torch_sparse" and device.type != "cpu":
         raise ValueError(f"backend 'torch_sparse' takes tensors on the CPU, got {device}")
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    interpreted = switch("TRITON_INTERPRET", False)
     if uses_triton(name) and device.type != "cuda" and not interpreted:
         raise ValueError(
             f"backend {name!r} takes CUDA tensors (or CPU tensors when TRITON_INTERPRET=1 is "

@@ -6,7 +6,6 @@ for the device: at the next call or backward pass of the op, or by `raise_index_
 FLASH_MOE_STRICT_INDICES=1 every call waits for its own record instead.
 """
 
-import os
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +13,7 @@ import triton
 from torch import Tensor
 
 from flash_moe.ops.backend_choice import MAX_SORTED_SLOTS
+from flash_moe.ops.environment import switch
 from flash_moe.ops.indices_kernels import (
     check_ids_kernel,
     check_offsets_kernel,
@@ -198,8 +198,9 @@ class IndexErrorRecord:
 
     def after_launch(self) -> None:
         """Poll at once where results are there already or FLASH_MOE_STRICT_INDICES=1."""
+        strict = switch("FLASH_MOE_STRICT_INDICES", False)
         if self.found.is_cuda:
-            if os.environ.get("FLASH_MOE_STRICT_INDICES") != "1":
+            if not strict:
                 return
             torch.cuda.synchronize(self.found.device)
         self.poll()

@@ -5,7 +5,6 @@ which leaves the multiprocessors to kernels; kernels read and write the memory o
 place; and a barrier takes some microseconds.
 """
 
-import os
 import socket
 import warnings
 from collections.abc import Callable, Sequence
@@ -17,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from flash_moe.ops.environment import switch
 from flash_moe.ops.side_stream import SideStream, current_stream, new_stream
 from flash_moe.ops.triton_launch import cdiv
 from flash_moe_dist.agreement import gather_objects
@@ -290,7 +290,7 @@ def _warn_of_fallback(reason: str) -> None:
 
 def _share_one_host(group: dist.ProcessGroup, device: torch.device) -> bool:
     """Whether all ranks run on GPUs of their own on one host, and want symmetric memory."""
-    wanted = os.environ.get("FLASH_MOE_PEER_MEMORY", "1") != "0"
+    wanted = switch("FLASH_MOE_PEER_MEMORY", True)
     mine = None
     if wanted and device.type == "cuda" and dist.get_backend(group) == "nccl":
         boot = BOOT_ID.read_text() if BOOT_ID.exists() else ""

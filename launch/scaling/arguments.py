@@ -7,10 +7,10 @@ import math
 import os
 from pathlib import Path
 
-from errors import RaisingParser
 from flash_moe.bench.cases import DTYPES, ROUTINGS
 from flash_moe.ops.triton_launch import cdiv
 from flash_moe_dist.dispatch.comm_volume import DispatcherName
+from option_parser import DefaultsFormatter, RaisingParser
 from scaling.problems import Problem
 from scaling.results import CONVENTIONAL, SINGLE_RANK
 
@@ -46,7 +46,7 @@ def parse(description: str, argv: list[str], on_gpus: bool, world_size: int) -> 
     parser = RaisingParser(
         prog="bench_scaling.py",
         description=description,
-        formatter_class=_Formatter,
+        formatter_class=DefaultsFormatter,
     )
     add = parser.add_argument
     add(
@@ -60,8 +60,8 @@ def parse(description: str, argv: list[str], on_gpus: bool, world_size: int) -> 
         ("tokens", "tokens of each rank in weak scaling"),
         (
             "total_tokens",
-            "tokens of all ranks together in strong scaling; if not given, "
-            f"{TOTAL_TOKENS[on_gpus]} rounded up to a multiple of every number of ranks",
+            "tokens of all ranks together in strong scaling (default: "
+            f"{TOTAL_TOKENS[on_gpus]} rounded up to a multiple of every number of ranks)",
         ),
         ("num_experts_per_tok", "experts per token, K"),
         ("hidden_size", "hidden size, H"),
@@ -87,7 +87,7 @@ def parse(description: str, argv: list[str], on_gpus: bool, world_size: int) -> 
         "--ranks",
         type=int,
         nargs="+",
-        help="numbers of ranks to measure, besides 1; if not given 2, 4, ... and all",
+        help="numbers of ranks to measure, besides 1 (default: 2, 4, ... and all)",
     )
     add(
         "--dispatcher",
@@ -106,8 +106,8 @@ def parse(description: str, argv: list[str], on_gpus: bool, world_size: int) -> 
     add(
         "--link",
         type=float,
-        help="in predictions for more ranks than there are: GB/s of a rank to others of its host; "
-        "measured if not given",
+        help="in predictions for more ranks than there are: GB/s of a rank to others of its host "
+        "(default: measured)",
     )
     add(
         "--network",
@@ -118,8 +118,8 @@ def parse(description: str, argv: list[str], on_gpus: bool, world_size: int) -> 
     add(
         "--latency",
         type=float,
-        help="in predictions for more ranks than there are: microseconds of an empty message; "
-        "measured if not given",
+        help="in predictions for more ranks than there are: microseconds of an empty message "
+        "(default: measured)",
     )
     add(
         "--timeout",
@@ -174,10 +174,6 @@ def parse(description: str, argv: list[str], on_gpus: bool, world_size: int) -> 
             f"--dispatcher must name one other than {CONVENTIONAL}, which is only compared with it"
         )
     return args
-
-
-class _Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    pass
 
 
 def variants(chosen: list[str], problem: Problem, ranks: int) -> list[str]:

@@ -1,0 +1,217 @@
+"""launch/train.sh: refusals in one line, help, signals, and who holds --out."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from processes import assert_nothing_left
+from small_run import INTERVALS, REPOSITORY, SMALL, steps_done, wait_for_steps, workers_of
+
+from options import DESCRIPTION, parse_args
+from out_folder import hold_folder
+
+TRAIN = str(REPOSITORY / "launch" / "train.sh")
+
+
+def start_train(*options: str, **variables: str) -> subprocess.Popen[str]:
+    """Start launch/train.sh on CPUs with the current environment, as a new session."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"SKIP_INSTALL": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.Popen(
+        ["bash", TRAIN, *options],
+        env=environment | variables,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def run_train(*options: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    process = start_train(*options, **variables)
+    out, err = process.communicate(timeout=100)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+@pytest.mark.parametrize(
+    ("options", "variables", "reason"),
+    [
+        (["--steps", "0"], {}, "train.sh: error: --steps must be positive, got 0"),
+        (["--stepz", "1"], {}, "train.sh: error: unrecognized arguments: --stepz 1"),
+        ([], {"SKIP_INSTALL": "yes"}, "error: SKIP_INSTALL must be 0 or 1, got yes"),
+    ],
+)
+def test_refused_before_processes_start(
+    options: list[str], variables: dict[str, str], reason: str, tmp_path: Path
+) -> None:
+    ended = run_train("--out", str(tmp_path / "out"), *options, **variables)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (2, "", f"{reason}\n")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        ("NPROC_PER_NODE", "many", "must be a positive number, got many"),
+        ("OMP_NUM_THREADS", "-1", "must be a positive number, got -1"),
+        ("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "soon", "must be a positive number, got soon"),
+        ("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "true", "must be 0 or 1, got true"),
+        ("TORCHRUN_ARGS", "--nnodez 2", "got '--nnodez 2': unrecognized arguments: --nnodez"),
+        ("TORCHRUN_ARGS", "'", 'must be options of torchrun, got "\'": No closing quotation'),
+        ("TORCHRUN_ARGS", "it.py", "got 'it.py': a script is among them"),
+    ],
+)
+def test_variable_with_a_wrong_value(
+    name: str, value: str, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from start import prepare_environment
+
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    assert prepare_environment()[1] == ["--standalone"]
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=f"^{name} .*{re.escape(reason)}"):
+        prepare_environment()
+
+
+@pytest.mark.parametrize(
+    "name", ["FLASH_MOE_STRICT_INDICES", "FLASH_MOE_PEER_MEMORY", "TRITON_INTERPRET"]
+)
+def test_switch_with_a_wrong_value(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from flash_moe import triton_flash_expert_func
+    from flash_moe_dist import ExpertParallel
+
+    def use_it() -> None:
+        ExpertParallel()
+        inputs = torch.randn(2, 4), torch.randn(5, 4), torch.randn(5, 4)
+        triton_flash_expert_func(*inputs, torch.tensor([[0], [1]]), torch.rand(2, 1))
+
+    monkeypatch.setenv(name, "yes")
+    with pytest.raises(ValueError, match=f"{name} must be 0 or 1, got 'yes'"):
+        use_it()
+
+
+def test_help_has_a_text_and_a_default_for_every_option(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from flash_moe.bench.__main__ import parse as parse_bench
+    from scaling.arguments import parse as parse_scaling
+
+    parsers = (
+        lambda: parse_args(DESCRIPTION, ["--help"]),
+        lambda: parse_scaling("", ["--help"], False, 2),
+        lambda: parse_bench(["--help"]),
+    )
+    for parse in parsers:
+        with pytest.raises(SystemExit):
+            parse()
+        listed = capsys.readouterr().out.partition("options:\n")[2]
+        entries = re.split(r"\n  (?=--)", listed)[1:]
+        assert len(entries) > 8
+        for entry in entries:
+            assert "None" not in entry, entry
+            assert re.search(r" {2}[a-z].*\w.*\(default:\s.*\)", entry, re.DOTALL), entry
+
+
+def test_a_folder_is_held_by_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("out_folder.WAIT_SECONDS", 0.2)
+    out = tmp_path / "new" / "out"
+    assert hold_folder(out, create=False) is None
+    assert not out.parent.exists()
+    first = hold_folder(out, create=True)
+    assert first is not None
+    for create in (True, False):
+        with pytest.raises(ValueError, match=f"is in use by process {os.getpid()} on "):
+            hold_folder(out, create)
+    first.close()
+    code = f"from out_folder import *; held = hold_folder(Path({str(out)!r}), True); print(1)"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", f"{code}; sys.stdout.flush(); time.sleep(100)"],
+        cwd=REPOSITORY / "launch",
+        stdout=subprocess.PIPE,
+    )
+    assert holder.stdout is not None
+    holder.stdout.readline()
+    with pytest.raises(ValueError, match=f"is in use by process {holder.pid} on "):
+        hold_folder(out, create=True)
+    holder.kill()
+    holder.communicate()
+    again = hold_folder(out, create=False)
+    assert again is not None
+    again.close()
+
+
+def test_a_folder_without_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def unsupported(*_: object) -> None:
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr("fcntl.flock", unsupported)
+    held = hold_folder(tmp_path, create=True)
+    assert held is not None
+    held.close()
+    assert "lock is not locked: [Errno 95]" in capsys.readouterr().err
+
+
+def test_process_whose_parent_has_died_before() -> None:
+    code = "from signals import *; end_with_torchrun(); print('trains')"
+    for parent, status in ((os.getpid(), 0), (2**22 + 1, -signal.SIGKILL)):
+        ended = subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=REPOSITORY / "launch",
+            env={"TORCHELASTIC_RUN_ID": "a", "FLASH_MOE_LAUNCHER_PID": str(parent)},
+            capture_output=True,
+            check=False,
+        )
+        assert ended.returncode == status, ended.stderr
+        assert (b"trains" in ended.stdout) == (status == 0)
+
+
+@pytest.mark.slow
+def test_killed_while_processes_import(text: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    process = start_train(*SMALL, "--steps", "100000", "--data", text, "--out", str(out))
+    while not workers_of(process):
+        assert process.poll() is None
+    process.kill()
+    process.communicate(timeout=10)
+    assert_nothing_left(str(tmp_path))
+    assert not out.exists()
+
+
+@pytest.mark.slow
+def test_ctrl_c_then_refusals_inside(text: str, tmp_path: Path) -> None:
+    options = (*SMALL, *INTERVALS, "--steps", "100000", "--data", text, "--out", str(tmp_path))
+    process = start_train(*options)
+    wait_for_steps(tmp_path, 6, process)
+    second = run_train(*options, "--resume", NPROC_PER_NODE="1")
+    assert (second.returncode, process.poll()) == (2, None)
+    assert re.search(
+        r"^train\.sh: error: (rank 0: )?--out \S+ is in use by process \d+ on .*$",
+        second.stderr.splitlines()[-1],
+    )
+    os.kill(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGINT
+    last = steps_done(tmp_path)
+    assert out.splitlines()[-1] == (
+        f"SIGINT: ended after step {last} of 100000, with a checkpoint; --resume continues"
+    )
+    assert "Traceback" not in err
+    assert "SignalException" not in err
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "checkpoints" / f"step-{last:08d}" / ".metadata").is_file()
+    # Known to the processes only, and not to be tried again.
+    refused = run_train(*options, NPROC_PER_NODE="1", TORCHRUN_ARGS="--standalone --max-restarts 2")
+    assert refused.returncode == 2
+    assert refused.stderr.splitlines() == [
+        f"train.sh: error: --out {tmp_path} holds a checkpoint of step {last}: --resume continues "
+        "from it, another --out starts a new run"
+    ]
