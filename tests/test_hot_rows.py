@@ -1,0 +1,43 @@
+"""Rows with thousands of uses, whose gradients a sum in 16 bits would cut short."""
+
+import pytest
+import torch
+from cases import INTERPRETED_TOLERANCES, RESULTS, Case, assert_close, make_case, oracle
+
+from flash_moe import triton_flash_expert_func
+from flash_moe.ops.backend_choice import BACKENDS, TRITON_BACKENDS
+from flash_moe.ops.naive import naive_expert_func
+
+NUM_TOKENS, HIDDEN_SIZE, SLOTS = 2048, 8, 2
+
+
+def hot_case(dtype: torch.dtype, device: torch.device) -> Case:
+    """Two rows with 2,048 uses, all of one sign; a sum in bfloat16 would stop at about 256."""
+    indices = torch.tensor([0, 2]).expand(NUM_TOKENS, SLOTS).contiguous()
+    case = make_case(NUM_TOKENS, HIDDEN_SIZE, 3, SLOTS, dtype, device, indices=indices)
+    with torch.no_grad():
+        for leaf in case.differentiable():
+            leaf.abs_()
+    case.grad.abs_()
+    return case
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_hot_rows(backend: str, dtype: torch.dtype, device: torch.device) -> None:
+    case = hot_case(dtype, device if backend in TRITON_BACKENDS else torch.device("cpu"))
+    out = triton_flash_expert_func(*case.args(), backend=backend)
+    results = (out, *torch.autograd.grad(out, case.differentiable(), case.grad))
+    for name, result, expected in zip(RESULTS, results, oracle(case), strict=True):
+        # Backends of matrix products round their operands too.
+        assert_close(result, expected, 2 * INTERPRETED_TOLERANCES[dtype], name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_hot_rows_of_the_oracle(dtype: torch.dtype, device: torch.device) -> None:
+    """All of its intermediate results are in 16 bits, but no sum."""
+    case = hot_case(dtype, device)
+    out = naive_expert_func(*case.args())
+    results = (out, *torch.autograd.grad(out, case.differentiable(), case.grad))
+    for name, result, expected in zip(RESULTS, results, oracle(case), strict=True):
+        assert_close(result, expected, 4 * INTERPRETED_TOLERANCES[dtype], name)
