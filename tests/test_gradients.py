@@ -53,69 +53,74 @@ def test_norm_counts_every_element_once(rank_pools: RankPools) -> None:
     rank_pools.run(4, clip)
 
 
-def new_model() -> nn.ModuleDict:
+class Model(nn.Module):
+    """A pair of linear layers, as tensor parallelism shards them, and experts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.narrow = nn.Linear(8, 16), nn.Linear(16, 8)
+        self.moe = FlashMoE(8, 6, 12, 2)
+
+    def forward(self, x_TH: Tensor) -> Tensor:
+        return self.moe(self.narrow(self.wide(x_TH).relu()))
+
+
+def new_model() -> Model:
     torch.manual_seed(0)
-    layers = {"in": nn.Linear(8, 16), "out": nn.Linear(16, 8), "moe": FlashMoE(8, 6, 12, 2)}
-    return nn.ModuleDict(layers).double()
+    return Model().double()
 
 
-def backward(model: nn.ModuleDict) -> None:
+def backward(model: Model) -> None:
     """Of the same tokens on every rank, so that an average over ranks is what each rank has."""
     draw = torch.Generator().manual_seed(1)
     x_TH = torch.randn(5, 8, dtype=torch.float64, generator=draw)
-    model["moe"](model["out"](model["in"](x_TH).relu())).square().mean().backward()
+    model(x_TH).square().mean().backward()
 
 
-def shard_experts_over_all(model: nn.ModuleDict, runtime: Runtime) -> None:
+def shard_experts_over_all(model: Model, runtime: Runtime) -> None:
     ranks = Runtime.of_world(rank_device()).ep_mesh
-    parallelize_module(model["moe"], ranks, {"experts": ExpertParallel()})
+    parallelize_module(model, ranks, {"moe.experts": ExpertParallel()})
 
 
-def shard_experts(model: nn.ModuleDict, runtime: Runtime, dim: int) -> None:
-    parallelize_module(model["moe"], runtime.ep_mesh, {"experts": ExpertParallel()})
-    fully_shard(
-        model["moe"].get_submodule("experts"),
-        mesh=runtime.efsdp_mesh,
-        shard_placement_fn=lambda _: Shard(dim),
-    )
+def shard_experts(model: Model, runtime: Runtime, dim: int) -> None:
+    parallelize_module(model, runtime.ep_mesh, {"moe.experts": ExpertParallel()})
+    mesh, placement = runtime.efsdp_mesh, Shard(dim)
+    fully_shard(model.moe.experts, mesh=mesh, shard_placement_fn=lambda _: placement)
 
 
-def shard_rest(model: nn.ModuleDict, runtime: Runtime) -> None:
-    tables = set(model["moe"].get_submodule("experts").parameters())
+def plain(model: Model, runtime: Runtime) -> None:
+    shard_experts_over_all(model, runtime)
+
+
+def fsdp(model: Model, runtime: Runtime) -> None:
+    shard_experts_over_all(model, runtime)
+    tables = set(model.moe.experts.parameters())
     fully_shard(model, mesh=runtime.dp_mesh, ignored_params=tables)
 
 
-def plain(model: nn.ModuleDict, runtime: Runtime) -> None:
+def hybrid_fsdp(model: Model, runtime: Runtime) -> None:
     shard_experts_over_all(model, runtime)
+    for layer in (model.wide, model.narrow):
+        fully_shard(layer, mesh=runtime.mesh)
 
 
-def fsdp(model: nn.ModuleDict, runtime: Runtime) -> None:
-    shard_experts_over_all(model, runtime)
-    shard_rest(model, runtime)
-
-
-def hybrid_fsdp(model: nn.ModuleDict, runtime: Runtime) -> None:
-    shard_experts_over_all(model, runtime)
-    for name in ("in", "out"):
-        fully_shard(model[name], mesh=runtime.mesh)
-
-
-def ep_and_fsdp_by_rows(model: nn.ModuleDict, runtime: Runtime) -> None:
+def ep_and_fsdp_by_rows(model: Model, runtime: Runtime) -> None:
     shard_experts(model, runtime, 0)
-    shard_rest(model, runtime)
+    fully_shard(model, mesh=runtime.dp_mesh)
 
 
-def ep_and_fsdp_by_columns(model: nn.ModuleDict, runtime: Runtime) -> None:
+def ep_and_fsdp_by_columns(model: Model, runtime: Runtime) -> None:
     shard_experts(model, runtime, 1)
-    shard_rest(model, runtime)
+    fully_shard(model, mesh=runtime.dp_mesh)
 
 
-def tp_and_fsdp(model: nn.ModuleDict, runtime: Runtime) -> None:
+def tp_and_fsdp(model: Model, runtime: Runtime) -> None:
     shard_experts(model, runtime, 0)
-    styles = {"in": ColwiseParallel(), "out": RowwiseParallel()}
-    parallelize_module(model, runtime.ep_mesh, styles)
-    for name in styles:
-        fully_shard(model[name], mesh=runtime.efsdp_mesh)
+    parallelize_module(
+        model, runtime.ep_mesh, {"wide": ColwiseParallel(), "narrow": RowwiseParallel()}
+    )
+    for layer in (model.wide, model.narrow):
+        fully_shard(layer, mesh=runtime.efsdp_mesh)
 
 
 LAYOUTS = (
