@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import RankPools, rank_device
+from ranks import RankPools, rank_runtime
 from sharded import whole
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -78,7 +78,7 @@ def backward(model: Model) -> None:
 
 
 def shard_experts_over_all(model: Model, runtime: Runtime) -> None:
-    ranks = Runtime.of_world(rank_device()).ep_mesh
+    ranks = rank_runtime().ep_mesh
     parallelize_module(model, ranks, {"moe.experts": ExpertParallel()})
 
 
@@ -135,7 +135,7 @@ LAYOUTS = (
 
 def clip_all_layouts() -> dict[str, tuple[float, float]]:
     """Norm on this rank, and largest error of a clipped gradient, by layout."""
-    runtime = Runtime.of_world(rank_device(), ep_size=2)
+    runtime = rank_runtime(ep_size=2)
     alone = new_model()
     backward(alone)
     expected = torch.nn.utils.clip_grad_norm_(alone.parameters(), MAX_NORM).item()
@@ -172,7 +172,7 @@ def clip_two_stages() -> tuple[float, Tensor]:
 
     The stages differ in their numbers of parameters.
     """
-    runtime = Runtime.of_world(rank_device(), ep_size=2)
+    runtime = rank_runtime(ep_size=2)
     stage = runtime.rank // 2
     layers = [nn.Linear(4, 6), nn.Linear(6, 4, bias=False)]
     draw = torch.Generator().manual_seed(2)

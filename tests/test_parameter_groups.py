@@ -5,14 +5,14 @@ from typing import Any
 import pytest
 import torch
 from cases import assert_close
-from ranks import RankPools, rank_device
+from ranks import RankPools, rank_runtime
 from sharded import whole
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import parallelize_module
 
 from flash_moe import FlashExperts, FlashMoE
-from flash_moe_dist import ExpertParallel, Runtime, parameter_groups
+from flash_moe_dist import ExpertParallel, parameter_groups
 
 NUM_EXPERTS, HIDDEN_SIZE = 12, 8
 
@@ -36,7 +36,7 @@ def fused_steps(model: nn.Module) -> list[int]:
 
 
 def mixed_groups() -> None:
-    runtime = Runtime.of_world(rank_device())
+    runtime = rank_runtime()
     alone = new_model()
     assert fused_steps(alone) == [8]
     for dense in ("plain", "sharded", "partly sharded"):
