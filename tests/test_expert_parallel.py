@@ -359,10 +359,10 @@ def share_tables(on_meta: bool) -> None:
     assert first.down_weights is second.up_weights
     assert first.up_weights is second.down_weights
     assert len(list(model.parameters())) == 2
-    tables = [whole(table).requires_grad_() for table in model.parameters()]
+    down, up = tables = [whole(table).requires_grad_() for table in model.parameters()]
     x, indices = torch.randn(4, 6), torch.randint(7, (4, 3))
-    y = triton_flash_expert_func(x, *tables, indices, torch.ones(4, 3))
-    y = triton_flash_expert_func(y, *reversed(tables), indices, torch.ones(4, 3))
+    y = triton_flash_expert_func(x, down, up, indices, torch.ones(4, 3))
+    y = triton_flash_expert_func(y, up, down, indices, torch.ones(4, 3))
     y.sum().backward()
     out = second(first(x, indices, torch.ones(4, 3)), indices, torch.ones(4, 3))
     out.sum().backward()

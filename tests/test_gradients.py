@@ -181,10 +181,9 @@ def clip_two_stages() -> tuple[float, Tensor]:
     grads = [one.grad for layer in layers for one in layer.parameters()]
     expected = torch.cat([grad.flatten() for grad in grads if grad is not None]).norm()
     own = layers[stage]
-    plain = [one.grad for one in own.parameters()]
+    plain = [one.grad for one in own.parameters() if one.grad is not None]
     fully_shard(own, mesh=runtime.ep_mesh)
     for parameter, grad in zip(own.parameters(), plain, strict=True):
-        assert grad is not None
         parameter.grad = distribute_tensor(grad, runtime.ep_mesh, [Shard(0)])
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -120,4 +120,5 @@ def _csr(offsets: Tensor, ids: Tensor, values: Tensor, num_columns: int) -> Tens
 # PyTorch warns once in a process that CSR is in beta; provoked here, the warning is suppressed.
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    _csr(*(torch.zeros(size, device="cpu") for size in (2, 0, 0)), num_columns=1)
+    offsets, nothing = torch.zeros(2, device="cpu"), torch.zeros(0, device="cpu")
+    _csr(offsets, nothing, nothing, 1)
