@@ -39,7 +39,10 @@ def test_flash_moe_is_shared_mlp_plus_routed_experts() -> None:
     ("num_experts", "slots"),
     [(64, 1), (64, 8), (64, 64), (1024, 256), (16_384, 32), (102_400, 16), (102_400, 512)],
 )
-def test_routed_and_shared_parts_begin_at_the_same_size(num_experts: int, slots: int) -> None:
+def test_routed_and_shared_parts_begin_at_the_same_size(
+    num_experts: int, slots: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FLASH_MOE_BACKEND", "reference")
     torch.manual_seed(0)
     layer = FlashMoE(64, 96, num_experts, slots)
     hidden_states = torch.randn(256, 64)
@@ -128,7 +131,9 @@ def test_output_is_no_view() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_default_device_is_not_used(dtype: torch.dtype) -> None:
+def test_default_device_is_not_used(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    # float32 by sparse products, bfloat16 by the reference.
+    monkeypatch.setenv("FLASH_MOE_BACKEND", "torch_sparse")
     layer = FlashMoE(8, 6, 9, 2, dtype=dtype)
     few, many = torch.randn(3, 8, dtype=dtype), torch.randn(20, 8, dtype=dtype)
     expected = [layer(few), layer(many)]

@@ -73,13 +73,17 @@ def trained(dtype: torch.dtype, optimizer: type[torch.optim.Optimizer], **option
 
 
 FORMS = {"loop": {"foreach": False}, "foreach": {"foreach": True}, "fused": {"fused": True}}
+# Fused SGD leaves most elements in 16 bits unchanged on CPUs (torch 2.13).
+COMBINATIONS = [
+    (dtype, optimizer, form)
+    for dtype in (torch.float32, torch.bfloat16)
+    for optimizer in (torch.optim.AdamW, torch.optim.SGD)
+    for form in FORMS
+    if (dtype, optimizer, form) != (torch.bfloat16, torch.optim.SGD, "fused")
+]
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize(
-    "optimizer", [torch.optim.AdamW, torch.optim.SGD], ids=lambda o: o.__name__
-)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("dtype", "optimizer", "form"), COMBINATIONS)
 def test_rows_that_no_token_reaches_stay(
     dtype: torch.dtype, optimizer: type[torch.optim.Optimizer], form: str
 ) -> None:
