@@ -8,16 +8,22 @@ from flash_moe import triton_flash_expert_func
 from flash_moe.ops.backend_choice import BACKENDS, TRITON_BACKENDS
 from flash_moe.ops.naive import naive_expert_func
 
-HIDDEN_SIZE, SLOTS = 8, 2
+HIDDEN_SIZE = 8
+# Triton's interpreter takes too long for the uses at which a sum in float16 would stop.
+CASES = [(backend, torch.bfloat16) for backend in BACKENDS] + [
+    (backend, torch.float16)
+    for backend in BACKENDS
+    if torch.cuda.is_available() or backend not in TRITON_BACKENDS
+]
 
 
 def hot_case(uses: int, dtype: torch.dtype, device: torch.device) -> Case:
-    """Two rows with that many uses, all of one sign.
+    """One row with that many uses, all of one sign.
 
     A sum in bfloat16 would stop at about 256 uses, one in float16 at 2,048.
     """
-    indices = torch.tensor([0, 2]).expand(uses, SLOTS).contiguous()
-    case = make_case(uses, HIDDEN_SIZE, 3, SLOTS, dtype, device, indices=indices)
+    indices = torch.ones(uses, 1, dtype=torch.int64)
+    case = make_case(uses, HIDDEN_SIZE, 3, 1, dtype, device, indices=indices)
     with torch.no_grad():
         for leaf in case.differentiable():
             leaf.abs_()
@@ -25,12 +31,11 @@ def hot_case(uses: int, dtype: torch.dtype, device: torch.device) -> Case:
     return case
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("backend", "dtype"), CASES, ids=str)
 def test_hot_rows(backend: str, dtype: torch.dtype, device: torch.device) -> None:
-    where = device if backend in TRITON_BACKENDS else torch.device("cpu")
-    # Few for Triton's interpreter.
-    case = hot_case(8192 if where.type == "cuda" else 600, dtype, where)
+    kernels = backend in TRITON_BACKENDS
+    where = device if kernels else torch.device("cpu")
+    case = hot_case(400 if kernels and where.type == "cpu" else 8192, dtype, where)
     out = triton_flash_expert_func(*case.args(), backend=backend)
     results = (out, *torch.autograd.grad(out, case.differentiable(), case.grad))
     for name, result, expected in zip(RESULTS, results, oracle(case), strict=True):
