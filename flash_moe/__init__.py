@@ -17,10 +17,12 @@ from flash_moe.layers.router import ProductKeyRouter
 from flash_moe.ops.flash_expert import ragged_flash_expert_func, triton_flash_expert_func
 from flash_moe.ops.indices import raise_index_errors
 
+__version__ = "0.2.0"
 __all__ = [
     "FlashExperts",
     "FlashMoE",
     "ProductKeyRouter",
+    "__version__",
     "ragged_flash_expert_func",
     "raise_index_errors",
     "triton_flash_expert_func",

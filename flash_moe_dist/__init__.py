@@ -6,6 +6,7 @@ What a training script imports, in the order in which it needs it:
     ExpertParallel         parallel style that shards the experts of a layer over a mesh
     materialize            allocate and initialize a model that was built on the meta device
     init_normal_rows_      initialize a sharded table of a module of your own
+    parameter_groups       group parameters by mesh for a fused optimizer
     clip_grad_norm_        clip gradients that live on different meshes
     count_load             count how evenly experts and ranks are used (`ExpertLoad`)
     time_phases            measure the device time of dispatch, experts, combine, communication
@@ -17,6 +18,7 @@ What a training script imports, in the order in which it needs it:
 a pass travels between ranks.
 """
 
+from flash_moe import __version__
 from flash_moe.deprecated import register
 from flash_moe_dist import deprecated
 from flash_moe_dist.agreement import same_error_on_all_ranks
@@ -25,6 +27,7 @@ from flash_moe_dist.expert_parallel import ExpertParallel
 from flash_moe_dist.gradients import clip_grad_norm_
 from flash_moe_dist.initialization import init_normal_rows_, materialize
 from flash_moe_dist.load import ExpertLoad, count_load
+from flash_moe_dist.parameter_groups import parameter_groups
 from flash_moe_dist.phases import time_phases
 from flash_moe_dist.runtime import Runtime, distributed
 
@@ -34,11 +37,13 @@ __all__ = [
     "ExpertParallel",
     "PartialLoadError",
     "Runtime",
+    "__version__",
     "clip_grad_norm_",
     "count_load",
     "distributed",
     "init_normal_rows_",
     "materialize",
+    "parameter_groups",
     "same_error_on_all_ranks",
     "time_phases",
 ]

@@ -14,6 +14,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ParallelStyle
+from torch.utils.weak import WeakIdKeyDictionary
 
 from flash_moe.ops.dtypes import accumulator_dtype
 from flash_moe.ops.environment import switch
@@ -35,6 +36,8 @@ Capacity = Literal["auto"] | None
 # Layers named so far in this process, and copies made of each, by its name.
 _num_layers = 0
 _num_copies: Counter[str] = Counter()
+# Sharded parameter by the parameter it was made from, which other modules may still hold.
+_sharded_from = WeakIdKeyDictionary()
 
 
 class ExpertParallel(ParallelStyle):
@@ -47,6 +50,11 @@ class ExpertParallel(ParallelStyle):
     `flash_moe.FlashExperts` does. Its parameters become DTensors sharded on dim 0 over the mesh;
     E need not divide by the number of ranks. Values are those of the first rank of the mesh;
     tables on the meta device stay there, and get their values from `flash_moe_dist.materialize`.
+    Tables that several modules share stay shared, if the style is applied to each of them; give
+    them to `fully_shard` in one call with a list of these modules.
+
+    Key of a plan that matches no module: `parallelize_module` warns of it and goes on, without a
+    call of this class; within `flash_moe_dist.distributed` it raises.
 
     Each forward and backward pass of the module is then collective over the mesh: every rank
     takes part, with any number of tokens of its own, zero included. Ranks are taken to be data
@@ -77,7 +85,8 @@ class ExpertParallel(ParallelStyle):
     Raises:
         ValueError: an option is none of these, or two of them exclude each other. When applied, on
             every rank: the mesh has more than one dimension, the module's parameters are not
-            tables of one shape, or the ranks differ in shapes, dtypes or options.
+            tables of one shape or are sharded already, or the ranks differ in shapes, dtypes or
+            options.
         TypeError: when applied, on every rank: the module has no `expert_func`.
     """
 
@@ -98,7 +107,7 @@ class ExpertParallel(ParallelStyle):
             )
         group = device_mesh.get_group()
         with same_error_on_all_ranks(group):
-            tables = _tables_of(module)
+            tables = _tables_of(module, device_mesh)
         described = {
             name: (tuple(table.shape), table.dtype, "meta" if table.is_meta else "with values")
             for name, table in tables.items()
@@ -109,15 +118,14 @@ class ExpertParallel(ParallelStyle):
             "capacity": self.capacity,
         }
         raise_differences({"tables": described, **options}, group)
-        # One table may have two names.
-        parameters: dict[Tensor, nn.Parameter] = {}
         for name, table in tables.items():
-            if table not in parameters:
+            # One table may have two names, in one module or in several.
+            if table not in _sharded_from:
                 sharded = distribute_tensor(
                     table.detach(), device_mesh, [Shard(0)], src_data_rank=self.src_data_rank
                 )
-                parameters[table] = nn.Parameter(sharded, requires_grad=table.requires_grad)
-            module.register_parameter(name, parameters[table])
+                _sharded_from[table] = nn.Parameter(sharded, requires_grad=table.requires_grad)
+            module.register_parameter(name, _sharded_from[table])
         hooked: Any = module
         hooked.expert_func = ExpertParallelFunc(
             device_mesh, self.dispatcher, self.transport, self.capacity, _new_name(group)
@@ -154,13 +162,25 @@ def _new_name(group: ProcessGroup) -> str:
     return f"layer {number}"
 
 
-def _tables_of(module: nn.Module) -> dict[str, nn.Parameter]:
+def _tables_of(module: nn.Module, mesh: DeviceMesh) -> dict[str, nn.Parameter]:
     if not hasattr(module, "expert_func"):
         raise TypeError(
             f"{type(module).__name__} must call its tables through an attribute expert_func, "
             "as flash_moe.FlashExperts does; found none"
         )
     tables = dict(module.named_parameters(recurse=False, remove_duplicate=False))
+    for name, table in tables.items():
+        if isinstance(table, DTensor):
+            raise ValueError(
+                f"{name} of {type(module).__name__} must be a plain tensor, got a DTensor over "
+                f"{table.device_mesh}: apply ExpertParallel once, and before fully_shard"
+            )
+        shared: DTensor | None = _sharded_from.get(table)
+        if shared is not None and shared.device_mesh != mesh:
+            raise ValueError(
+                f"{name} of {type(module).__name__} is shared with a module that is sharded over "
+                f"{shared.device_mesh}, and must be sharded over the same mesh, got {mesh}"
+            )
     shapes = {table.shape for table in tables.values()}
     if len(shapes) != 1 or len(next(iter(shapes))) != 2:
         raise ValueError(

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate
 
@@ -13,75 +13,94 @@ from torch.distributed.tensor import DTensor, Placement, Replicate
 Layout = tuple[DeviceMesh, tuple[Placement, ...]] | None
 
 
-def clip_grad_norm_(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+def clip_grad_norm_(
+    parameters: Tensor | Iterable[Tensor],
+    max_norm: float,
+    pp_group: dist.ProcessGroup | None = None,
+) -> Tensor:
     """Scale all gradients so that their total 2-norm is at most `max_norm`; return the norm.
 
-    Gradients may be plain tensors and DTensors on any meshes. The norm counts every element of
-    the model once and is the same on every rank. Collective over the meshes of the gradients; no
-    host sync.
+    Gradients may be plain tensors and DTensors on any meshes, with any placements. The norm counts
+    every element of the model once and is the same on every rank. Collective over the meshes of
+    the parameters and over `pp_group`; no host sync.
 
     Replicated gradients must already be equal on all ranks that hold them: average plain
     gradients over all ranks first, and apply `fully_shard` over the efsdp axis to tables that
     several ranks hold. Warns about gradients on a mesh that lacks some of the ranks.
 
     Args:
-        parameters: those without a gradient are skipped.
+        parameters: one, or several; those without a gradient are skipped, repeated ones count once.
         max_norm: largest norm after scaling.
+        pp_group: this rank and its counterparts in the other pipeline stages, whose parameters
+            count too; a parameter that two stages hold counts twice. None without pipeline stages.
 
     Returns:
         The norm before scaling: shape (), summed in float64, rounded to float32 unless a
-        parameter is float64.
+        parameter is float64 on this rank.
     """
-    by_layout: dict[Layout, list[nn.Parameter]] = {}
-    for parameter in parameters:
-        if parameter.grad is not None:
-            by_layout.setdefault(_layout(parameter.grad), []).append(parameter)
-    squares = [
-        _sum_of_squares([p.grad for p in group if p.grad is not None], layout)
-        for layout, group in by_layout.items()
-    ]
-    total = torch.stack(squares).sum().sqrt() if squares else torch.zeros(())
-    if not any(p.dtype == torch.float64 for group in by_layout.values() for p in group):
-        total = total.to(torch.float32)
+    unique = dict.fromkeys([parameters] if isinstance(parameters, Tensor) else parameters)
+    stages = 1 if pp_group is None else pp_group.size()
+    by_layout: dict[Layout, list[Tensor]] = {}
+    for parameter in unique:
+        # By the parameter where it has no gradient: ranks may differ in that, and all take part.
+        layout = _layout(parameter if parameter.grad is None else parameter.grad)
+        by_layout.setdefault(layout, []).append(parameter)
+        if layout is not None and parameter.grad is not None:
+            _warn_of_missing_ranks(layout[0].size() * stages)
+    device = next((parameter.device for parameter in unique), None)
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for layout, group in by_layout.items():
+        grads = [parameter.grad for parameter in group if parameter.grad is not None]
+        total += _sum_of_squares(grads, layout, group[0].device).to(device)
+    if pp_group is not None:
+        dist.all_reduce(total, group=pp_group)
+    norm = total.sqrt()
+    if not any(parameter.dtype == torch.float64 for parameter in unique):
+        norm = norm.to(torch.float32)
     for group in by_layout.values():
-        torch.nn.utils.clip_grads_with_norm_(group, max_norm, total)
-    return total
+        torch.nn.utils.clip_grads_with_norm_(group, max_norm, norm)
+    return norm
 
 
-def _layout(grad: Tensor) -> Layout:
-    if not isinstance(grad, DTensor):
+def _layout(tensor: Tensor) -> Layout:
+    if not isinstance(tensor, DTensor):
         return None
-    if grad.device_mesh.size() < dist.get_world_size():
+    return tensor.device_mesh, tuple(tensor.placements)
+
+
+def _warn_of_missing_ranks(ranks: int) -> None:
+    if ranks < dist.get_world_size():
         warnings.warn(
-            f"gradients on a mesh of {grad.device_mesh.size()} of {dist.get_world_size()} ranks "
-            "must be equal on the other ranks: apply fully_shard over the efsdp axis to the "
-            "experts",
+            f"gradients on a mesh of {ranks} of {dist.get_world_size()} ranks must be equal on "
+            "the other ranks: apply fully_shard over the efsdp axis to the experts",
             stacklevel=3,
         )
-    return grad.device_mesh, tuple(grad.placements)
 
 
-def _sum_of_squares(grads: list[Tensor], layout: Layout) -> Tensor:
+def _sum_of_squares(grads: list[Tensor], layout: Layout, device: torch.device) -> Tensor:
     """Sum of squares over all ranks, () float64, of gradients of one layout.
 
     In float16 a norm overflows at 65,504; in bfloat16 every rank would round its part.
     """
-    local = [
-        one.redistribute(placements=_without_partial(one)).to_local()
-        if isinstance(one, DTensor)
-        else one
-        for one in grads
-    ]
-    norms = [torch.linalg.vector_norm(one, dtype=torch.float64) for one in local]
-    total = torch.stack(norms).square().sum()
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    if grads:
+        norms = [torch.linalg.vector_norm(_local(one), dtype=torch.float64) for one in grads]
+        total += torch.stack(norms).square().sum()
     mesh, placements = layout or (None, ())
     for dimension, placement in enumerate(placements):
-        if placement.is_shard():
+        # Not is_shard(): a _StridedShard, which cuts a dimension a second time, is none.
+        if not (placement.is_replicate() or placement.is_partial()):
             # Not by redistributing a DTensor: torch 2.11 leaks a kilobyte for each.
             assert mesh is not None
             dist.all_reduce(total, group=mesh.get_group(dimension))
     return total
 
 
-def _without_partial(grad: DTensor) -> list[Placement]:
-    return [Replicate() if one.is_partial() else one for one in grad.placements]
+def _local(grad: Tensor) -> Tensor:
+    """This rank's part of a gradient, with partial sums added up."""
+    if not isinstance(grad, DTensor):
+        return grad
+    if any(placement.is_partial() for placement in grad.placements):
+        whole = [Replicate() if one.is_partial() else one for one in grad.placements]
+        grad = grad.redistribute(placements=whole)
+    return grad.to_local()

@@ -4,6 +4,7 @@ import ctypes
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -65,7 +66,7 @@ class Runtime:
             raise ValueError(
                 f"ep_size must divide the number of ranks = {world_size}, got {ep_size}"
             )
-        ranks = torch.arange(world_size).view(-1, ep_size)
+        ranks = torch.arange(world_size, device="cpu").view(-1, ep_size)
         # init_device_mesh would create the groups with the default timeout.
         groups = [_own_group(ranks.t(), timeout), _own_group(ranks, timeout)]
         mesh = DeviceMesh.from_group(
@@ -105,6 +106,7 @@ def distributed(
     Uses nccl with one GPU for each process where there are GPUs, otherwise gloo. A collective that
     waits longer than `timeout` fails, and with nccl ends the process; for that,
     TORCH_NCCL_ASYNC_ERROR_HANDLING=1, torchrun's default, becomes 3 (0 and 2 are left unchanged).
+    A key of a `parallelize_module` plan that matches no module raises, where PyTorch only warns.
     If the block raises, the process does not wait for the group: it ends at once, and torchrun
     ends the other processes. On Linux, the processes also end when torchrun is killed.
 
@@ -127,6 +129,8 @@ def distributed(
             f"for example torchrun --standalone --nproc-per-node 2 {sys.argv[0] or 'script.py'}"
         )
     _end_with_torchrun()
+    # Experts that were not sharded would train to other values on each rank.
+    warnings.filterwarnings("error", message="Parallelize plan key")
     local_rank = int(os.environ["LOCAL_RANK"])
     if torch.cuda.is_available():
         if local_rank >= torch.cuda.device_count():

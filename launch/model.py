@@ -62,7 +62,6 @@ class Block(nn.Module):
             config.intermediate_size,
             config.num_experts,
             config.num_experts_per_tok,
-            norm_topk_prob=True,
         )
 
     def forward(self, x_BSH: Tensor) -> Tensor:

@@ -42,6 +42,7 @@ from flash_moe_dist import (
     clip_grad_norm_,
     count_load,
     materialize,
+    parameter_groups,
     time_phases,
 )
 from flash_moe_dist.agreement import gather_objects, same_error_on_all_ranks
@@ -212,12 +213,8 @@ def expert_parameters(model: Transformer) -> Iterator[nn.Parameter]:
 
 def build_optimizer(model: Transformer, lr: float) -> torch.optim.AdamW:
     """Build AdamW with two parameter groups: dense parameters, then the experts' tables."""
-    experts = list(expert_parameters(model))
-    known = {id(parameter) for parameter in experts}
-    dense = [parameter for parameter in model.parameters() if id(parameter) not in known]
-    # Fused: reads and writes the tables once per step, and allocates no temporaries of their size.
     return torch.optim.AdamW(
-        [{"params": dense}, {"params": experts}],
+        parameter_groups(model.parameters()),
         lr=lr,
         betas=(0.9, 0.95),
         weight_decay=0.0,

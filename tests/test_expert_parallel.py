@@ -13,8 +13,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import parallelize_module
 
-from flash_moe import triton_flash_expert_func
-from flash_moe_dist import ExpertParallel, clip_grad_norm_
+from flash_moe import FlashExperts, triton_flash_expert_func
+from flash_moe_dist import ExpertParallel, clip_grad_norm_, distributed, materialize
 from flash_moe_dist.dispatch import autograd
 from flash_moe_dist.expert_parallel import ExpertParallelFunc
 
@@ -318,6 +318,77 @@ class WithBias(OwnModule):
     def __init__(self) -> None:
         super().__init__()
         self.bias = nn.Parameter(torch.zeros(6))
+
+
+def shard_twice() -> None:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    model = nn.ModuleDict({"experts": OwnModule()})
+    for _ in range(2):
+        parallelize_module(model, mesh, {"experts": ExpertParallel()})
+
+
+def test_a_plan_that_is_applied_twice_is_refused(rank_pools: RankPools) -> None:
+    for outcome in rank_pools.outcomes(2, shard_twice):
+        assert outcome.kind == "ValueError"
+        assert "keys of OwnModule must be a plain tensor, got a DTensor over" in outcome.message
+        assert "apply ExpertParallel once" in outcome.message
+
+
+def test_a_plan_that_matches_nothing_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    for name, value in zip(names, ("0", "1", "0", "127.0.0.1", "0"), strict=True):
+        monkeypatch.setenv(name, value)
+    with distributed() as runtime:
+        model = nn.ModuleDict({"experts": OwnModule()}).to(runtime.device)
+        with pytest.raises(UserWarning, match=r"'layers\.\*\.experts' could not be resolved"):
+            parallelize_module(model, runtime.ep_mesh, {"layers.*.experts": ExpertParallel()})
+
+
+def share_tables(on_meta: bool) -> None:
+    """Two layers over the same tables, of which the second swaps them."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    with torch.device("meta" if on_meta else "cpu"):
+        torch.manual_seed(0)
+        model = nn.ModuleDict({"first": FlashExperts(7, 6), "second": FlashExperts(7, 6)})
+        first, second = model["first"], model["second"]
+        second.down_weights, second.up_weights = first.up_weights, first.down_weights
+    parallelize_module(model, mesh, {"first": ExpertParallel(), "second": ExpertParallel()})
+    if on_meta:
+        torch.manual_seed(0)
+        materialize(model, "cpu")
+    assert first.down_weights is second.up_weights
+    assert first.up_weights is second.down_weights
+    assert len(list(model.parameters())) == 2
+    down, up = tables = [whole(table).requires_grad_() for table in model.parameters()]
+    x, indices = torch.randn(4, 6), torch.randint(7, (4, 3))
+    y = triton_flash_expert_func(x, down, up, indices, torch.ones(4, 3))
+    y = triton_flash_expert_func(y, up, down, indices, torch.ones(4, 3))
+    y.sum().backward()
+    out = second(first(x, indices, torch.ones(4, 3)), indices, torch.ones(4, 3))
+    out.sum().backward()
+    assert_close(out, y, 1e-6, "output")
+    for table, expected in zip(model.parameters(), tables, strict=True):
+        assert_close(whole(table.grad), whole(expected.grad), 1e-6, "gradient")
+
+
+@pytest.mark.parametrize("on_meta", [False, True], ids=["with values", "meta"])
+def test_tables_of_two_modules_stay_shared(on_meta: bool, rank_pools: RankPools) -> None:
+    rank_pools.run(2, share_tables, on_meta)
+
+
+def share_tables_over_two_meshes() -> None:
+    world = init_device_mesh("cpu", (dist.get_world_size(),))
+    first, second = OwnModule(), OwnModule()
+    second.keys = first.keys
+    parallelize_module(first, world, ExpertParallel())
+    single = init_device_mesh("cpu", (dist.get_world_size(), 1), mesh_dim_names=("dp", "ep"))
+    parallelize_module(second, single["ep"], ExpertParallel())
+
+
+def test_shared_tables_over_two_meshes_are_refused(rank_pools: RankPools) -> None:
+    for outcome in rank_pools.outcomes(2, share_tables_over_two_meshes):
+        assert outcome.kind == "ValueError"
+        assert "keys of OwnModule is shared with a module that is sharded over" in outcome.message
 
 
 def shard_with_bias() -> None:

@@ -1,5 +1,7 @@
 """The layers over the op."""
 
+import math
+
 import pytest
 import torch
 from ranks import RankPools
@@ -7,7 +9,10 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
+import flash_moe
+import flash_moe_dist
 from flash_moe import FlashExperts, FlashMoE
+from flash_moe.layers.moe import MEAN_SQUARE_SILU, MEAN_SQUARE_SILU_THIRD, initial_up_std
 from flash_moe.ops.naive import naive_expert_func
 
 
@@ -28,6 +33,40 @@ def test_flash_moe_is_shared_mlp_plus_routed_experts() -> None:
         weights.flatten(0, 1),
     )
     torch.testing.assert_close(layer(hidden_states), shared + routed.view_as(shared))
+
+
+@pytest.mark.parametrize(
+    ("num_experts", "slots"),
+    [(64, 1), (64, 8), (64, 64), (1024, 256), (16_384, 32), (102_400, 16), (102_400, 512)],
+)
+def test_routed_and_shared_parts_begin_at_the_same_size(
+    num_experts: int, slots: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FLASH_MOE_BACKEND", "reference")
+    torch.manual_seed(0)
+    layer = FlashMoE(64, 96, num_experts, slots)
+    hidden_states = torch.randn(256, 64)
+    with torch.no_grad():
+        routed = layer.experts(hidden_states, *layer.router(hidden_states))
+        shared = layer.shared_mlp(hidden_states)
+    assert routed.std() / shared.std() == pytest.approx(1, abs=0.15)
+
+
+def test_mean_squares_of_silu() -> None:
+    z = torch.linspace(-12, 12, 100_001, dtype=torch.float64)
+    density = z.square().div(-2).exp() / math.sqrt(2 * math.pi)
+    for variance, mean_square in ((1, MEAN_SQUARE_SILU), (1 / 3, MEAN_SQUARE_SILU_THIRD)):
+        squares = nn.functional.silu(z * variance**0.5).square()
+        assert torch.trapezoid(squares * density, z).item() == pytest.approx(mean_square, rel=1e-6)
+
+
+def test_initial_values_without_normalised_weights() -> None:
+    """As before version 0.2.0, when that was the default."""
+    for norm_topk_prob, std in ((True, initial_up_std(1024, 8)), (False, 1.0)):
+        torch.manual_seed(0)
+        layer = FlashMoE(16, 24, 1024, 8, norm_topk_prob=norm_topk_prob)
+        assert layer.experts.up_weights.std().item() == pytest.approx(std, rel=0.02)
+    assert initial_up_std(1024, 8) == pytest.approx(0.5, abs=0.05)
 
 
 def test_every_parameter_learns() -> None:
@@ -64,8 +103,50 @@ def test_experts_refuse_what_does_not_fit() -> None:
         experts(torch.randn(2, 3, 4), ids, weights)
     with pytest.raises(TypeError, match=r"indices must be a torch.Tensor, got list"):
         experts(torch.randn(3, 4), [[0]], torch.zeros(3, 1))
+    layer = FlashMoE(4, 8, num_experts=9, num_experts_per_tok=2)
     with pytest.raises(ValueError, match=r"rows of hidden_size = 4, got shape \(3, 5\)"):
-        FlashMoE(4, 8, num_experts=9, num_experts_per_tok=2)(torch.randn(3, 5))
+        layer(torch.randn(3, 5))
+    with pytest.raises(ValueError, match=r"hidden_states must be on cpu, where .* got meta"):
+        layer(torch.randn(3, 4, device="meta"))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_hidden_states_of_another_dtype(autocast: bool) -> None:
+    layer = FlashMoE(4, 8, num_experts=9, num_experts_per_tok=2)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        for dtype in (torch.float64, *([] if autocast else [torch.bfloat16])):
+            message = f"hidden_states must have the dtype .*, torch.float32, .* got {dtype}"
+            with pytest.raises(TypeError, match=message):
+                layer(torch.randn(3, 4, dtype=dtype))
+        if autocast:
+            assert layer(torch.randn(3, 4, dtype=torch.bfloat16)).isfinite().all()
+
+
+def test_output_is_no_view() -> None:
+    """In-place operations on a view would lose the hooks of FSDP."""
+    experts = FlashExperts(5, 4)
+    out = experts(torch.randn(2, 3, 4), torch.zeros(2, 3, 1).long(), torch.ones(2, 3, 1))
+    assert out._base is None
+    assert out.shape == (2, 3, 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_default_device_is_not_used(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    # float32 by sparse products, bfloat16 by the reference.
+    monkeypatch.setenv("FLASH_MOE_BACKEND", "torch_sparse")
+    layer = FlashMoE(8, 6, 9, 2, dtype=dtype)
+    few, many = torch.randn(3, 8, dtype=dtype), torch.randn(20, 8, dtype=dtype)
+    expected = [layer(few), layer(many)]
+    with torch.device("meta"):
+        found = [layer(few), layer(many)]
+        (found[0].sum() + found[1].sum()).backward()
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_version() -> None:
+    assert flash_moe.__version__ == flash_moe_dist.__version__
+    assert flash_moe.__version__ >= "0.2.0"
 
 
 def test_layer_built_on_meta_takes_a_state_dict() -> None:
@@ -96,6 +177,7 @@ def test_dtensor_tables_without_expert_parallel_are_refused(rank_pools: RankPool
     for outcome in rank_pools.outcomes(1, call_with_dtensor):
         assert outcome.kind == "TypeError"
         assert "down_weights must be a plain tensor, got a DTensor" in outcome.message
+        assert "or pass full_tensor(); to_local() would be this rank's rows" in outcome.message
 
 
 def call_with_dtensor() -> None:

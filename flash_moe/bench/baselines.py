@@ -14,7 +14,7 @@ from torch import Tensor
 
 from flash_moe.bench.cases import Func
 from flash_moe.ops.flash_expert import triton_flash_expert_func
-from flash_moe.ops.naive import naive_expert_func
+from flash_moe.ops.naive import gather_rows, naive_expert_func
 
 # Name of the variant that the benchmark is about; all others are baselines.
 OURS = "flash_moe"
@@ -31,9 +31,9 @@ def elementwise_expert_func(
 
     Does not support empty slots (indices of -1).
     """
-    scores_TK = (down_weights[indices] * hidden_states[:, None, :]).sum(-1)
+    scores_TK = (gather_rows(down_weights, indices) * hidden_states[:, None, :]).sum(-1)
     activations_TK = torch.nn.functional.silu(scores_TK) * routing_weights
-    return (activations_TK[..., None] * up_weights[indices]).sum(1)
+    return (activations_TK[..., None] * gather_rows(up_weights, indices)).sum(1)
 
 
 def embedding_bag_expert_func(
@@ -47,7 +47,8 @@ def embedding_bag_expert_func(
 
     Does not support empty slots (indices of -1).
     """
-    scores_TK = torch.bmm(down_weights[indices], hidden_states.unsqueeze(-1)).squeeze(-1)
+    down_TKH = gather_rows(down_weights, indices)
+    scores_TK = torch.bmm(down_TKH, hidden_states.unsqueeze(-1)).squeeze(-1)
     activations_TK = torch.nn.functional.silu(scores_TK) * routing_weights
     return torch.nn.functional.embedding_bag(
         indices, up_weights, mode="sum", per_sample_weights=activations_TK

@@ -23,6 +23,7 @@ class FlashExperts(nn.Module):
         num_experts: E, the rows of each table.
         hidden_size: H, the length of a row.
         device, dtype: of the tables.
+        up_std: standard deviation of the up table's initial values.
     """
 
     expert_func: ExpertFunc = staticmethod(triton_flash_expert_func)
@@ -34,19 +35,21 @@ class FlashExperts(nn.Module):
         hidden_size: int,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        up_std: float = 1.0,
     ) -> None:
         super().__init__()
         self.num_experts = num_experts
         self.hidden_size = hidden_size
+        self.up_std = up_std
         shape = (num_experts, hidden_size)
         self.down_weights = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         self.up_weights = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw normal values: elements of u, and scores <x, d> of normal x, have unit variance."""
+        """Draw normal values such that scores <x, d> of x ~ N(0, 1) have unit variance."""
         self.normal_rows_(self.down_weights, max(1, self.hidden_size) ** -0.5)
-        self.normal_rows_(self.up_weights, 1.0)
+        self.normal_rows_(self.up_weights, self.up_std)
 
     def fail(self, error: Exception) -> NoReturn:
         """Raise `error` instead of a forward pass, on every rank if the tables are sharded."""
@@ -73,7 +76,8 @@ class FlashExperts(nn.Module):
         if tensors and all(one.shape[:-1] == hidden_states.shape[:-1] for one in rows):
             rows = [one.flatten(0, -2) for one in rows]
         out = self.expert_func(rows[0], self.down_weights, self.up_weights, rows[1], rows[2])
-        return out.view(hidden_states.shape)
+        # As a view, an in-place operation of the caller's would lose hooks on it, such as FSDP's.
+        return torch.ops.aten._unsafe_view(out, hidden_states.shape)
 
     def extra_repr(self) -> str:
         return f"num_experts={self.num_experts}, hidden_size={self.hidden_size}"

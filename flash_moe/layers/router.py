@@ -27,7 +27,8 @@ class ProductKeyRouter(nn.Module):
         hidden_size: H.
         num_experts: E.
         num_experts_per_tok: K, at most E.
-        norm_topk_prob: scale the K probabilities of a token to sum to one.
+        norm_topk_prob: scale the K probabilities of a token to sum to one; False was the default
+            before version 0.2.0.
         key_grid: the two numbers of keys, with product E; if None, the two closest factors of E.
         device, dtype: of the parameters.
 
@@ -46,7 +47,7 @@ class ProductKeyRouter(nn.Module):
         hidden_size: int,
         num_experts: int,
         num_experts_per_tok: int,
-        norm_topk_prob: bool = False,
+        norm_topk_prob: bool = True,
         key_grid: tuple[int, int] | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -61,9 +62,9 @@ class ProductKeyRouter(nn.Module):
         if key_grid is None and sum(self.key_grid) > max(1024, 8 * math.isqrt(num_experts)):
             side = math.isqrt(num_experts) + 1
             raise ValueError(
-                f"num_experts must have two factors near each other, or key_grid must be given: "
-                f"{num_experts} is at best {self.key_grid[0]} * {self.key_grid[1]}; "
-                f"{side * side} would do"
+                f"num_experts must have two factors near each other, got {num_experts}, at best "
+                f"{self.key_grid[0]} * {self.key_grid[1]}: take {side * side} = {side} * {side}, "
+                "the next square (only ProductKeyRouter itself takes another key_grid)"
             )
         if (
             len(self.key_grid) != 2
@@ -113,8 +114,9 @@ class ProductKeyRouter(nn.Module):
             probabilities (scaled to sum to one if `norm_topk_prob`) in the dtype of the key scores.
 
         Raises:
-            TypeError: `hidden_states` is not a tensor.
-            ValueError: its last dimension is not `hidden_size`.
+            TypeError: `hidden_states` is not a tensor, or has another dtype than the keys outside
+                of autocast.
+            ValueError: its last dimension is not `hidden_size`, or it is on another device.
         """
         if not isinstance(hidden_states, Tensor):
             raise TypeError(
@@ -125,6 +127,7 @@ class ProductKeyRouter(nn.Module):
                 f"hidden_states must have rows of hidden_size = {self.hidden_size}, "
                 f"got shape {tuple(hidden_states.shape)}"
             )
+        _check_fits("hidden_states", hidden_states, self.keys)
         key_scores = self.keys(hidden_states)
         wide = torch.promote_types(key_scores.dtype, torch.float32)
         log_probs = (
@@ -156,6 +159,26 @@ def _add_missing_grid(
     router: nn.Module, state_dict: dict[str, Any], prefix: str, *_: object
 ) -> None:
     state_dict.setdefault(f"{prefix}grid", router.grid)
+
+
+def _check_fits(name: str, tensor: Tensor, layer: nn.Module) -> None:
+    """Raise unless `layer`, if it is linear, can multiply `tensor`."""
+    if not isinstance(layer, nn.Linear):
+        return
+    weight = layer.weight
+    if tensor.device != weight.device:
+        raise ValueError(
+            f"{name} must be on {weight.device}, where the layer's parameters are, "
+            f"got {tensor.device}"
+        )
+    # Autocast leaves float64 as it is.
+    is_cast = torch.is_autocast_enabled(tensor.device.type)
+    is_cast = is_cast and torch.float64 not in (tensor.dtype, weight.dtype)
+    if tensor.dtype != weight.dtype and not is_cast:
+        raise TypeError(
+            f"{name} must have the dtype of the layer's parameters, {weight.dtype}, outside of "
+            f"torch.autocast, got {tensor.dtype}"
+        )
 
 
 def squarest_grid(num_experts: int) -> tuple[int, int]:

@@ -191,7 +191,7 @@ class IndexErrorRecord:
     def on(cls, device: torch.device) -> "IndexErrorRecord":
         # As ordinary tensors, since they outlive an inference mode that is on now.
         with torch.inference_mode(False):
-            flag = torch.zeros(1, dtype=torch.int32)
+            flag = torch.zeros(1, device="cpu", dtype=torch.int32)
             # The device writes to pinned host memory, where the host looks without a sync.
             flag = flag.pin_memory() if device.type == "cuda" else flag
             return cls(torch.tensor(NOTHING_FOUND, device=device), flag)
@@ -212,7 +212,7 @@ class IndexErrorRecord:
         if self.found.is_cuda:
             torch.cuda.synchronize(self.found.device)
         least, greatest, num_experts, num_pairs = self.found.tolist()
-        self.found.copy_(torch.tensor(NOTHING_FOUND))
+        self.found.copy_(torch.tensor(NOTHING_FOUND, device="cpu"))
         self.flag.zero_()
         if num_pairs >= 0:
             raise ValueError(_offsets_message(num_pairs))

@@ -121,8 +121,9 @@ def _check_dtype(name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...]) ->
     # By name, since this package does not import torch.distributed.
     if type(tensor).__name__ == "DTensor":
         raise TypeError(
-            f"{name} must be a plain tensor, got a DTensor: shard tables with "
-            "flash_moe_dist.ExpertParallel, or pass to_local()"
+            f"{name} must be a plain tensor, got a DTensor: call the module whose tables "
+            "flash_moe_dist.ExpertParallel has sharded, or pass full_tensor(); to_local() would "
+            "be this rank's rows alone"
         )
     if tensor.layout != torch.strided:
         raise TypeError(f"{name} must be a dense tensor, got layout {tensor.layout}")

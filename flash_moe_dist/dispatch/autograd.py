@@ -186,7 +186,7 @@ class _Final(torch.autograd.Function):
     @classmethod
     def of(cls, grad: Tensor) -> Tensor:
         # Some input must require a gradient for a derivative to be asked for at all.
-        final: Tensor = cls.apply(grad, torch.zeros((), requires_grad=True))
+        final: Tensor = cls.apply(grad, torch.zeros((), device=grad.device, requires_grad=True))
         return final
 
     @staticmethod

@@ -143,7 +143,7 @@ def _shared_settings(
     return SharedSettings(sizes, needs_grad, checksum)
 
 
-NO_TENSOR = torch.empty(0)
+NO_TENSOR = torch.empty(0, device="cpu")
 
 
 @dataclass(frozen=True)

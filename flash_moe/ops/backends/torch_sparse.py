@@ -32,7 +32,7 @@ def sddmm(
     dtype = accumulator_dtype(rows_TH.dtype, table_EH.dtype)
     rows_TH, table_EH = rows_TH.to(dtype).contiguous(), table_EH.to(dtype).contiguous()
     full, positions = pairs.occupied
-    zeros = torch.zeros(full.num_pairs, dtype=dtype)
+    zeros = torch.zeros(full.num_pairs, device=rows_TH.device, dtype=dtype)
     # The larger operand is read once, in order; rows of the smaller, from cache, many times.
     if full.num_tokens < full.num_experts:
         token_ids = full.token_ids[full.expert_order]
@@ -47,7 +47,8 @@ def sddmm(
             # A view would hold the whole matrix, with its indices, until the backward pass.
             return products.values().clone()
         targets = positions
-    return torch.zeros(pairs.num_pairs, dtype=dtype).index_copy_(0, targets, products.values())
+    scores_N = torch.zeros(pairs.num_pairs, device=rows_TH.device, dtype=dtype)
+    return scores_N.index_copy_(0, targets, products.values())
 
 
 def spmm(values_N: Tensor, table_EH: Tensor, pairs: Pairs, outputs: Outputs) -> None:
@@ -81,7 +82,8 @@ def spmm_t(
         values[full.expert_order],
         full.num_tokens,
     )
-    sums_EH = torch.empty(pairs.num_experts, rows_TH.shape[1], dtype=dtype)
+    shape = (pairs.num_experts, rows_TH.shape[1])
+    sums_EH = torch.empty(shape, device=rows_TH.device, dtype=dtype)
     _multiply(matrix_ET, rows_TH.to(dtype), sums_EH)
     return sums_EH.to(out_dtype)
 
@@ -118,4 +120,5 @@ def _csr(offsets: Tensor, ids: Tensor, values: Tensor, num_columns: int) -> Tens
 # PyTorch warns once in a process that CSR is in beta; provoked here, the warning is suppressed.
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    _csr(torch.zeros(2), torch.zeros(0), torch.zeros(0), 1)
+    offsets, nothing = torch.zeros(2, device="cpu"), torch.zeros(0, device="cpu")
+    _csr(offsets, nothing, nothing, 1)
