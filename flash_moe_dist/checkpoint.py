@@ -66,7 +66,7 @@ UNFINISHED = (".partial", ".removed")
 
 
 class PartialLoadError(RuntimeError):
-    """Loading failed when some tensors of model or optimizer had been overwritten on some rank."""
+    """Loading failed when some tensors of the model had been overwritten on some rank."""
 
 
 class Checkpointer:
@@ -125,8 +125,8 @@ class Checkpointer:
         Raises:
             ValueError: on every rank, if `step` is negative or has already been saved, or the
                 optimizer has a parameter that is not one of the model.
-            TypeError: on every rank, if `step` is no int, or `progress` or a value in the optimizer
-                cannot be serialized.
+            TypeError: on every rank, if `step` is no int, `progress` cannot be serialized, or a
+                dict in the optimizer has a key that is no str.
             RuntimeError: on every rank, if this checkpoint or the previous one cannot be written,
                 or the state holds an object that `load` would not admit. Complete checkpoints are
                 left unchanged.
@@ -136,7 +136,7 @@ class Checkpointer:
             complete = self._path(step)
             partial = complete.with_name(complete.name + ".partial")
             progress_file = json.dumps({"step": step, **(progress or {})}) + "\n"
-            state: dict[str, Any] = {
+            state = {
                 "model": _with_opaque_extra_state(get_model_state_dict(model)),
                 "optimizer": optimizer_state(model, optimizer),
                 "rng": {f"rank_{self._rank}": _generator_states(_device_of(model))},
@@ -249,12 +249,14 @@ class Checkpointer:
         Raises:
             ValueError: on every rank, if there is no such step, or its checkpoint is damaged or
                 not safe to load, or was saved from a different model or kind of optimizer, other
-                parameter groups, or groups without options that the optimizer has.
+                parameter groups, or groups without an option that the optimizer has.
             TypeError: on every rank, if `step` is no int.
             PartialLoadError: on every rank, if reading fails when some rank has begun to load.
-                Model and optimizer may then hold a mix of old and loaded values.
+                The model may then hold a mix of old and loaded values.
             RuntimeError: on every rank, if reading fails before. As after any error but
                 PartialLoadError, model and optimizer are then unchanged.
+
+        The state of the optimizer is read into new tensors, which then replace it.
         """
         progress = self.progress(step)
         path, device = self._path(step), _device_of(model)
@@ -273,7 +275,7 @@ class Checkpointer:
         with same_error_on_all_ranks(self._group):
             own_files = share_of_rank(sizes, self._rank, self._world_size)
             _check_data(path, metadata, own_files, sums)
-        self._read(path, metadata, saved_optimizer.options, in_place=False)
+        self._read(path, metadata, saved_optimizer.options)
         with same_error_on_all_ranks(self._group):
             saved_optimizer.match_groups()
             optimizer_entries = saved_optimizer.state_entries()
@@ -284,32 +286,31 @@ class Checkpointer:
             if f"rng.{own}.{name}" in metadata.state_dict_metadata
         }
         # Nothing to read for a tensor without elements, which an old checkpoint may lack.
-        state: dict[str, Any] = {
-            **optimizer_entries,
-            "model": {
-                name: one
-                for name, one in _with_opaque_extra_state(model_state).items()
-                if not isinstance(one, Tensor) or one.numel()
-            },
+        to_read = {
+            name: one
+            for name, one in _with_opaque_extra_state(model_state).items()
+            if not isinstance(one, Tensor) or one.numel()
         }
+        state: dict[str, Any] = {**optimizer_entries, "model": to_read}
         state["rng"] = {own: generators} if generators else {}
-        self._read(path, metadata, state, in_place=True)
-        set_model_state_dict(model, _with_own_extra_state({**model_state, **state["model"]}))
+        self._read(path, metadata, state)
+        set_model_state_dict(model, model_state | _with_own_extra_state(state["model"]))
         with same_error_on_all_ranks(self._group):
             saved_optimizer.restore({name: state[name] for name in optimizer_entries})
         _set_generator_states(generators, device)
         return progress
 
-    def _read(self, path: Path, metadata: Metadata, state: dict[str, Any], in_place: bool) -> None:
-        """Read the entries of `state`; `in_place` if its tensors are those of the model."""
+    def _read(self, path: Path, metadata: Metadata, state: dict[str, Any]) -> None:
+        """Read the entries of `state`, tensors in place."""
         reader, planner = SafeReader(path, metadata), SafeLoadPlanner()
         try:
             load(state, storage_reader=reader, planner=planner, process_group=self._group)
         except CheckpointException as failure:
             causes = f"{path} could not be loaded: {_causes(failure)}"
-            if in_place and any(gather_objects(planner.has_begun, self._group)):
+            has_begun = planner.has_begun and "model" in state
+            if any(gather_objects(has_begun, self._group)):
                 raise PartialLoadError(
-                    f"{causes}; model and optimizer hold a mix of old and loaded values"
+                    f"{causes}; tensors of the model hold a mix of old and loaded values"
                 ) from failure
             raise RuntimeError(causes) from failure
 

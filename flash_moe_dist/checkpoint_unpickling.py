@@ -94,8 +94,13 @@ def parse_metadata(content: bytes) -> Metadata:
         Exception: nearly any other, if it has been truncated or altered.
     """
     fields = _fields(_MetadataUnpickler(io.BytesIO(content)).load(), "Metadata")
+    described = {
+        str(name): _description(one) for name, one in fields["state_dict_metadata"].items()
+    }
+    paths = fields.get("planner_data") or {}
     return Metadata(
-        {str(name): _description(one) for name, one in fields["state_dict_metadata"].items()},
+        described,
+        planner_data={name: _keys(paths.get(name, (name,)), len(described)) for name in described},
         storage_data={_index(key): _place(one) for key, one in fields["storage_data"].items()},
         storage_meta=StorageMeta(),
         version=fields.get("version"),
@@ -147,6 +152,16 @@ def _place(record: Any) -> _StorageInfo:
         _count(fields["length"]),
         fields.get("transform_descriptors"),
     )
+
+
+def _keys(keys: Any, limit: int) -> tuple[str | int, ...]:
+    """Keys that lead to an entry in nested dicts and lists, the latter no longer than `limit`."""
+    if not isinstance(keys, tuple):
+        _refuse(keys, "tuple")
+    for key in keys:
+        if not isinstance(key, str) and not _count(key) < limit:
+            raise ValueError(f".metadata has an index of {key} for {limit} entries")
+    return keys
 
 
 def _size(numbers: Any) -> torch.Size:

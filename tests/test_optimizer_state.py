@@ -310,11 +310,11 @@ def refusals(folder: str) -> None:
     model = Tables(sharded=True)
     optimizer = build("Adam", model)
     for value, message in (
-        (print, r"param_groups\.0\.option must be a tensor, or plain data"),
-        ({1: 2.0}, r"param_groups\.0\.option must have strings as keys, got 1"),
+        (print, r"optimizer\.param_groups\.0\.option is not read: "),
+        ({1: 2.0}, r"optimizer\.param_groups\.0\.option must have strings as keys, got 1"),
     ):
         optimizer.param_groups[0]["option"] = value
-        with pytest.raises(TypeError, match=message):
+        with pytest.raises((RuntimeError, TypeError), match=message):
             checkpoints.save(2, model, optimizer)
     assert [path.name for path in Path(folder).iterdir()] == ["step-00000001"]
     checkpoints.close()
