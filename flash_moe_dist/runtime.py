@@ -129,8 +129,6 @@ def distributed(
             f"for example torchrun --standalone --nproc-per-node 2 {sys.argv[0] or 'script.py'}"
         )
     _end_with_torchrun()
-    # Experts that were not sharded would train to other values on each rank.
-    warnings.filterwarnings("error", message="Parallelize plan key")
     local_rank = int(os.environ["LOCAL_RANK"])
     if torch.cuda.is_available():
         if local_rank >= torch.cuda.device_count():
@@ -148,7 +146,10 @@ def distributed(
         device = torch.device("cpu")
         dist.init_process_group("gloo", timeout=timeout, **_rendezvous_arguments(timeout))
     runtime = Runtime.of_world(device, ep_size, timeout)
-    yield runtime
+    with warnings.catch_warnings():
+        # Experts that were not sharded would train to other values on each rank.
+        warnings.filterwarnings("error", message="Parallelize plan key")
+        yield runtime
     check_backward_passes(runtime.ep_mesh.get_group())
     dist.barrier()
     dist.destroy_process_group()

@@ -90,7 +90,11 @@ BAD_ROWS: dict[str, tuple[Callable[[Tensor], Any], str, str]] = {
         "ValueError",
         "rank 1: hidden_states must have rows of hidden_size = 12",
     ),
-    "dtype": (lambda x: x.double(), "RuntimeError", "rank 1: "),
+    "dtype": (
+        lambda x: x.double(),
+        "TypeError",
+        "rank 1: hidden_states must have the dtype of the layer's parameters, torch.float32",
+    ),
     "no tensor": (lambda x: None, "TypeError", "rank 1: hidden_states must be a torch.Tensor"),
 }
 
