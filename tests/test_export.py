@@ -63,14 +63,17 @@ def test_a_file_of_others_goes_into_a_sharded_model(
     """Written by safetensors itself, in an order of its own."""
     shapes = rank_pools.run(1, import_shapes, text)[0]
     torch.manual_seed(0)
-    tensors = {name: torch.randn(shape) for name, shape in reversed(shapes.items())}
+    tensors = {
+        name: torch.randn(shape).to(dtype) for name, (shape, dtype) in reversed(shapes.items())
+    }
     save_file(tensors, tmp_path / "model.safetensors", {"made": "elsewhere"})
     for imported in rank_pools.run(3, import_back, text, str(tmp_path / "model.safetensors"), None):
         assert_equal(imported, dict(tensors))
 
 
 def import_shapes(data: str) -> dict[str, Any]:
-    return {name: one.shape for name, one in small_run(data).model.state_dict().items()}
+    state = small_run(data).model.state_dict()
+    return {name: (one.shape, one.dtype) for name, one in state.items()}
 
 
 def odd_tensors() -> dict[str, Tensor]:
