@@ -4,11 +4,13 @@ import ctypes
 import os
 import signal
 import sys
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ from flash_moe_dist.dispatch.handshake import check_backward_passes
 from flash_moe_dist.rendezvous import store_of_this_attempt, store_on_loopback
 
 DEFAULT_TIMEOUT = timedelta(minutes=10)
+MAX_SECONDS_FOR_GLOO_THREADS = 10
 # Constant of linux/prctl.h.
 PR_SET_PDEATHSIG = 1
 
@@ -153,6 +156,37 @@ def distributed(
     check_backward_passes(runtime.ep_mesh.get_group())
     dist.barrier()
     dist.destroy_process_group()
+    _wait_for_gloo_threads()
+
+
+def _wait_for_gloo_threads() -> None:
+    """Wait until gloo's threads have freed the tensors of collectives that are complete.
+
+    Freeing a tensor takes Python's global lock. A thread that asks for it while Python is ending
+    aborts the process. Linux only; elsewhere this returns at once.
+    """
+    before, end = None, time.monotonic() + MAX_SECONDS_FOR_GLOO_THREADS
+    while time.monotonic() < end:
+        now = _states_of_gloo_threads()
+        # One that sleeps because it waits for the lock gets it during the pause, and runs.
+        if now == before and all("S" in one for one in now):
+            return
+        before = now
+        time.sleep(0.01)
+
+
+def _states_of_gloo_threads() -> list[list[str]]:
+    """State and numbers of context switches of each thread in which gloo runs collectives."""
+    states = []
+    for folder in sorted(Path("/proc/self/task").glob("*")):
+        try:
+            status = (folder / "status").read_text().splitlines()
+        except OSError:
+            continue
+        if status[0].endswith("pt_gloo_runloop"):
+            fields = ("State:", "voluntary_ctxt_switches:", "nonvoluntary_ctxt_switches:")
+            states.append([line.split()[1] for line in status if line.startswith(fields)])
+    return states
 
 
 def _rendezvous_arguments(timeout: timedelta) -> dict[str, Any]:

@@ -1,0 +1,27 @@
+"""Processes end without an abort after their last collective."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+TESTS = Path(__file__).parent
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="GPUs do not survive the forks of this test")
+def test_a_hundred_ranks_end_without_an_abort() -> None:
+    path = os.pathsep.join(map(str, (TESTS.parent, TESTS)))
+    ended = subprocess.run(
+        [sys.executable, str(TESTS / "many_ends.py"), "25"],
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert (ended.returncode, ended.stdout) == (0, ""), ended.stderr
