@@ -3,8 +3,7 @@
 many_ends.py times      prints the exit codes of ranks that did not end with 0
 
 PyTorch is imported once, and each rank is a fork; unlike those of `multiprocessing`, these finalize
-Python. A long switch interval keeps Python's
-lock in one thread, as on a busy machine.
+Python. A long switch interval keeps Python's lock in one thread, as on a busy machine.
 """
 
 import os
