@@ -48,7 +48,8 @@ def test_the_step_is_skipped_on_all_ranks(step: int, text: str, tmp_path: Path) 
     after = saved_tensors(tmp_path, step)
     assert all(tensor.isfinite().all() for tensor in after.values() if tensor.is_floating_point())
     counts = {name: one for name, one in after.items() if name.endswith(".step.")}
-    assert counts
+    # An optimizer has no state before its first step.
+    assert bool(counts) == (step > 1)
     assert all(count == step - 1 for count in counts.values())
     if step > 1:
         before = saved_tensors(tmp_path, step - 1)

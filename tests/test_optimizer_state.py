@@ -78,7 +78,7 @@ def train(model: nn.Module, optimizer: Optimizer, steps: int) -> None:
 
 
 def everything(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
-    """Parameters, state and options, with dtypes and layouts; the state of this rank."""
+    """Parameters, state and options, with dtypes and layouts."""
     found: dict[str, Any] = {}
 
     def collect(name: str, value: Any) -> None:
@@ -89,9 +89,11 @@ def everything(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
             for number, one in enumerate(value):
                 collect(f"{name}.{number}", one)
         elif isinstance(value, DTensor):
-            # Scalars take part in DTensor's operations as if they were replicated.
-            placements = value.placements if value.ndim else None
-            found[name] = (value.dtype, placements, value.to_local().tolist())
+            # Scalars take part in DTensor's operations as if they were replicated. Muon of torch 2.11
+            # has whole moments on every rank.
+            of_parameter = value.ndim and not isinstance(optimizer, torch.optim.Muon)
+            placements = value.placements if of_parameter else None
+            found[name] = (value.dtype, placements, whole(value).tolist())
         elif isinstance(value, Tensor):
             found[name] = (value.dtype, None, value.tolist())
         else:

@@ -82,7 +82,7 @@ BAD_OPTIONS = {
     ),
     "number of experts without a key grid": (
         ["--num-experts", "16381"],
-        "num_experts must have two factors near each other, or key_grid must be given: 16381",
+        "num_experts must have two factors near each other, got 16381",
     ),
     "ranks that --ep-size does not divide": (
         ["--ep-size", "3"],
