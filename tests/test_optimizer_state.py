@@ -89,8 +89,8 @@ def everything(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
             for number, one in enumerate(value):
                 collect(f"{name}.{number}", one)
         elif isinstance(value, DTensor):
-            # Scalars take part in DTensor's operations as if they were replicated. Muon of torch 2.11
-            # has whole moments on every rank.
+            # Scalars count as replicated in DTensor operations. Muon of torch 2.11
+            # keeps whole moments on every rank.
             of_parameter = value.ndim and not isinstance(optimizer, torch.optim.Muon)
             placements = value.placements if of_parameter else None
             found[name] = (value.dtype, placements, whole(value).tolist())
