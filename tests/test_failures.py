@@ -130,7 +130,7 @@ def train_with(what: str, where: str, tmp_path: Path, options: tuple[str, ...]) 
     fault = {"what": what, "where": where, "rank": 1, "step": 6, "mark": str(mark)}
     process = start(
         *options,
-        *("--out", str(tmp_path), "--timeout", str(TIMEOUT)),
+        *("--out", str(tmp_path), "--timeout", str(TIMEOUT), "--grace", "3"),
         script="tests/faulty_train.py",
         launcher=("--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}"),
         FAULT=json.dumps(fault),
@@ -164,5 +164,5 @@ def test_a_stall_in_training_says_where(
     _, said = train_with("stalls", where, tmp_path, options)
     assert says_late(said, torch.cuda.device_count() >= 2)
     assert "Root Cause (first observed failure)" in said
-    stack = said[said.index("Timeout (0:00:05)!") :]
+    stack = said[said.index("Timeout (0:00:03)!") :]
     assert "in strike" in stack

@@ -70,7 +70,8 @@ def route_kernel(
         first = end
 
 
-@triton.jit
+# The checksum differs from pass to pass: specialised, a multiple of 16 is compiled anew in training.
+@triton.jit(do_not_specialize=["checksum"])
 def write_header_kernel(
     pairs_end,
     rows_end,
