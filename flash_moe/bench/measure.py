@@ -19,6 +19,7 @@ from torch import Tensor
 
 from flash_moe.bench.baselines import OURS
 from flash_moe.bench.cases import LEAVES, Func, Inputs
+from flash_moe.deprecated import resolve_old_names
 
 DIRECTIONS = ("forward", "backward")
 # Largest relative error of a correct result. The op rounds once; baselines round intermediate
@@ -315,3 +316,6 @@ def _status_bytes(field: str) -> int:
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024
     raise RuntimeError(f"/proc/self/status has no {field}")
+
+
+resolve_old_names(__name__)

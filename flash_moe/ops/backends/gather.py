@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from flash_moe.deprecated import resolve_old_names
 from flash_moe.ops.backends.gather_kernels import (
     add_partial_sums_kernel,
     sddmm_kernel,
@@ -450,3 +451,6 @@ def _row_pointers(pairs: Pairs, first_row: int = 0) -> tuple[Tensor, Tensor]:
 def contiguous_rows(table: Tensor) -> Tensor:
     """Return the table with contiguous rows, as a copy if need be."""
     return table if table.stride(-1) == 1 else table.contiguous()
+
+
+resolve_old_names(__name__)
