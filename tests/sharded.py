@@ -21,7 +21,7 @@ def shard_experts(
 ) -> FlashExperts:
     """The tables of `case`, the same on every rank, sharded over `mesh` or else all ranks.
 
-    options: of `ExpertParallel`.
+    options: arguments of `ExpertParallel`.
     """
     num_experts, hidden_size = case.down_weights.shape
     device = rank_device()
