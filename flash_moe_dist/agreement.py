@@ -15,7 +15,7 @@ def same_error_on_all_ranks(group: dist.ProcessGroup | None = None) -> Iterator[
     OSError; any other exception leaves the other ranks waiting until the group's timeout.
 
     Raises:
-        ValueError, TypeError, RuntimeError: as `raise_same_error`.
+        ValueError, TypeError, RuntimeError: see `raise_same_error`.
     """
     error: Exception | None = None
     try:

@@ -183,7 +183,7 @@ class Checkpointer:
         """Wait as `wait` does, then release the thread and the process group.
 
         Raises:
-            RuntimeError: as `wait`.
+            RuntimeError: see `wait`.
         """
         self.wait()
         if self._thread is not None:
@@ -492,7 +492,7 @@ def check_same_tensors(
 
     Args:
         saved, here: shape and dtype of each tensor by name.
-        path, owner: for the message: the file, and what holds the tensors in memory.
+        path, owner: the file, and what holds the tensors in memory; both for the message.
     """
     differing = [
         f"{name}: saved {saved.get(name, 'nothing')}, here {here.get(name, 'nothing')}"

@@ -183,7 +183,7 @@ def check_objects(path: Path, metadata: Metadata, names: Iterable[str]) -> None:
 
     Args:
         path: folder of the checkpoint.
-        names: of the files.
+        names: files to look into.
 
     Raises:
         UnsafeError: an entry needs more than `torch.load(weights_only=True)` admits.

@@ -196,7 +196,7 @@ class ExpertParallelFunc:
 
     Args:
         ep_mesh: the ranks that own the experts.
-        dispatcher, transport, capacity: as `ExpertParallel`.
+        dispatcher, transport, capacity: options of `ExpertParallel`.
         layer: name that errors give the layer, the same on all ranks. Ranks that do not call
             layers of the same name in the same order raise an error.
 

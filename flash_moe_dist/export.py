@@ -100,7 +100,7 @@ def import_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor]) 
 
     Args:
         path: file to read, which all ranks must see.
-        tensors: as for `export_tensors`; each rank reads its own shard.
+        tensors: tensors by name, see `export_tensors`; each rank reads its own shard.
 
     Raises:
         TypeError: on every rank, if `path` is no path or a value is no tensor.

@@ -80,7 +80,7 @@ def _warn_of_missing_ranks(ranks: int) -> None:
 def _sum_of_squares(grads: list[Tensor], layout: Layout, device: torch.device) -> Tensor:
     """Sum of squares over all ranks, () float64, of gradients of one layout.
 
-    In float16 a norm overflows at 65,504; in bfloat16 every rank would round its part.
+    In float16 a norm overflows at 65,504; in bfloat16 every rank would round its share.
     """
     total = torch.zeros((), dtype=torch.float64, device=device)
     if grads:
@@ -97,7 +97,7 @@ def _sum_of_squares(grads: list[Tensor], layout: Layout, device: torch.device) -
 
 
 def _local(grad: Tensor) -> Tensor:
-    """This rank's part of a gradient, with partial sums added up."""
+    """This rank's shard of a gradient, with partial sums added up."""
     if not isinstance(grad, DTensor):
         return grad
     if any(placement.is_partial() for placement in grad.placements):

@@ -66,8 +66,8 @@ class LoadCounter:
         Args:
             num_experts: E, over all ranks.
             ep_group: ranks that own the other experts; None: this rank counts them all.
-            groups: of this rank along each axis of the mesh that the tables are on. Ranks along
-                the axes other than `ep_group` have the same experts and other tokens.
+            groups: groups that this rank belongs to, one for each axis of the mesh of the tables.
+                Ranks along the axes other than `ep_group` have the same experts and other tokens.
         """
         counts, replicas = self.pairs[1:].clone(), 1
         own_pairs = counts.sum()

@@ -67,11 +67,11 @@ class SavedOptimizer:
     Nothing is changed before `restore`.
 
     Args:
-        metadata, path: of the checkpoint.
-        model, optimizer: to be restored.
+        metadata, path: metadata and folder of the checkpoint.
+        model, optimizer: what to restore.
 
     Raises:
-        ValueError: as `optimizer_state`.
+        ValueError: see `optimizer_state`.
 
     Attributes:
         options: entries of the checkpoint by name, to be read before `match_groups`.

@@ -19,7 +19,7 @@ def parameter_groups(parameters: Iterable[nn.Parameter]) -> list[dict[str, Any]]
     allocate no temporaries of its size.
 
     Args:
-        parameters: of a model that is sharded already.
+        parameters: parameters of a model that is sharded already.
 
     Returns:
         A group of plain tensors and one for each mesh, in the order of their first parameters.

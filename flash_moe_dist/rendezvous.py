@@ -30,7 +30,7 @@ def store_of_this_attempt(store: Store, rank: int, world_size: int, timeout: tim
 
     Args:
         store: shared by all ranks, and with the processes of earlier attempts.
-        rank: of this process, 0 to `world_size` - 1.
+        rank: rank of this process, 0 to `world_size` - 1.
         world_size: number of ranks that must join.
         timeout: how long to wait for the other ranks.
 
@@ -73,7 +73,7 @@ def store_on_loopback(port: int, rank: int, world_size: int, timeout: timedelta)
 
     Args:
         port: free on the loopback, the same on all ranks.
-        rank: of this process; rank 0 serves the store.
+        rank: rank of this process; rank 0 serves the store.
         world_size: number of ranks.
         timeout: how long to wait for the other ranks.
     """

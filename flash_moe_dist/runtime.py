@@ -37,7 +37,7 @@ class Runtime:
         `fully_shard` may shard further.
     dp_mesh: axis "dp", all ranks: each rank has its own data, and `fully_shard` shards all
         parameters but the tables.
-    timeout: of every collective on these meshes.
+    timeout: how long a collective on these meshes may take.
     """
 
     rank: int
@@ -57,8 +57,8 @@ class Runtime:
         """Build the meshes on the default process group, which must be initialized; collective.
 
         Args:
-            device: of this process.
-            ep_size, timeout: as for `distributed`.
+            device: device that this process uses.
+            ep_size, timeout: arguments of `distributed`.
 
         Raises:
             ValueError: `ep_size` does not divide the number of ranks.
@@ -114,7 +114,7 @@ def distributed(
     ends the other processes. On Linux, the processes also end when torchrun is killed.
 
     Args:
-        timeout: of every collective, and of joining.
+        timeout: how long each collective, and joining, may take.
         ep_size: number of ranks over which the experts are sharded; must divide the number of
             ranks. None: all ranks.
 

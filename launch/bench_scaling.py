@@ -96,8 +96,8 @@ def predict_all(
     """Add predictions to `report`: of the points measured, and of more ranks than there are.
 
     Args:
-        measured_links: by number of ranks.
-        assumed_links: between more ranks than there are; None if unknown.
+        measured_links: rates of each number of ranks.
+        assumed_links: rates between more ranks than there are; None if unknown.
     """
     one_rank = report.one_rank("total")
     for point in report.points[1:]:
@@ -109,7 +109,7 @@ def predict_all(
         return
     for ranks, traffic in report.points[0].extrapolated_traffic.items():
         # Strong scaling can leave less than a token for each rank.
-        if ranks > report.points[-1].ranks and traffic.most_tokens >= 1:
+        if ranks > report.points[-1].ranks and traffic.max_tokens >= 1:
             report.extrapolated[ranks] = {
                 name: predict(name, report.problem, traffic, assumed_links, one_rank)
                 for name in DISPATCHERS

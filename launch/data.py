@@ -39,8 +39,8 @@ class Corpus:
         counts = np.zeros(self.vocab_size, dtype=np.int64)
         # bincount converts what it counts to int64.
         for start in range(0, len(self.validation), COUNTED_AT_ONCE):
-            part = self.validation[start : start + COUNTED_AT_ONCE]
-            counts += np.bincount(part, minlength=self.vocab_size)
+            chunk = self.validation[start : start + COUNTED_AT_ONCE]
+            counts += np.bincount(chunk, minlength=self.vocab_size)
         shares = counts[counts > 0] / counts.sum()
         return float(-(shares * np.log(shares)).sum())
 
@@ -91,7 +91,7 @@ def load_corpus(path: Path | None, seq_len: int, vocab_size: int | None = None) 
 
 
 def batch_at(
-    tokens: Tokens, step: int, seed: int, batch_size: int, seq_len: int, part: slice
+    tokens: Tokens, step: int, seed: int, batch_size: int, seq_len: int, share: slice
 ) -> tuple[Tensor, Tensor]:
     """Draw inputs and targets of one step, each (b, seq_len) int64.
 
@@ -100,10 +100,10 @@ def batch_at(
 
     Args:
         tokens: stream (N,).
-        part: b of the `batch_size` sequences, those of this rank.
+        share: which of the `batch_size` sequences this rank gets, b of them.
     """
     draw = np.random.default_rng((seed, step))
-    starts = draw.integers(0, len(tokens) - seq_len, size=batch_size)[part]
+    starts = draw.integers(0, len(tokens) - seq_len, size=batch_size)[share]
     rows = np.stack([tokens[start : start + seq_len + 1] for start in starts])
     sequences = torch.from_numpy(rows.astype(np.int64))
     return sequences[:, :-1], sequences[:, 1:]
@@ -152,7 +152,7 @@ def _byte_corpus(train: Tokens, validation: Tokens, source: str) -> Corpus:
 
 
 def _token_corpus(train: Tokens, validation: Tokens, source: str) -> Corpus:
-    largest = max((int(part.max()) for part in (train, validation) if len(part)), default=0)
+    largest = max((int(stream.max()) for stream in (train, validation) if len(stream)), default=0)
     return Corpus(train, validation, largest + 1, is_text=False, source=source)
 
 

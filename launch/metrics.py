@@ -71,9 +71,9 @@ def speed(lines: list[Line]) -> str:
             of_step[both] = of_step.get(both, 0.0) + share
         for name, share in of_step.items():
             shares.setdefault(name, []).append(share)
-    parts = [f"{name} {statistics.median(shares[name]):.1%}" for name in PHASES if name in shares]
+    medians = [f"{name} {statistics.median(shares[name]):.1%}" for name in PHASES if name in shares]
     text = f"median of {rate:,.0f} tokens/s"
-    return f"{text}; phases of expert layers, of a step: {', '.join(parts)}" if parts else text
+    return f"{text}; phases of expert layers, of a step: {', '.join(medians)}" if medians else text
 
 
 def _read(path: Path) -> list[Line]:

@@ -102,7 +102,7 @@ class Transformer(nn.Module):
         Args:
             prompt_S: (S,) int64.
             context: the model sees at most this many of the last tokens.
-            seed: of the sampling.
+            seed: seed of the sampling.
 
         Returns:
             (S + num_tokens,) int64, the prompt first.

@@ -20,7 +20,7 @@ def hold_folder(folder: Path, create: bool) -> IO[str] | None:
     to the file system; where there is no flock, a note says that the folder is not locked.
 
     Args:
-        folder: of the results.
+        folder: folder of the results.
         create: make the folder and the file if they are missing.
 
     Returns:

@@ -90,8 +90,8 @@ def run_torchrun(arguments: list[str]) -> None:
     from torch.distributed.run import main as torchrun
 
     # Warnings that processes are sent a signal, which the processes report themselves.
-    for part in ("agent.server.api", "multiprocessing.api"):
-        logging.getLogger(f"torch.distributed.elastic.{part}").setLevel(logging.ERROR)
+    for module in ("agent.server.api", "multiprocessing.api"):
+        logging.getLogger(f"torch.distributed.elastic.{module}").setLevel(logging.ERROR)
     os.environ["FLASH_MOE_LAUNCHER_PID"] = str(os.getpid())
     with tempfile.NamedTemporaryFile("r", prefix="flash-moe-") as refusal:
         os.environ["FLASH_MOE_REFUSAL_FILE"] = refusal.name

@@ -237,9 +237,11 @@ def learning_rate_factor(step: int, steps: int) -> float:
 class StepReport:
     """Outcome of a training step, the same on every rank but for `layer_seconds`.
 
-    losses: of each rank, in nats per token. norm: of the gradient, before clipping. stop: number of
-    the signal by which some rank was asked to stop; 0 if none was. layer_seconds: this rank's
-    seconds by phase, as `flash_moe_dist.time_phases` gives them; empty without --time-phases.
+    losses: loss of each rank, in nats per token.
+    norm: norm of the gradient, before clipping.
+    stop: number of the signal by which some rank was asked to stop; 0 if none was.
+    layer_seconds: this rank's seconds by phase, see `flash_moe_dist.time_phases`; empty without
+        --time-phases.
     """
 
     losses: list[float]
@@ -334,11 +336,11 @@ class Run:
         return self.mean_over_ranks(torch.stack(losses).mean()), loads
 
     def loss(self, stream: Tokens, step: int, seed: int) -> Tensor:
-        """Mean cross-entropy of this rank's part of a batch, in nats per token."""
-        share = self.args.batch_size // self.runtime.world_size
-        part = slice(self.runtime.rank * share, (self.runtime.rank + 1) * share)
+        """Mean cross-entropy of this rank's share of a batch, in nats per token."""
+        size = self.args.batch_size // self.runtime.world_size
+        share = slice(self.runtime.rank * size, (self.runtime.rank + 1) * size)
         inputs_BS, targets_BS = batch_at(
-            stream, step, seed, self.args.batch_size, self.args.seq_len, part
+            stream, step, seed, self.args.batch_size, self.args.seq_len, share
         )
         with self.precision():
             logits_BSV = self.model(inputs_BS.to(self.runtime.device))
@@ -363,8 +365,8 @@ class Run:
     def as_text(self, tokens: list[int]) -> str:
         """Decode tokens of text, U+FFFD for ids that are no bytes; of other data, their ids."""
         if self.corpus.is_text:
-            parts = (bytes([one]) if one < BYTE_VOCAB else b"\xef\xbf\xbd" for one in tokens)
-            return b"".join(parts).decode("utf-8", errors="replace")
+            characters = (bytes([one]) if one < BYTE_VOCAB else b"\xef\xbf\xbd" for one in tokens)
+            return b"".join(characters).decode("utf-8", errors="replace")
         return " ".join(map(str, tokens))
 
     def precision(self) -> AbstractContextManager[object]:
@@ -543,7 +545,7 @@ def main() -> None:
 def finish(run: Run, metrics: MetricsFile | None) -> None:
     """Print a summary with a sample of the model's text; a failure is noted, and changes nothing.
 
-    metrics: of the main rank; None on the others.
+    metrics: file of metrics on the main rank; None on the others.
     """
     try:
         prompt, continuation = run.sample()

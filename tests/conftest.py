@@ -1,4 +1,4 @@
-"""Where tests run: Triton interpreted without a GPU, unwritten memory poisoned."""
+"""Environment of the tests: Triton interpreted without a GPU, unwritten memory poisoned."""
 
 import os
 from collections.abc import Iterator
@@ -70,7 +70,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 @pytest.fixture(scope="session")
 def device() -> torch.device:
-    """Where the Triton kernels run."""
+    """Device on which the Triton kernels run."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -100,13 +100,13 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="session")
 def options(text: str) -> tuple[str, ...]:
-    """Of a run of launch/train.py that is to be interrupted."""
+    """Options of a run of launch/train.py that is to be interrupted."""
     return (*SMALL, *INTERVALS, "--data", text)
 
 
 @pytest.fixture(scope="session")
 def uninterrupted(options: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What such a run of two ranks leaves if nothing happens."""
+    """Folder of results of such a run on two ranks that nothing interrupted."""
     out = tmp_path_factory.mktemp("uninterrupted")
     # Where nothing is saved, --resume starts a new run.
     ended = launch(*options, "--out", str(out), "--resume")

@@ -30,7 +30,7 @@ step_now = 0
 
 
 def happening(where: str, step: int) -> str | None:
-    """What happens here on this rank, for the first time."""
+    """Fault of this rank at this place and step, once; None if there is none."""
     for fault in faults:
         if (fault.get("where"), fault.get("step")) == (where, step):
             mark = Path(fault["mark"])
@@ -59,7 +59,7 @@ def before(where: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def before_path(where: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """The first argument, or its attribute, is the path of a checkpoint."""
+    """Let faults happen before a function of a path, or of an object with one, of a checkpoint."""
 
     def faulty(first: Any, *args: Any, **kwargs: Any) -> Any:
         saved = re.search(r"step-(\d+)", str(getattr(first, "path", first)))

@@ -8,7 +8,7 @@ from torch.utils._device import _device_constructors
 
 
 def poison_fresh_memory() -> None:
-    """From now on torch.empty and its kin return NaN, or the least integer."""
+    """Make torch.empty and its kin return NaN, or the least integer, from now on."""
     # `with torch.device(...)` goes by a list made once of the functions themselves.
     _device_constructors()
     torch.empty = _poisoned(torch.empty)

@@ -1,4 +1,4 @@
-"""What a run has left behind."""
+"""Check that a run leaves no process and no port behind."""
 
 import os
 import socket
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def assert_nothing_left(marker: str, port: int | None = None) -> None:
-    """No process that was given `marker`, a path say, and nobody who listens at `port`."""
+    """Assert that no process was given `marker`, a path say, and that none listens at `port`."""
     for _ in range(50):
         left = _processes_with(marker)
         if not left:

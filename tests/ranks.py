@@ -57,7 +57,7 @@ class RankPools:
     def outcomes(
         self, world_size: int, function: Callable[..., Any], *args: Any, backend: str = "gloo"
     ) -> list[Any]:
-        """As `run`, but what a rank raised is returned as a `Failure`."""
+        """Run like `run`, but return what a rank raised as a `Failure`."""
         key = (world_size, backend)
         if key not in self._pools:
             self._pools[key] = _Pool(world_size, backend)

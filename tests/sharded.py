@@ -21,7 +21,7 @@ def shard_experts(
 ) -> FlashExperts:
     """The tables of `case`, the same on every rank, sharded over `mesh` or else all ranks.
 
-    options: of `ExpertParallel`.
+    options: arguments of `ExpertParallel`.
     """
     num_experts, hidden_size = case.down_weights.shape
     device = rank_device()
@@ -47,7 +47,7 @@ def whole(tensor: Tensor | None) -> Tensor:
 
 
 def gloo_on_cuda() -> bool:
-    """Where DTensor's own collectives crash (torch 2.11)."""
+    """Whether gloo serves tensors on GPUs, where DTensor's own collectives crash (torch 2.11)."""
     return rank_device().type == "cuda" and dist.get_backend() == "gloo"
 
 

@@ -59,7 +59,7 @@ class Reached:
 
 
 def use_shared_files(patch: pytest.MonkeyPatch) -> None:
-    """From now on layers of this process, and of its peers, which do the same, use these."""
+    """Use these files in place of memory of GPUs, in layers of all ranks; each rank calls it."""
     patch.setattr(symmetric_memory, "_buffers_of_groups", {})
     patch.setattr(symmetric_memory, "Region", SharedFiles)
     patch.setattr(symmetric_memory, "_share_one_host", lambda *_: True)

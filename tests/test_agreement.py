@@ -207,7 +207,7 @@ def test_tables_frozen_on_one_rank_only(rank_pools: RankPools) -> None:
 
 
 def other_number_of_slots() -> None:
-    """With so few hidden elements that "auto" is all_to_all for 1 slot and all_gather for 5."""
+    """Run a hidden size at which "auto" is all_to_all for 1 slot and all_gather for 5."""
     experts = shard_experts(make_case(1, HIDDEN_SIZE, NUM_EXPERTS, 1), "auto")
     slots = 1 if dist.get_rank() == 1 else SLOTS
     case = make_case(6, HIDDEN_SIZE, NUM_EXPERTS, slots)
@@ -246,7 +246,7 @@ def test_an_error_on_one_rank_is_raised_on_all(rank_pools: RankPools) -> None:
 
 
 def backward_after_bad_ids_elsewhere() -> str:
-    """Found by kernels on one rank between the passes, as those of an op of its own would be."""
+    """Record bad ids on one rank between the passes, as kernels of another op would."""
     case = make_case(5, 12, 23, 6, seed=dist.get_rank())
     experts = shard_experts(make_case(1, 12, 23, 1), "all_gather")
     out = experts(case.hidden_states, case.indices, case.routing_weights)

@@ -100,7 +100,7 @@ def attempts(before: DispatchStats, after: DispatchStats) -> tuple[int, int]:
 
 
 def of_scenario(scenario: str, dtype: torch.dtype) -> None:
-    """The second and third pass of a layer against the first, and the third against the truth."""
+    """Compare the later passes of a layer with the first, and the third with the oracle."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     cases = cases_of_all_ranks(scenario, NUM_EXPERTS, HIDDEN_SIZE, dtype, world_size)
     experts = shard_experts(cases[rank], "all_gather")
@@ -239,7 +239,7 @@ def test_bad_rows_of_a_whole_layer_with_static_capacity(
 
 
 def recomputed(use_reentrant: bool) -> list[tuple[int, int]]:
-    """A layer whose first pass has exact counts, and is recomputed with static capacity."""
+    """Recompute with static capacity a first pass that had exact counts."""
     case = make_case(9, HIDDEN_SIZE, NUM_EXPERTS, 5, seed=dist.get_rank())
     experts = shard_experts(make_case(1, HIDDEN_SIZE, NUM_EXPERTS, 1), "all_gather")
     expected = results(experts, case)
@@ -275,7 +275,7 @@ def test_recomputed_with_static_capacity(
 
 
 class Waited(Pending):
-    """Of which nothing runs beside what comes next."""
+    """Collective that has ended before anything else is launched."""
 
     def __init__(self, received: Tensor, sent: Tensor, work: Any) -> None:
         super().__init__(received, sent, work)
@@ -290,7 +290,7 @@ class Waited(Pending):
 
 
 def one_after_the_other(dispatcher: str, num_tokens: int) -> None:
-    """Passes in which everything waits for each collective, and passes as they are."""
+    """Compare passes that wait for each collective with passes that overlap."""
     case = make_case(num_tokens, 64, 300, 40, torch.bfloat16, seed=dist.get_rank())
     experts = shard_experts(make_case(1, 64, 300, 1, torch.bfloat16), dispatcher)
     beside = [results(experts, case) for _ in range(3)]
@@ -365,7 +365,7 @@ def test_another_backend(backend: str, rank_pools: RankPools) -> None:
 
 
 class Event:
-    """One that is reached when it was asked for so often, or then fails."""
+    """CUDA event that is reached, or fails, at the query with the number `asked`."""
 
     def __init__(self, asked: int, fails: bool = False) -> None:
         self.asked, self.fails, self.waited = asked, fails, False

@@ -65,7 +65,7 @@ def save(
 def load(
     data: str, folder: str, ep_size: int | None = None, run: Any = None
 ) -> tuple[dict[str, Tensor], list[float]]:
-    """What a model that was made otherwise holds after loading, and the losses of two steps."""
+    """Load into a model with other values; return its tensors, and the losses of two more steps."""
     from flash_moe_dist.checkpoint import Checkpointer
 
     checkpoints = Checkpointer(Path(folder))
@@ -86,7 +86,7 @@ def save_all_sizes(data: str, folder: str, ep_size: int | None) -> Any:
 
 
 def load_all_sizes(data: str, folder: str, ep_sizes: list[int | None]) -> list[Any]:
-    """What `load` gives for each of these numbers of ranks that share the experts."""
+    """Call `load` once for each number of ranks that share the experts."""
     return [load(data, folder, run=run_of_all_sizes(data, ep_size)) for ep_size in ep_sizes]
 
 
@@ -145,7 +145,7 @@ def test_an_asynchronous_save_holds_the_step_it_was_called_at(
 
 
 def save_slowly(data: str, folder: str) -> tuple[dict[str, Tensor], list[float]]:
-    """As `save`, with files that are written only after the two steps."""
+    """Save like `save`, with files that are written only after the two steps."""
     import threading
 
     from torch.distributed.checkpoint.filesystem import FileSystemWriter
@@ -237,7 +237,7 @@ def save_four_times(data: str, folder: str, asynchronous: bool) -> list[list[str
 def test_old_checkpoints_go(
     asynchronous: bool, text: str, tmp_path: Path, rank_pools: RankPools
 ) -> None:
-    """The highest steps stay, whatever came first."""
+    """The highest steps are kept, in whatever order they were saved."""
     for found in rank_pools.run(2, save_four_times, text, str(tmp_path), asynchronous)[:1]:
         assert found[0] == ["step-00000001"]
         assert found[1] == ["step-00000001", "step-00000002"]
@@ -248,7 +248,7 @@ def test_old_checkpoints_go(
 def load_refused(
     data: str, folder: str, kind: str, options: dict[str, str], optimizer: str = "AdamW"
 ) -> str:
-    """The message; the model, its optimizer and the generators are left as they were."""
+    """Load in vain; return the message. Model, optimizer and generators must stay as they were."""
     from flash_moe_dist.checkpoint import Checkpointer
 
     checkpoints = Checkpointer(Path(folder))
@@ -289,7 +289,7 @@ def move_and_link(path: Path) -> None:
 
 
 def enlarge_copy(path: Path, copy: Path) -> None:
-    """Not shorter than the file that was there, which is another error."""
+    """Make the file longer: a shorter one would raise another error."""
     copy.write_bytes(path.read_bytes() + bytes(2**20))
 
 
@@ -426,7 +426,7 @@ def test_a_foreign_checkpoint_is_refused_and_nothing_touched(
 
 
 def save_without_space(data: str, folder: str, asynchronous: bool) -> str:
-    """The message; ranks other than the second have space."""
+    """Save while the second rank has no space; return the message."""
     import resource
 
     from flash_moe_dist.checkpoint import Checkpointer

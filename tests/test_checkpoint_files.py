@@ -176,7 +176,7 @@ def test_metadata_names_no_file_elsewhere(elsewhere: str, saved: Path, tmp_path:
 
 
 def test_a_checkpoint_without_sums_is_loaded_with_one_warning(tmp_path: Path) -> None:
-    """As earlier versions saved it."""
+    """Earlier versions saved no sums."""
     first, other = trained(), trained()
     model, optimizer = get_state_dict(*first)
     path = tmp_path / "step-00000001"
@@ -211,7 +211,7 @@ def test_an_error_says_whether_loading_had_begun(
 
 
 def test_links_and_files_with_names_of_unfinished_folders(tmp_path: Path) -> None:
-    """Neither a reason not to save, nor followed."""
+    """They do not keep a checkpoint from being saved, and links are not followed."""
     kept, folder = tmp_path / "kept", tmp_path / "checkpoints"
     kept.mkdir()
     folder.mkdir()

@@ -49,7 +49,7 @@ def new_model(dtype: torch.dtype = torch.float64) -> Model:
 
 
 def shard(model: Model, runtime: Runtime, dispatcher: Any = "auto") -> Model:
-    """As the README says: experts over ep, tables over efsdp, all else over dp."""
+    """Shard as the README does: experts over ep, tables over efsdp, all else over dp."""
     parallelize_module(model, runtime.ep_mesh, {"moe.experts": ExpertParallel(dispatcher)})
     tables = set(model.moe.experts.parameters())
     if runtime.efsdp_mesh.size() > 1:
@@ -130,7 +130,7 @@ def assert_equal(some: list[Tensor], others: list[Tensor]) -> None:
 
 
 def count_collectives(run: Callable[[], Any]) -> dict[str, int]:
-    """How often each collective is called in `run`."""
+    """Count the calls of each collective in `run`."""
     names = (ALL_TO_ALL_COLLECTIVE, ALL_GATHER_COLLECTIVE, "all_gather")
     counts = dict.fromkeys(names, 0)
 
@@ -146,7 +146,7 @@ def count_collectives(run: Callable[[], Any]) -> dict[str, int]:
 
 
 def checkpointed(dispatcher: Any, use_reentrant: bool) -> None:
-    """Same routing, same results bit for bit, and the collectives of one forward pass more."""
+    """Recompute: the same routing and bits, and the collectives of one more forward pass."""
     mesh = rank_runtime().ep_mesh
     model = new_model()
     model.noise = nn.Dropout(0.5)

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import warnings
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +15,26 @@ import flash_moe_dist
 from flash_moe import deprecated
 from flash_moe_dist import deprecated as deprecated_dist
 
+# Warnings that `pytest.warns` does not match would go on to the summary.
+pytestmark = pytest.mark.filterwarnings("ignore:.* is deprecated. use:DeprecationWarning")
+
 MODULES = deprecated.MODULES | deprecated_dist.MODULES
 NAMES = deprecated.NAMES | deprecated_dist.NAMES
 # Imports that scripts may contain, and the new object; they do not follow from the tables.
 IMPORTS = {
+    "from flash_moe.bench.ceilings import measure_ceilings": "flash_moe.bench.device_rates",
+    "from flash_moe.bench.floors import launch_bound": "flash_moe.bench.roofline",
+    "from flash_moe.bench.peers import load_func": "flash_moe.bench.baselines",
     "from flash_moe.ops.arrange import raise_index_errors": "flash_moe.ops.indices",
     "from flash_moe.ops.backends import default_backend": "flash_moe.ops.backend_choice",
+    "from flash_moe.ops.backends.gather import sum_pieces": "flash_moe.ops.backends.gather",
     "from flash_moe.ops.checks import check_expert_inputs": "flash_moe.ops.input_checks",
     "from flash_moe.ops.cost import hot_threshold": "flash_moe.ops.backend_choice",
     "from flash_moe.ops.launch import cdiv": "flash_moe.ops.triton_launch",
     "from flash_moe_dist import normal_rows_": "flash_moe_dist.initialization",
     "from flash_moe_dist import time_steps": "flash_moe_dist.phases",
     "from flash_moe_dist.collectives import all_to_all_rows": "flash_moe_dist.dispatch.collectives",
+    "from flash_moe_dist.dispatch import AllToAllDispatcher": "flash_moe_dist.dispatch.exact",
     "from flash_moe_dist.initialization import normal_rows_": "flash_moe_dist.initialization",
     "from flash_moe_dist.peer_memory import peer_memory_bytes": (
         "flash_moe_dist.dispatch.symmetric_memory"
@@ -68,6 +77,62 @@ def test_old_imports_work(statement: str, module: str) -> None:
     assert imported[statement.split()[-1]].__module__ == module
 
 
+@pytest.fixture
+def not_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make each old module be imported anew, as in a new process."""
+    for old in MODULES:
+        package, _, name = old.rpartition(".")
+        monkeypatch.delitem(sys.modules, old, raising=False)
+        monkeypatch.delattr(import_module(package), name, raising=False)
+
+
+# Statements that import an old module and read none of its attributes.
+MODULE_IMPORTS = {
+    "import flash_moe_dist.sharding": "flash_moe_dist.sharding",
+    "import flash_moe_dist.sharding as sharding": "flash_moe_dist.sharding",
+    "from flash_moe_dist import sharding": "flash_moe_dist.sharding",
+    "from flash_moe.bench import peers": "flash_moe.bench.peers",
+    "import flash_moe_dist; flash_moe_dist.sharding": "flash_moe_dist.sharding",
+    "import importlib; importlib.import_module('flash_moe.ops.cost')": "flash_moe.ops.cost",
+}
+
+
+@pytest.mark.usefixtures("not_imported")
+@pytest.mark.parametrize(("statement", "old"), MODULE_IMPORTS.items(), ids=MODULE_IMPORTS)
+def test_importing_an_old_module_warns_where_it_is_imported(statement: str, old: str) -> None:
+    with pytest.warns(DeprecationWarning, match="is deprecated: use") as warned:
+        exec(compile(statement, "script.py", "exec"), {})
+    assert [(str(one.message), one.filename) for one in warned] == [
+        (f"{old} is deprecated: use {MODULES[old]}", "script.py")
+    ]
+
+
+@pytest.mark.usefixtures("not_imported")
+@pytest.mark.parametrize("old", MODULES)
+def test_old_modules_are_found_without_a_warning(old: str) -> None:
+    import_module(old.rpartition(".")[0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        spec = find_spec(old)
+    assert spec is not None
+    assert spec.name == old
+    module = import_module(old)
+    assert find_spec(old) is module.__spec__
+
+
+@pytest.mark.usefixtures("not_imported")
+@pytest.mark.parametrize("old", MODULES)
+def test_a_star_import_binds_the_old_names_and_the_public_names(old: str) -> None:
+    imported: dict[str, Any] = {}
+    with pytest.warns(DeprecationWarning, match=f"^{old} is deprecated: use {MODULES[old]}$"):
+        exec(f"from {old} import *", imported)
+    del imported["__builtins__"], imported["__warningregistry__"]
+    renamed = {name.rpartition(".")[2] for name in NAMES if name.rpartition(".")[0] == old}
+    new = import_module(MODULES[old])
+    assert imported.keys() == renamed | {name for name in vars(new) if not name.startswith("_")}
+    assert all(found is getattr(new, name, found) for name, found in imported.items())
+
+
 def test_an_old_module_is_an_attribute_of_its_package() -> None:
     imported: dict[str, Any] = {}
     exec("import flash_moe.ops.arrange, flash_moe_dist.steps as steps", imported)
@@ -104,14 +169,15 @@ def test_nothing_is_imported_before_an_old_name_is_used(
 ) -> None:
     (tmp_path / "new_place.py").write_text("answer = 42\n")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setitem(sys.modules, "flash_moe.old_place", None)
+    monkeypatch.setattr(sys, "meta_path", [*sys.meta_path])
     monkeypatch.setattr(flash_moe, "old_place", None, raising=False)
     deprecated.register({"flash_moe.old_place": "new_place"}, {})
-    module = import_module("flash_moe.old_place")
+    with pytest.warns(DeprecationWarning, match="flash_moe.old_place is deprecated"):
+        module = import_module("flash_moe.old_place")
     assert "new_place" not in sys.modules
     with pytest.warns(DeprecationWarning, match="flash_moe.old_place.answer .* new_place.answer"):
         assert module.answer == 42
-    del sys.modules["new_place"]
+    del sys.modules["new_place"], sys.modules["flash_moe.old_place"]
 
 
 def test_new_names_do_not_warn() -> None:

@@ -78,7 +78,7 @@ def test_stats_say_which_way_ran(
 
 
 def what_auto_means() -> tuple[str, str]:
-    """What `stats` and `repr` say after a pass."""
+    """Run a pass with "auto"; return what `stats` and `repr` say."""
     case = make_case(9, HIDDEN_SIZE, NUM_EXPERTS, 1, seed=dist.get_rank())
     experts = shard_experts(make_case(1, HIDDEN_SIZE, NUM_EXPERTS, 1), "auto")
     experts(case.hidden_states, case.indices, case.routing_weights)

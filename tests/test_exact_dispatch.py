@@ -255,7 +255,7 @@ def test_bytes_handed_to_collectives_are_those_of_the_formula(
 
 
 def test_formula_of_bytes_with_numbers() -> None:
-    """By hand: 2 ranks, H = 10, bfloat16; 7 tokens of which 6 go to one rank and 5 to the other."""
+    """Numbers by hand: 2 ranks, H = 10, bfloat16; 6 of 7 tokens go to one rank, 5 to the other."""
     widths = ElementSizes(ep_size=2, hidden_size=10, hidden_bytes=2, sum_bytes=4, weight_bytes=2)
     load = PassVolume(rows_sent=11, rows_received=9, pairs_sent=20, pairs_received=18, max_tokens=7)
     forward, backward = bytes_handed("all_to_all", widths, load)

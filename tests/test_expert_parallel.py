@@ -80,7 +80,7 @@ def cases_of_all_ranks(
 
 
 def expected_results(cases: list[Case], rank: int) -> tuple[Tensor, ...]:
-    """In float64. The loss is the mean over ranks, and so are the gradients of the tables."""
+    """Results in float64; the loss and the gradients of the tables are means over ranks."""
     results = [oracle(case) for case in cases]
     own = results[rank]
     averaged = [torch.stack([one[i] for one in results]).mean(0) for i in (2, 3)]

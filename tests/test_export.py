@@ -60,7 +60,7 @@ def test_out_and_into_any_ranks_and_meshes(
 def test_a_file_of_others_goes_into_a_sharded_model(
     text: str, tmp_path: Path, rank_pools: RankPools
 ) -> None:
-    """Written by safetensors itself, in an order of its own."""
+    """safetensors itself writes the file, in an order of its own."""
     shapes = rank_pools.run(1, import_shapes, text)[0]
     torch.manual_seed(0)
     tensors = {
@@ -159,7 +159,7 @@ def test_no_rank_holds_more_than_a_piece_beyond_its_own(
 
 
 def refused(data: str, path: str, what: str) -> str:
-    """The message; the model is left as it was."""
+    """Import in vain; return the message. The model must stay as it was."""
     from flash_moe_dist.export import import_tensors
 
     run = small_run(data, None, *(("--num-experts", "60") if what == "experts" else ()))
@@ -242,7 +242,7 @@ def test_what_cannot_be_written_is_refused_and_leaves_nothing(
 
 
 def test_in_a_plain_process(tmp_path: Path) -> None:
-    """Without a process group, and with a path as text; the file says whose tensors it holds."""
+    """Export needs no process group, and takes a path as text; the file says what it holds."""
     from flash_moe_dist.export import export_tensors, import_tensors
 
     path = str(tmp_path / "model.safetensors")

@@ -80,7 +80,7 @@ def test_an_exception_on_one_rank_ends_all(where: str, tmp_path: Path) -> None:
     [*((where, RANKS) for where in (*PLACES, "before a collective")), (PLACES[0], 4)],
 )
 def test_a_stalled_rank_ends_all(where: str, ranks: int, tmp_path: Path) -> None:
-    """With 4 ranks, in a group of two of them, whose timeout must be the same."""
+    """With 4 ranks, groups of two share the experts; their timeout must be that of all ranks."""
     mark = tmp_path / "mark"
     (said,) = assert_ends_in_time([torchrun(where, "stalls", mark, ranks)], mark)
     assert says_late(said, torch.cuda.device_count() >= ranks), said[-5000:]
@@ -90,7 +90,7 @@ def test_a_stalled_rank_ends_all(where: str, ranks: int, tmp_path: Path) -> None
 def test_watchdog_of_nccl_does_not_wait_for_kernels(
     given: str | None, taken: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """1 is what torchrun sets."""
+    """torchrun sets 1; other values were chosen by the user and stay."""
     monkeypatch.delenv("TORCH_NCCL_ASYNC_ERROR_HANDLING", raising=False)
     monkeypatch.setenv("TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC", "700")
     if given is not None:
@@ -102,7 +102,7 @@ def test_watchdog_of_nccl_does_not_wait_for_kernels(
 
 @pytest.mark.parametrize("where", PLACES)
 def test_an_exception_ends_ranks_that_nobody_watches(where: str, tmp_path: Path) -> None:
-    """Started without torchrun, which would end the other processes."""
+    """Ranks are started without torchrun, which would end the other processes."""
     mark, port = tmp_path / "mark", free_port()
     started = [
         subprocess.Popen(
@@ -125,7 +125,7 @@ TRAINING = ("before dispatch", "in dispatch", "after dispatch")
 
 
 def train_with(what: str, where: str, tmp_path: Path, options: tuple[str, ...]) -> tuple[str, str]:
-    """Runs until all has ended, in time, with no process and no port left; what it said."""
+    """Run until all processes have ended, in time and with nothing left; return the output."""
     mark, port = tmp_path / "mark", free_port()
     fault = {"what": what, "where": where, "rank": 1, "step": 6, "mark": str(mark)}
     process = start(

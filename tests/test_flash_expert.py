@@ -417,7 +417,7 @@ def test_bad_row_offsets(
 def test_bad_offsets_and_ids_are_made_harmless(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What kernels read until the error is reported, which CUDA does late."""
+    """Kernels read the corrected values until the error is reported, which is late on CUDA."""
 
     offsets = torch.tensor([-3, 9, 2, 4], device=device)
     ids = torch.tensor([5, 6, -2, -1], device=device)

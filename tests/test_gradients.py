@@ -71,7 +71,7 @@ def new_model() -> Model:
 
 
 def backward(model: Model) -> None:
-    """Of the same tokens on every rank, so that an average over ranks is what each rank has."""
+    """Run a backward pass on the same tokens on every rank: each rank's gradient is the average."""
     draw = torch.Generator().manual_seed(1)
     x_TH = torch.randn(5, 8, dtype=torch.float64, generator=draw)
     (1000 * model(x_TH).square().mean()).backward()

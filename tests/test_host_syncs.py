@@ -1,4 +1,4 @@
-"""How often a pass of the sharded layer waits for the device."""
+"""Number of times that a pass of the sharded layer waits for the device."""
 
 import sys
 import warnings
@@ -64,7 +64,7 @@ def host_syncs_of(run: Callable[[], Any]) -> list[str]:
 
 
 def host_syncs(dispatcher: str) -> list[list[str]]:
-    """In a forward and a backward pass, then in a backward pass with a sync put into it."""
+    """Host syncs of a forward pass, of a backward pass, and of one with a sync put into it."""
     case = make_case(64, 12, 23, 5, device=rank_device())
     experts = shard_experts(case, dispatcher)
     rows = (case.hidden_states, case.indices, case.routing_weights)
@@ -129,7 +129,7 @@ def reads(dispatcher: str) -> list[list[str]]:
 
 @pytest.mark.parametrize("dispatcher", ["all_to_all", "all_gather"])
 def test_one_line_reads_what_another_rank_sent(dispatcher: str, rank_pools: RankPools) -> None:
-    """What the tests on a GPU count, as far as a machine without one can see it."""
+    """Without a GPU, count reads of values on the host, the syncs that show there."""
     for forward, backward in rank_pools.run(2, reads, dispatcher):
         # That the forward pass has one shows that reads of the package are seen at all.
         assert len(forward) == 1, forward

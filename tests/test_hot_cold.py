@@ -166,7 +166,7 @@ def test_rows_in_several_slices(device: torch.device) -> None:
 
 
 def test_choice_of_backend() -> None:
-    """From shapes alone: T, K, E, H and bytes of an element."""
+    """The choice depends on shapes alone: T, K, E, H and bytes of an element."""
     assert cheapest_backend(1024, 512, 102_400, 1024, 2) == "gather"
     assert cheapest_backend(4096, 512, 102_400, 1024, 2) == "hot_cold"
     assert cheapest_backend(1024, 4096, 102_400, 1024, 2) == "dense"
@@ -199,7 +199,7 @@ def test_interpreter_has_no_bfloat16_products(device: torch.device) -> None:
 @pytest.mark.parametrize("backend", ["hot_cold", "dense", "gather"])
 @pytest.mark.parametrize("routing", ["zipf", "product_keys", "one_expert", "uniform"])
 def test_at_size(backend: str, routing: str, dtype: torch.dtype, device: torch.device) -> None:
-    """Where several blocks of tokens, experts and hidden size meet, none of them full."""
+    """Sizes take several blocks of tokens, experts and hidden size, the last one not full."""
     from flash_moe.bench.cases import Case as BenchCase
     from flash_moe.bench.cases import make_inputs
     from flash_moe.bench.measure import exact_results, relative_error

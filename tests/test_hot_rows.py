@@ -20,7 +20,7 @@ CASES = [
 
 
 def hot_case(uses: int, dtype: torch.dtype, device: torch.device) -> Case:
-    """One row with that many uses, all of one sign.
+    """A case in which one row has that many uses, all of one sign.
 
     A sum in bfloat16 would stop at about 256 uses, one in float16 at 2,048.
     """

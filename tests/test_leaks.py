@@ -42,7 +42,7 @@ def train_with_varying_tokens(
 ) -> list[dict[str, int]]:
     """Usage after each quarter of the steps; a rank has between 0 and MAX_TOKENS tokens in each.
 
-    dispatchers: of the layers.
+    dispatchers: dispatcher of each layer.
     """
     from flash_moe import FlashMoE
     from flash_moe_dist import ExpertParallel, clip_grad_norm_, count_load

@@ -1,4 +1,4 @@
-"""How evenly experts and ranks are used: counted on request, and exactly."""
+"""Load of experts and ranks: counted on request, and exactly."""
 
 import copy
 

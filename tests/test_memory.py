@@ -111,7 +111,7 @@ def test_written_formula_of_memory(
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["hot_cold", "dense"])
 def test_memory_of_products_is_bounded(backend: str, device: torch.device) -> None:
-    """What the docstring of triton_flash_expert_func allows beyond the formula for gathering."""
+    """Memory is within what the docstring of triton_flash_expert_func adds to that of gathering."""
     num_tokens, hidden_size, num_experts, slots = 4096, 256, 80_000, 64
     case = make_case(num_tokens, hidden_size, num_experts, slots, torch.bfloat16, device)
     triton_flash_expert_func(*case.args(), backend=backend)

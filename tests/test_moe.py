@@ -61,7 +61,7 @@ def test_mean_squares_of_silu() -> None:
 
 
 def test_initial_values_without_normalised_weights() -> None:
-    """As before version 0.2.0, when that was the default."""
+    """Not normalising was the default before version 0.2.0; initial values stay as they were."""
     for norm_topk_prob, std in ((True, initial_up_std(1024, 8)), (False, 1.0)):
         torch.manual_seed(0)
         layer = FlashMoE(16, 24, 1024, 8, norm_topk_prob=norm_topk_prob)

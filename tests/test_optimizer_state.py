@@ -105,7 +105,7 @@ def everything(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
 
 
 def resume_everywhere(folder: str, sharded: bool, dtype: torch.dtype) -> dict[str, Any]:
-    """For each optimizer, what differs after three steps from a run that was not interrupted."""
+    """Differences from an uninterrupted run after three steps, for each optimizer."""
     from flash_moe_dist.checkpoint import Checkpointer
 
     differing: dict[str, Any] = {}
@@ -207,7 +207,7 @@ HISTORIES = {
 
 
 def odd_states(folder: str, history: str, sharded: bool) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What differs once loaded, and what saving and loading did to gradients."""
+    """Differences of the state after loading, and of gradients after saving and loading."""
     from flash_moe_dist.checkpoint import Checkpointer
 
     checkpoints = Checkpointer(Path(folder))
@@ -248,7 +248,7 @@ def gradients_of(*models: nn.Module) -> dict[str, Any]:
 
 @pytest.mark.parametrize("history", HISTORIES)
 def test_every_state_comes_back(history: str, tmp_path: Path, rank_pools: RankPools) -> None:
-    """And gradients stay."""
+    """Saving and loading also leave gradients as they are."""
     for sharded in (True, False):
         args = (str(tmp_path / str(sharded)), history, sharded)
         assert rank_pools.run(1, odd_states, *args) == [({}, {})]
@@ -323,12 +323,12 @@ def refusals(folder: str) -> None:
 
 
 def test_what_does_not_fit_is_said_in_words(tmp_path: Path, rank_pools: RankPools) -> None:
-    """And nothing is changed, or saved."""
+    """A refusal changes nothing in memory and saves nothing."""
     rank_pools.run(1, refusals, str(tmp_path))
 
 
 def load_old(folder: str) -> None:
-    """Checkpoints of before: what torch makes of model and optimizer, without its kind."""
+    """Load a checkpoint of earlier versions, torch's state dicts without the optimizer's kind."""
     from torch.distributed.checkpoint.state_dict import get_state_dict
     from torch.distributed.checkpoint.state_dict_saver import save
 
@@ -391,5 +391,5 @@ def tied_tables(folder: str) -> None:
 
 
 def test_tied_tables_stay_tied(tmp_path: Path, rank_pools: RankPools) -> None:
-    """And a checkpoint of tied tables is not for others, nor the other way round."""
+    """A checkpoint of tied tables is refused by untied ones, and the other way round."""
     rank_pools.run(2, tied_tables, str(tmp_path))

@@ -1,4 +1,4 @@
-"""Which optimizer of torch.optim suits which dtype of tables, and groups that mix meshes."""
+"""Optimizers of torch.optim: dtypes of tables they suit, and groups that mix meshes."""
 
 from typing import Any
 
@@ -94,7 +94,7 @@ def test_rows_that_no_token_reaches_stay(
 
 
 def second_moment(dtype: torch.dtype, beta: float) -> float:
-    """What 100 steps without a gradient leave of the second moment of one gradient."""
+    """Second moment of one gradient after 100 more steps without a gradient."""
     parameter = nn.Parameter(torch.ones(4, dtype=dtype))
     groups = parameter_groups([parameter])
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, beta), fused=True)

@@ -90,7 +90,7 @@ def test_layers_called_in_another_order_on_one_rank(
 
 
 def differentiated_otherwise(dispatcher: str, change: str) -> list[str]:
-    """Errors of the next forward pass, of the one after it, and of the end."""
+    """Errors of the next forward pass, of the one after it, and of the check at the end."""
     case = own_case()
     first, second = layers(2, dispatcher)
     for _ in range(2):

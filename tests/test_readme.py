@@ -95,7 +95,7 @@ def own_module() -> Any:
 
 
 def sharded_own_module() -> Tensor:
-    """Outputs, and then an error of one rank."""
+    """Run the README's own module sharded, then with an error of one rank; return its output."""
     module = own_module()
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     parallelize_module(module, mesh, ExpertParallel())

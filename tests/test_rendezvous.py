@@ -23,7 +23,7 @@ def store() -> Any:
 
 
 def attempt(store: Any, ranks: Iterator[int] | range, timeout: timedelta = SOON) -> list[Any]:
-    """What each of `ranks` gets, or the error; the others never come."""
+    """Join with `ranks` alone; return the store, or the error, that each of them gets."""
 
     def one(rank: int) -> Any:
         try:
@@ -52,7 +52,7 @@ def test_each_attempt_has_a_part_of_the_store_to_itself(store: Any) -> None:
 
 @pytest.mark.parametrize("came", [(0,), (1,), (0, 1), (1, 2), (0, 2)])
 def test_after_an_attempt_to_which_not_all_came(store: Any, came: tuple[int, ...]) -> None:
-    """First without and then with what a whole attempt has left."""
+    """The second time, the store also holds what a whole attempt has left."""
     for _ in range(2):
         for error in attempt(store, iter(came), timedelta(seconds=0.2)):
             assert isinstance(error, RuntimeError)

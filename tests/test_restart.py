@@ -79,7 +79,7 @@ KILLED_WHILE_SAVING = [("writing", 12, [6]), ("written", 12, [6]), ("pruning", 6
 def test_killed_while_saving(
     thread: tuple[str, ...], options: tuple[str, ...], uninterrupted: Path, tmp_path: Path
 ) -> None:
-    """The checkpoint before still loads; what the killed one left goes with the next."""
+    """The checkpoint before still loads; the next save removes what the killed one left."""
     arguments = (*options, *thread, "--out", str(tmp_path))
     resume: tuple[str, ...] = ()
     newest = 0

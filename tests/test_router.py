@@ -103,7 +103,7 @@ def test_ties() -> None:
 
 
 def routers() -> list[ProductKeyRouter]:
-    """Two of one grid, one of the transposed grid, and one as before the grid was saved."""
+    """Routers: two of one grid, one of the transposed grid, one made before grids were saved."""
     made = [ProductKeyRouter(8, 24, 4, key_grid=grid) for grid in ((4, 6), (4, 6), (6, 4), (4, 6))]
     del made[3].grid
     return made

@@ -47,7 +47,7 @@ def bench(*options: str, ranks: int = 2) -> Any:
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What a run on three ranks prints and writes."""
+    """Output and files of a run on three ranks."""
     folder = tmp_path_factory.mktemp("scaling")
     written = ("--json", str(folder / "times.json"), "--plot", str(folder / "times.png"))
     routings = ("--routing", "uniform", "one_expert")
@@ -131,7 +131,7 @@ def test_where_and_progress_and_plot(files: dict[str, Any]) -> None:
 
 
 def test_skew_is_predicted_for_more_ranks(files: dict[str, Any]) -> None:
-    """Of experts' time: with one expert, its owner has the pairs of all."""
+    """Skew lengthens the time of experts: if all use one, its owner has the pairs of all ranks."""
     for problem in files["json"]["problems"]:
         experts = problem["extrapolated"]["8"]["all_to_all"]["experts"]
         seconds = problem["points"][0]["results"]["one rank"]["seconds"]
@@ -329,7 +329,7 @@ def test_a_baseline_that_does_not_fit_is_left_out(rank_pools: RankPools) -> None
 
 
 def dispatcher_of_auto(problem: Problem) -> str:
-    """That of the layer itself."""
+    """Name of the dispatcher that the layer itself uses for "auto"."""
     used: list[str] = []
     layer, _ = sharded_layer(problem)
     layer.choose("auto")

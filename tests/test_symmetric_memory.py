@@ -35,7 +35,7 @@ def layer(hidden_size: int, seed: int = 0) -> FlashExperts:
 
 
 def use_memory(patch: pytest.MonkeyPatch) -> None:
-    """That of GPUs where there are some."""
+    """Use shared files in place of the memory of GPUs on a machine without GPUs."""
     if rank_device().type == "cpu":
         use_shared_files(patch)
 
@@ -47,7 +47,7 @@ def buffers_of(experts: FlashExperts) -> Any:
 
 
 def random_passes(seed: int) -> None:
-    """Of three layers that share memory, backward passes in any order, each against a new layer."""
+    """Three layers share memory, with backward passes in any order, each against a new layer."""
     rank, draw = dist.get_rank(), random.Random(seed)
     sizes = (12, 20, 12)
     with pytest.MonkeyPatch.context() as patch:

@@ -126,7 +126,7 @@ def test_loss_that_is_no_number_ends_the_run(text: str, tmp_path: Path) -> None:
 
 
 def test_bfloat16_and_a_batch_for_any_number_of_ranks(text: str, tmp_path: Path) -> None:
-    """And, to be printed where there is no UTF-8, ids of no bytes and a path."""
+    """Ids that are no bytes, and the path, are printed where there is no UTF-8 too."""
     out = tmp_path / "\u00e9"
     small = [*SMALL, "--data", text, "--out", str(out), "--precision", "bfloat16"]
     small += ["--vocab-size", "300"]

@@ -31,8 +31,8 @@ class Case:
     experts are equally likely.
 
     Raises:
-        ValueError: with product keys, K > E, or no factorization of E whose factors are within
-            a factor of 2; without them, a key bias; a key bias that is not finite.
+        ValueError: K > E with product keys, or no factorization of E whose factors are within a
+            factor of 2; a key bias without product keys, or one that is not finite.
     """
 
     name: str
@@ -104,10 +104,10 @@ def _product_keys(case: Case, draw: torch.Generator) -> Tensor:
     positions = [torch.arange(min(slots, side), device=draw.device) for side in sides]
     first, second = ((positions[0][:, None] + 1) * (positions[1] + 1) <= slots).nonzero().unbind(1)
     chunks = []
-    for part in torch.arange(case.tokens).split(max(1, CHUNK_ELEMENTS // len(first))):
+    for rows in torch.arange(case.tokens).split(max(1, CHUNK_ELEMENTS // len(first))):
         scores, keys = zip(
             *(
-                (torch.randn(len(part), len(bias), generator=draw, device=draw.device) + bias).topk(
+                (torch.randn(len(rows), len(bias), generator=draw, device=draw.device) + bias).topk(
                     min(slots, len(bias))
                 )
                 for bias in biases
@@ -182,7 +182,8 @@ CASES = {
 class Inputs:
     """Inputs of one forward and backward pass.
 
-    leaves: in the order of LEAVES, (T, H), (E, H), (E, H) and (T, K), in the dtype of the case.
+    leaves: tensors in the order of LEAVES, (T, H), (E, H), (E, H) and (T, K), in the dtype of the
+        case.
     indices: expert ids (T, K), int64. grad: gradient of the output (T, H).
     """
 

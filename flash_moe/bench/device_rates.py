@@ -30,8 +30,10 @@ class DeviceRates:
 class GatherShape:
     """Tile sizes of the gather kernel.
 
-    pairs: rows summed by a program. rows: rows loaded at once. block_words: int32 words of each row
-    loaded at once. warps: of a program.
+    pairs: rows summed by a program.
+    rows: rows loaded at once.
+    block_words: int32 words of each row loaded at once.
+    warps: warps of a program.
     """
 
     pairs: int

@@ -25,8 +25,8 @@ def gather_kernel(
     divides WORDS.
     """
     token = tl.program_id(0).to(tl.int64)
-    part = tl.program_id(1)
-    pairs = token * SLOTS + part * PAIRS + tl.arange(0, ROWS)
+    run = tl.program_id(1)
+    pairs = token * SLOTS + run * PAIRS + tl.arange(0, ROWS)
     total = tl.zeros([BLOCK_WORDS], dtype=tl.int32)
     for step in range(0, PAIRS, ROWS):
         rows = tl.load(ids + pairs + step).to(tl.int64)
@@ -34,4 +34,4 @@ def gather_kernel(
             words = begin + tl.arange(0, BLOCK_WORDS)
             # Only one addition for every four bytes, so that loads bound the time.
             total += tl.sum(tl.load(table + rows[:, None] * WORDS + words[None, :]), 0)
-    tl.store(out + token * tl.num_programs(1) + part, tl.sum(total, 0))
+    tl.store(out + token * tl.num_programs(1) + run, tl.sum(total, 0))

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from flash_moe.bench.baselines import OURS
 from flash_moe.bench.cases import LEAVES, Func, Inputs
+from flash_moe.deprecated import resolve_old_names
 
 DIRECTIONS = ("forward", "backward")
 # Largest relative error of a correct result. The op rounds once; baselines round intermediate
@@ -42,11 +43,12 @@ Work = Callable[[], R]
 
 @dataclass
 class Result:
-    """Measurements of one variant; dictionaries are by direction.
+    """Measurements of one variant; the keys of dictionaries are directions.
 
     failure: reason if the variant could not be measured, otherwise empty.
-    seconds: of each repeat, on a device that is busy until the pass has been launched.
-    idle_seconds: of each repeat, on an idle device, so that launching is included; none on the CPU.
+    seconds: time of each repeat, on a device that is busy until the pass has been launched.
+    idle_seconds: time of each repeat on an idle device, so that launching is included; none on the
+        CPU.
     extra_bytes: peak memory beyond the inputs and the results.
     errors: largest relative error of the results.
     """
@@ -248,20 +250,20 @@ def exact_results(inputs: Inputs) -> tuple[Tensor, ...]:
     step = max(1, EXACT_ELEMENTS[out_TH.device.type] // (weights_TK.shape[1] * out_TH.shape[1]))
     # t: tokens of a chunk; matmuls have operands (t, H, 1), (t, 1, K) and (t, K, 1).
     for begin in range(0, len(out_TH), step):
-        part = slice(begin, begin + step)
-        empty = inputs.indices[part] < 0
-        ids = inputs.indices[part].masked_fill(empty, 0)
-        weights = weights_TK[part].double().masked_fill(empty, 0)
-        hidden, grad = hidden_TH[part].double(), inputs.grad[part].double()
+        chunk = slice(begin, begin + step)
+        empty = inputs.indices[chunk] < 0
+        ids = inputs.indices[chunk].masked_fill(empty, 0)
+        weights = weights_TK[chunk].double().masked_fill(empty, 0)
+        hidden, grad = hidden_TH[chunk].double(), inputs.grad[chunk].double()
         down_rows, up_rows = down_EH[ids].double(), up_EH[ids].double()
         scores = (down_rows @ hidden[..., None])[..., 0]
         sigmoid = scores.sigmoid()
         activations = scores * sigmoid * weights
         activation_grads = (up_rows @ grad[..., None])[..., 0]
         score_grads = activation_grads * weights * sigmoid * (1 + scores * (1 - sigmoid))
-        out_TH[part] = (activations[:, None] @ up_rows)[:, 0]
-        hidden_grad_TH[part] = (score_grads[:, None] @ down_rows)[:, 0]
-        weights_grad_TK[part] = (activation_grads * scores * sigmoid).masked_fill(empty, 0)
+        out_TH[chunk] = (activations[:, None] @ up_rows)[:, 0]
+        hidden_grad_TH[chunk] = (score_grads[:, None] @ down_rows)[:, 0]
+        weights_grad_TK[chunk] = (activation_grads * scores * sigmoid).masked_fill(empty, 0)
         del down_rows, up_rows
         for table_grad, values, rows in (
             (down_grad_EH, score_grads, hidden),
@@ -284,10 +286,10 @@ def relative_error(result: Tensor, exact: Tensor) -> float:
         raise ValueError(f"result must have shape {tuple(exact.shape)}, got {tuple(result.shape)}")
     rows = max(1, EXACT_ELEMENTS[exact.device.type] // exact.shape[1])
     squares = torch.zeros(2, device=exact.device, dtype=torch.float64)
-    for part, exact_part in zip(result.detach().split(rows), exact.split(rows), strict=True):
-        exact_part = exact_part.double()
-        difference = part.double() - exact_part
-        squares += torch.stack([difference.square().sum(), exact_part.square().sum()])
+    for chunk, exact_chunk in zip(result.detach().split(rows), exact.split(rows), strict=True):
+        exact_chunk = exact_chunk.double()
+        difference = chunk.double() - exact_chunk
+        squares += torch.stack([difference.square().sum(), exact_chunk.square().sum()])
     error = float((squares[0] / squares[1]).sqrt())
     return error if math.isfinite(error) else math.inf
 
@@ -315,3 +317,6 @@ def _status_bytes(field: str) -> int:
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024
     raise RuntimeError(f"/proc/self/status has no {field}")
+
+
+resolve_old_names(__name__)

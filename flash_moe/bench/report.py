@@ -21,10 +21,13 @@ from flash_moe.bench.roofline import RooflineTime, launch_bound
 class CaseReport:
     """Measurements of one case.
 
-    largest_load: pairs of the expert that has most. touched_experts: experts that have any pairs.
-    roofline_times: by direction. launches: CUDA kernels of the op by direction; empty unless the
-    case has few tokens and runs on CUDA. results: by variant. left_out: a message for each baseline
-    that could not run.
+    largest_load: pairs of the expert that has most.
+    touched_experts: number of experts that have any pairs.
+    roofline_times: roofline time of each direction.
+    launches: CUDA kernels of the op in each direction; empty unless the case has few tokens and
+        runs on CUDA.
+    results: measurements of each variant.
+    left_out: a message for each baseline that could not run.
     """
 
     case: Case

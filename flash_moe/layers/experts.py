@@ -22,7 +22,7 @@ class FlashExperts(nn.Module):
     Args:
         num_experts: E, the rows of each table.
         hidden_size: H, the length of a row.
-        device, dtype: of the tables.
+        device, dtype: where the tables live, and their type.
         up_std: standard deviation of the up table's initial values.
     """
 
@@ -68,7 +68,7 @@ class FlashExperts(nn.Module):
             (..., H) in the dtype of `hidden_states`.
 
         Raises:
-            TypeError, ValueError: as `triton_flash_expert_func`.
+            TypeError, ValueError: see `triton_flash_expert_func`.
         """
         rows = [hidden_states, indices, routing_weights]
         # Other arguments are passed on as they are: the op raises, on all ranks if sharded.

@@ -23,7 +23,7 @@ class SharedMLP(nn.Module):
     Args:
         hidden_size: H.
         intermediate_size: I, the width of the hidden layer.
-        device, dtype: of the parameters.
+        device, dtype: where the parameters live, and their type.
     """
 
     def __init__(
@@ -66,10 +66,10 @@ class FlashMoE(nn.Module):
             about K / E makes the routed experts' output, and the gradients of their tables,
             vanish beside the shared MLP's, and the up table begins with a standard deviation of 1.
             Pass False to load a model that was trained so: its parameters do not tell.
-        device, dtype: of the parameters.
+        device, dtype: where the parameters live, and their type.
 
     Raises:
-        ValueError: as `ProductKeyRouter`.
+        ValueError: see `ProductKeyRouter`.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class FlashMoE(nn.Module):
         """Map (..., H) to (..., H), in the dtype of `hidden_states`.
 
         Raises:
-            TypeError, ValueError: as `ProductKeyRouter` and `FlashExperts`.
+            TypeError, ValueError: see `ProductKeyRouter` and `FlashExperts`.
 
         If experts are sharded and one rank raises any of these, all ranks do.
         """

@@ -30,7 +30,7 @@ class ProductKeyRouter(nn.Module):
         norm_topk_prob: scale the K probabilities of a token to sum to one; False was the default
             before version 0.2.0.
         key_grid: the two numbers of keys, with product E; if None, the two closest factors of E.
-        device, dtype: of the parameters.
+        device, dtype: where the parameters live, and their type.
 
     Raises:
         ValueError: K is not in [1, E]; the product of key_grid is not E; or no key_grid was given

@@ -38,7 +38,7 @@ def activate(
         scores_N: (N,).
         weights: routing weights in any shape of N elements or more.
         slot_order: see the top of this file.
-        in_kernels: by Triton kernels.
+        in_kernels: use Triton kernels.
     """
     weights_N = weights.reshape(-1)
     if not in_kernels:
@@ -74,7 +74,7 @@ def activate_backward(
 
     Args:
         activation_grads_N: (N,), or None where only the activations are needed.
-        scores_N, weights, slot_order, in_kernels: as of `activate`.
+        scores_N, weights, slot_order, in_kernels: arguments of `activate`.
     """
     if not in_kernels:
         return _activate_backward(

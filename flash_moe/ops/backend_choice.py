@@ -118,7 +118,7 @@ def choose_backend(
 
     Args:
         backend: one of BACKENDS, or None.
-        hidden_TH, down_EH, up_EH: as the op takes them.
+        hidden_TH, down_EH, up_EH: arguments of the op.
         top_k: K; None for ragged rows.
 
     Raises:

@@ -91,7 +91,7 @@ def backward_scores(
 
     Args:
         grad_TH: gradient (T, H) of the output, in any float dtype.
-        tables, weights, backend: as of `expert_forward`.
+        tables, weights, backend: arguments of `expert_forward`.
         pairs, scores_N: the pattern and the scores of the forward pass.
         needs_grad: which gradients are needed.
         inputs: chunks of grad_TH.
@@ -134,8 +134,8 @@ def token_grads(
     Separate from `table_grads`, so that it can travel between ranks while that one computes.
 
     Args:
-        score_grads: from `backward_scores`.
-        tables, pairs, backend: as of `backward_scores`.
+        score_grads: result of `backward_scores`.
+        tables, pairs, backend: arguments of `backward_scores`.
         outputs: returns the chunks of the gradient (T, H).
     """
     assert score_grads.scores is not None
@@ -155,9 +155,9 @@ def table_grads(
     """Compute the gradients of the tables, times `scale`. Third step.
 
     Args:
-        score_grads: from `backward_scores`.
-        hidden_TH: (T, H), as of `expert_forward`.
-        grad_TH, tables, pairs, needs_grad, backend: as of `backward_scores`.
+        score_grads: result of `backward_scores`.
+        hidden_TH: (T, H), input of `expert_forward`.
+        grad_TH, tables, pairs, needs_grad, backend: arguments of `backward_scores`.
         scale: factor applied before the gradients are rounded.
     """
     pairs.wait_expert_sort()

@@ -110,14 +110,14 @@ def ragged_flash_expert_func(
     in the same order and find rows in cache.
 
     Args:
-        hidden_states: (T, H), down_weights: (E, H), up_weights: (E, H), as there.
+        hidden_states: (T, H), down_weights: (E, H), up_weights: (E, H), as in that function.
         row_offsets: (T + 1,) int64 or int32, ascending from 0 to N: the pairs of token t are
             row_offsets[t]:row_offsets[t + 1]. Wrong offsets are reported like wrong ids.
         expert_ids: (N,) int64 or int32, each in [-1, E).
         routing_weights: (N,), a float dtype.
         weight_grad_scale: factor on the gradients of the two tables, applied before they are
             rounded. Expert parallelism averages over ranks with it.
-        backend: as there, but "hot_cold" and "dense" stand for "gather".
+        backend: name of a backend, or None; "hot_cold" and "dense" stand for "gather".
 
     Returns and raises: as `triton_flash_expert_func`.
     """
@@ -207,7 +207,7 @@ def _forward_op(
 
     Args:
         ids, weights: (T, K); with row_offsets (T + 1,): (N,).
-        weight_grad_scale: for the backward pass only, which sees the arguments of this op alone.
+        weight_grad_scale: not used here; the backward pass reads it from the arguments of this op.
     """
     num_experts = down_EH.shape[0]
     if row_offsets is None:

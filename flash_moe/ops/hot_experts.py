@@ -50,7 +50,10 @@ ALIGNMENT = 4
 
 @dataclass(frozen=True)
 class HotConfig:
-    """threshold: tokens that make an expert hot; None: `backend_choice.hot_threshold`."""
+    """When an expert is hot.
+
+    threshold: number of tokens from which on it is; None: `backend_choice.hot_threshold`.
+    """
 
     threshold: int | None = None
 
@@ -104,7 +107,7 @@ def partition_hot_pairs(hot: HotPairs, ids_N: Tensor, slot_order: Tensor, top_k:
     """Fill `hot`, and reorder the pairs of each token in place.
 
     Args:
-        hot: with the number of tokens of each expert in `hot_index`.
+        hot: arrays to fill; `hot_index` holds the number of tokens of each expert.
         ids_N, slot_order: (N,) from `indices.check_and_sort`, sorted within each token.
         top_k: K.
     """

@@ -28,7 +28,10 @@ NOTHING_FOUND = (2**63 - 1, 1 - 2**63, 0, -1)
 
 @dataclass(frozen=True)
 class IndicesConfig:
-    """max_sorted_slots: tokens with more slots are sorted by torch.sort, not by a kernel."""
+    """Choice of how the ids of a token are sorted.
+
+    max_sorted_slots: tokens with more slots are sorted by torch.sort, not by a kernel.
+    """
 
     max_sorted_slots: int = MAX_SORTED_SLOTS
 

@@ -71,7 +71,7 @@ class WholeOutput:
 
     Args:
         shape: (T, H).
-        dtype, device: of the output.
+        dtype, device: type of the output, and where it is allocated.
 
     Attributes:
         value: the output, once `chunks` was called.

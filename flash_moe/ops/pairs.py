@@ -31,7 +31,7 @@ from flash_moe.ops.tuning import Tuning
 
 @dataclass(frozen=True)
 class PairsConfig:
-    """How pairs are sorted.
+    """Limits of sorting pairs.
 
     sort_limit: pairs sorted at a time; torch.sort takes fewer than 2^31, and memory for each.
     """
@@ -244,7 +244,7 @@ class Pairs:
         Args:
             saved: the tensors, in the forward or the backward pass.
             num_experts, top_k: E and K of the pattern.
-            tile_pairs: as given to `from_checked_offsets`.
+            tile_pairs: argument of `from_checked_offsets`.
         """
         ids_N = saved.expert_ids
         if top_k is None:

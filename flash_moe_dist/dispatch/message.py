@@ -161,12 +161,12 @@ def pack(routing: Routing, weights_TK: Tensor, layout: ExactLayout) -> PackedPai
         tokens_S = positions_S % max(1, num_tokens)
         sent_WT = (routing.rows_end - 1).masked_fill(~is_sent, -1).view(ep_size, num_tokens)
         sent_TW = sent_WT.t().to(torch.int32).contiguous()
-    by_rank = (part.split(layout.pairs_W) for part in (local_ids_P, bits_PV))
+    by_rank = (rows.split(layout.pairs_W) for rows in (local_ids_P, bits_PV))
     message = torch.cat(
         [
-            part
+            section
             for rows, ids, bits in zip(pairs_of_rows.split(layout.rows_W), *by_rank, strict=True)
-            for part in (rows.cumsum(0).int(), ids, bits.flatten())
+            for section in (rows.cumsum(0).int(), ids, bits.flatten())
         ]
     )
     return PackedPairs(message, slots_P, tokens_S, sent_TW)
@@ -255,11 +255,11 @@ def unpack(
         for rows, pairs in zip(rows_W, pairs_W, strict=True)
         for size in (rows, pairs, weight_words * pairs)
     ]
-    parts = message.split(sizes_W3)
-    ids_M, bits_M = torch.cat(parts[1::3]), torch.cat(parts[2::3])
+    sections = message.split(sizes_W3)
+    ids_M, bits_M = torch.cat(sections[1::3]), torch.cat(sections[2::3])
     weights_M = bits_M.view(torch.float64 if weight_words == 2 else torch.float32)
     offsets, pairs_before = [message.new_zeros(1, dtype=torch.int64)], 0
-    for ends, pairs in zip(parts[::3], pairs_W, strict=True):
+    for ends, pairs in zip(sections[::3], pairs_W, strict=True):
         offsets.append(ends.long() + pairs_before)
         pairs_before += pairs
     return UnpackedPairs(torch.cat(offsets), ids_M, weights_M.to(layout.weight_dtype))

@@ -31,9 +31,10 @@ def conventional_expert_func(
     row of results. The owner uses the same kernels as the layer.
 
     Args:
-        hidden_TH, indices_TK, weights_TK: as for `triton_flash_expert_func`, without empty slots.
+        hidden_TH, indices_TK, weights_TK: arguments of `triton_flash_expert_func`, without empty
+            slots.
         down_eH, up_eH: rows of the tables that this rank owns.
-        num_experts: of all ranks together.
+        num_experts: number of experts of all ranks together.
 
     Returns:
         (T, H) in the dtype of `hidden_TH`. Results of pairs are rounded to it before the sum.

@@ -25,7 +25,7 @@ TABLES = ("down_weights", "up_weights")
 
 
 class Layer:
-    """`FlashExperts` sharded over ranks, with this rank's part of the inputs."""
+    """`FlashExperts` sharded over ranks, with this rank's shard of the inputs."""
 
     def __init__(self, inputs: Inputs, ranks: RankGroup) -> None:
         _, *full_EH, _ = inputs.leaves

@@ -39,7 +39,8 @@ class Link:
 class Network:
     """Rates that a prediction assumes.
 
-    links: between ranks of a host, by collective. between_hosts: bytes/s of a rank to other hosts.
+    links: cost of each collective between ranks of a host.
+    between_hosts: bytes/s of a rank to other hosts.
     memory: bytes/s of a copy on a device, read and written.
     """
 
@@ -96,8 +97,8 @@ def predict(
     """Predict a forward and a backward pass.
 
     Args:
-        one_rank_seconds: of both passes on one rank, with the tokens of one rank in weak scaling
-            and of all ranks in strong scaling.
+        one_rank_seconds: time of both passes on one rank, with the tokens of one rank in weak
+            scaling and of all ranks in strong scaling.
     """
     ranks = len(traffic.rows_WW)
     per_rank = one_rank_seconds if problem.scaling == "weak" else one_rank_seconds / ranks
@@ -105,13 +106,13 @@ def predict(
     sizes = problem.element_sizes(ranks)
     b, a = sizes.hidden_bytes, sizes.sum_bytes
     if dispatcher == "all_gather":
-        sent = received = ranks * traffic.most_tokens
+        sent = received = ranks * traffic.max_tokens
         packing = a
     else:
         sent = float(traffic.rows_WW.sum(1).max())
         received = float(traffic.rows_WW.sum(0).max())
         packing = 2 * b + a
-    per_column = (received - traffic.most_tokens) * (3 * b + 2 * a) + 2 * sent * packing
+    per_column = (received - traffic.max_tokens) * (3 * b + 2 * a) + 2 * sent * packing
     if problem.scaling == "weak":
         # In strong scaling, the share of the time on one rank already has a share of these writes.
         per_column -= 2 * (1 - 1 / ranks) * problem.num_experts * b

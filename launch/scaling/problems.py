@@ -1,4 +1,4 @@
-"""Problems whose scaling is measured, and one rank's part of their inputs."""
+"""Problems whose scaling is measured, and one rank's shard of their inputs."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -58,7 +58,7 @@ class Problem:
         """The tokens of all ranks as one case for one device.
 
         Raises:
-            ValueError: in strong scaling, `ranks` does not divide the tokens; and as `Case`.
+            ValueError: `ranks` does not divide the tokens in strong scaling; see also `Case`.
         """
         if self.scaling == "strong" and self.tokens % ranks:
             raise ValueError(
@@ -91,7 +91,7 @@ class Tokens:
 
     @classmethod
     def of_rank(cls, inputs: Inputs, rank: int, ranks: int) -> "Tokens":
-        """Copy the `rank`-th of `ranks` equal parts."""
+        """Copy the `rank`-th of `ranks` equal shards."""
         hidden_NH, _, _, weights_NK = inputs.leaves
         hidden_TH, indices_TK, weights_TK, grad_TH = (
             rows.detach().chunk(ranks)[rank].clone()

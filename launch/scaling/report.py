@@ -21,7 +21,7 @@ from scaling.problems import Problem
 from scaling.results import CONVENTIONAL, SINGLE_RANK, Result
 from scaling.traffic import Traffic
 
-PARTS = (*PHASES, "other")
+ALL_PHASES = (*PHASES, "other")
 COLOURS = {"all_to_all": "tab:blue", "all_gather": "tab:orange"}
 # What JSON fields of a result hold, for readers of the file.
 FIELDS = {
@@ -40,8 +40,10 @@ FIELDS = {
 class Point:
     """A problem measured on one number of ranks.
 
-    results: by variant. traffic: between these ranks. extrapolated_traffic: between more ranks than
-    there are, by their number. predictions: by dispatcher.
+    results: measurements of each variant.
+    traffic: what these ranks send each other.
+    extrapolated_traffic: the same for more ranks than there are, by number of ranks.
+    predictions: predicted times of each dispatcher.
     """
 
     ranks: int
@@ -57,7 +59,7 @@ class ProblemReport:
 
     launching_hidden: whether forward and backward passes begin on devices that are busy until the
         pass has been launched, so that their times are device times.
-    points: by number of ranks, the first is one rank.
+    points: measurements of each number of ranks, of which the first is one rank.
     extrapolated: predictions for more ranks than there are, by number of ranks and dispatcher.
     """
 
@@ -109,8 +111,8 @@ def table(report: ProblemReport) -> str:
             label = _label(report, point.ranks, name)
             rows.append(label + _cells(report, point, name, result))
             if result.phases:
-                parts = "".join(f"{_ms(result.phases.get(part, 0.0)):>15}" for part in PARTS)
-                phases.append(f"{label}{point.traffic.imbalance:>11.2f}{parts}")
+                cells = "".join(f"{_ms(result.phases.get(one, 0.0)):>15}" for one in ALL_PHASES)
+                phases.append(f"{label}{point.traffic.imbalance:>11.2f}{cells}")
     for ranks, predictions in report.extrapolated.items():
         for name, prediction in predictions.items():
             rows.append(
@@ -139,7 +141,7 @@ def table(report: ProblemReport) -> str:
             f"  phases of a forward and backward pass, {clock} in ms, mean over ranks",
             "  imbalance: pairs of the busiest rank / mean; communication: waits for other ranks "
             "that no work overlaps",
-            label + f"{'imbalance':>11}" + "".join(f"{part:>15}" for part in PARTS),
+            label + f"{'imbalance':>11}" + "".join(f"{phase:>15}" for phase in ALL_PHASES),
             *phases,
         ]
     )
@@ -337,9 +339,9 @@ def _plot_phases(axes: Any, report: ProblemReport) -> None:
         if result.phases
     ]
     left = [0.0] * len(bars)
-    for part in PARTS:
-        widths = [max(0.0, phases.get(part, 0.0)) * 1e3 for _, phases in bars]
-        axes.barh(range(len(bars)), widths, left=left, label=part, height=0.7)
+    for phase in ALL_PHASES:
+        widths = [max(0.0, phases.get(phase, 0.0)) * 1e3 for _, phases in bars]
+        axes.barh(range(len(bars)), widths, left=left, label=phase, height=0.7)
         left = [before + width for before, width in zip(left, widths, strict=True)]
     axes.set_yticks(range(len(bars)), [name for name, _ in bars], fontsize="small")
     axes.set_ylim(len(bars) - 0.4, -0.6)

@@ -25,12 +25,13 @@ COLLECTIVES: tuple[Collective, ...] = ("all_to_all", "all_gather")
 class Traffic:
     """What the ranks send each other in a pass.
 
-    rows_WW, pairs_WW: (W, W) float64 on the CPU. most_tokens: the most tokens of any rank.
+    rows_WW, pairs_WW: (W, W) float64 on the CPU.
+    max_tokens: most tokens of any rank.
     """
 
     rows_WW: Tensor
     pairs_WW: Tensor
-    most_tokens: float
+    max_tokens: float
 
     @property
     def imbalance(self) -> float:
@@ -83,7 +84,7 @@ def transfers(dispatcher: DispatcherName, sizes: ElementSizes, traffic: Traffic)
     rows_WW, pairs_WW = traffic.rows_WW, traffic.pairs_WW
     rows_collective: Collective = "all_to_all"
     if dispatcher == "all_gather":
-        rows_WW = torch.full_like(rows_WW, traffic.most_tokens)
+        rows_WW = torch.full_like(rows_WW, traffic.max_tokens)
         rows_collective = "all_gather"
     rows = Transfer(rows_collective, rows_WW * sizes.hidden_size * sizes.hidden_bytes)
     sums = Transfer("all_to_all", rows_WW.t() * sizes.hidden_size * sizes.sum_bytes)

@@ -46,10 +46,10 @@ def results_of_one_device(inputs: Inputs, layer: Layer) -> tuple[Tensor, ...]:
     grads = list(torch.autograd.grad(out_TH, leaves, tokens.grad_TH))
     for table in (1, 2):
         for rank in range(ranks.size):
-            part = grads[table][owned_rows(layer.num_experts, ranks.size, rank)].float()
-            dist.all_reduce(part, group=ranks.group)
+            shard = grads[table][owned_rows(layer.num_experts, ranks.size, rank)].float()
+            dist.all_reduce(shard, group=ranks.group)
             if rank == ranks.rank:
-                own_eH = part / ranks.size
+                own_eH = shard / ranks.size
         grads[table] = own_eH
     return out_TH.detach(), *grads
 
@@ -76,7 +76,7 @@ def verify_all(
     """Verify every variant; return results that have an error, or the reason for a failure.
 
     Raises:
-        RuntimeError: as `verify`.
+        RuntimeError: see `verify`.
     """
     results = {name: Result() for name in variants}
     for name, result in results.items():
@@ -166,11 +166,11 @@ def largest_row_error(result: Tensor, exact: Tensor) -> float:
     row, which would hardly change the relative error of a whole table.
     """
     rows = max(1, EXACT_ELEMENTS[exact.device.type] // exact.shape[1])
-    parts = list(zip(result.split(rows), exact.split(rows), strict=True))
-    mean_square = sum(part.double().square().sum() for _, part in parts) / len(exact)
+    chunks = list(zip(result.split(rows), exact.split(rows), strict=True))
+    mean_square = sum(exact_chunk.double().square().sum() for _, exact_chunk in chunks) / len(exact)
     squares = [
-        (part.double() - exact_part.double()).square().sum(1)
-        / exact_part.double().square().sum(1).clamp(min=mean_square)
-        for part, exact_part in parts
+        (chunk.double() - exact_chunk.double()).square().sum(1)
+        / exact_chunk.double().square().sum(1).clamp(min=mean_square)
+        for chunk, exact_chunk in chunks
     ]
     return float(torch.cat(squares).max().sqrt())

@@ -27,7 +27,7 @@ prepare_table_grads = None
 class DenseConfig:
     """Sizes of what is processed at a time.
 
-    matrix_elements: of the (T, experts) matrix.
+    matrix_elements: elements of the (T, experts) matrix.
     block: pairs of a token.
     block_zeros: columns of the matrix that are set to zero.
     """

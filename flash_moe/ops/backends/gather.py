@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from flash_moe.deprecated import resolve_old_names
 from flash_moe.ops.backends.gather_kernels import (
     add_partial_sums_kernel,
     sddmm_kernel,
@@ -69,7 +70,7 @@ SPMM_LONG = SpmmTiles(block_pairs=32, block_bytes=256)
 
 @dataclass(frozen=True)
 class GatherConfig:
-    """How sums are divided among programs.
+    """Limits by which sums are divided among programs.
 
     With fewer than spmm_min_programs programs, an spmm splits each token's pairs into up to
     spmm_max_splits splits of at least spmm_min_split_pairs pairs.
@@ -240,7 +241,7 @@ def add_partial_sums(
 
     Args:
         partial_sums: (P, ...) contiguous. If P is 1 and there is no `total`, it is returned as is.
-        out_dtype: of the result.
+        out_dtype: dtype of the result.
         total: where to write the result.
     """
     if len(partial_sums) == 1 and total is None:
@@ -386,7 +387,7 @@ def spmm_t_block_hidden(pairs: Pairs, hidden_size: int, element_bytes: int) -> i
     Args:
         pairs: the pattern.
         hidden_size: H.
-        element_bytes: of one element of the rows, those of both tables together.
+        element_bytes: bytes of one element of the rows, added up if two tables are summed.
     """
     config = tuning.config
     column_bytes = pairs.num_tokens * element_bytes
@@ -450,3 +451,6 @@ def _row_pointers(pairs: Pairs, first_row: int = 0) -> tuple[Tensor, Tensor]:
 def contiguous_rows(table: Tensor) -> Tensor:
     """Return the table with contiguous rows, as a copy if need be."""
     return table if table.stride(-1) == 1 else table.contiguous()
+
+
+resolve_old_names(__name__)

@@ -52,7 +52,7 @@ MAX_SPLITS = 16
 class HotColdConfig:
     """Sizes of what is processed at a time.
 
-    matrix_elements: of the (T, hot experts) matrix.
+    matrix_elements: elements of the (T, hot experts) matrix.
     fill_programs: programs that fill the matrix, if there are fewer tokens.
     fill_bitmaps: bitmaps that such a program reads.
     repeat_block: repeated pairs of hot experts.

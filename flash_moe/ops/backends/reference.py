@@ -18,7 +18,10 @@ prepare_table_grads = None
 
 @dataclass(frozen=True)
 class ReferenceConfig:
-    """block_elements: of one block of gathered rows; two such in float32 take 32 MiB."""
+    """Size of what is gathered at a time.
+
+    block_elements: elements of a block of gathered rows; two such in float32 take 32 MiB.
+    """
 
     block_elements: int = 2**22
 
