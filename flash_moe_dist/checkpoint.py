@@ -34,6 +34,7 @@ from torch.optim import Optimizer
 
 from flash_moe_dist.agreement import (
     gather_objects,
+    raise_same_error,
     rank_and_world_size,
     same_error_on_all_ranks,
 )
@@ -120,11 +121,12 @@ class Checkpointer:
 
         Args:
             step: number of training steps done, 0 or more; must not have been saved yet.
-            progress: values to store with it, serializable as JSON, the same on all ranks.
+            progress: values to store with it by name, serializable as JSON, the same on all ranks;
+                without "step", which is added.
 
         Raises:
-            ValueError: on every rank, if `step` is negative or has already been saved, or the
-                optimizer has a parameter that is not one of the model.
+            ValueError: on every rank, if `step` is negative or has already been saved, `progress`
+                has "step", or the optimizer has a parameter that is not one of the model.
             TypeError: on every rank, if `step` is no int, `progress` cannot be serialized, or a
                 dict in the optimizer has a key that is no str.
             RuntimeError: on every rank, if this checkpoint or the previous one cannot be written,
@@ -135,6 +137,8 @@ class Checkpointer:
         with same_error_on_all_ranks(self._group):
             complete = self._path(step)
             partial = complete.with_name(complete.name + ".partial")
+            if "step" in (progress or {}):
+                raise ValueError('progress must not have "step", which is stored with it')
             progress_file = json.dumps({"step": step, **(progress or {})}) + "\n"
             state = {
                 "model": _with_opaque_extra_state(get_model_state_dict(model)),
@@ -294,9 +298,20 @@ class Checkpointer:
         state: dict[str, Any] = {**optimizer_entries, "model": to_read}
         state["rng"] = {own: generators} if generators else {}
         self._read(path, metadata, state)
-        set_model_state_dict(model, model_state | _with_own_extra_state(state["model"]))
-        with same_error_on_all_ranks(self._group):
+        error: Exception | None = None
+        try:
+            set_model_state_dict(model, _with_own_extra_state({**model_state, **state["model"]}))
             saved_optimizer.restore({name: state[name] for name in optimizer_entries})
+        # Hooks of modules and optimizers can raise anything.
+        except Exception as caught:
+            error = caught
+        try:
+            raise_same_error(error, self._group)
+        except (ValueError, TypeError, RuntimeError) as shared:
+            raise PartialLoadError(
+                f"{path} could not be loaded: {shared}; model and optimizer hold a mix of old and "
+                "loaded values"
+            ) from shared
         _set_generator_states(generators, device)
         return progress
 

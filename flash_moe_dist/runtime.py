@@ -154,6 +154,11 @@ def distributed(
         warnings.filterwarnings("error", message="Parallelize plan key")
         yield runtime
     check_backward_passes(runtime.ep_mesh.get_group())
+    leave_group()
+
+
+def leave_group() -> None:
+    """Wait for all ranks, and end the process group such that this process can end."""
     dist.barrier()
     dist.destroy_process_group()
     _wait_for_gloo_threads()

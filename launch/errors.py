@@ -6,9 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch.distributed as dist
-
-from flash_moe_dist.runtime import Runtime
+from flash_moe_dist.runtime import Runtime, leave_group
 
 # Exit status of a script that was asked for what it cannot do.
 REFUSED = 2
@@ -35,6 +33,6 @@ def exit_on_shared_error(
         if file is None and runtime.is_main:
             print(f"{script}: error: {error}", file=sys.stderr, flush=True)
         elif file is not None and os.environ["LOCAL_RANK"] == "0":
-            Path(file).write_text(str(error))
-        dist.barrier()
+            Path(file).write_text(str(error) or type(error).__name__, encoding="utf-8")
+        leave_group()
         sys.exit(REFUSED if file is None else 0)

@@ -35,7 +35,8 @@ def hold_folder(folder: Path, create: bool) -> IO[str] | None:
             folder.mkdir(parents=True, exist_ok=True)
         if not create and not path.exists():
             return None
-        file = path.open("a+")
+        # Not through a link: the file is emptied.
+        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+")
     except OSError as error:
         raise ValueError(f"--out must be a writable folder, got {error}") from error
     deadline = time.monotonic() + WAIT_SECONDS
@@ -46,7 +47,8 @@ def hold_folder(folder: Path, create: bool) -> IO[str] | None:
             file.close()
             raise ValueError(f"--out {folder} is in use by {holder}: choose another, or end that")
         time.sleep(0.1)
-    file.truncate(0)
+    file.seek(0)
+    file.truncate()
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
     return file

@@ -25,6 +25,9 @@ def recall(args: argparse.Namespace, saved: Mapping[str, Any], world_size: int) 
         args: `args.given` names the options that were given.
         saved: progress of the checkpoint, also one without "options", as older runs saved it.
         world_size: number of ranks; --ep-size is taken over if it is the same as then.
+
+    Raises:
+        ValueError: a recorded value is not of the option's type.
     """
     old = {name: saved[name] for name in ("seed", "seq_len") if name in saved}
     options = {**old, **saved.get("model", {}), **saved.get("options", {})}
@@ -34,9 +37,15 @@ def recall(args: argparse.Namespace, saved: Mapping[str, Any], world_size: int) 
     if saved.get("data") not in (None, sysconfig.get_paths()["stdlib"]):
         options["data"] = Path(saved["data"])
     options.pop("vocab_size", None)
-    for name, value in options.items():
-        if name in vars(args) and name not in args.given:
-            setattr(args, name, value)
+    known = {*options_to_remember(args), "data"}
+    for name in known & options.keys() - set(args.given):
+        value, default = options[name], getattr(args, name)
+        if default is not None and not isinstance(value, type(default)):
+            raise ValueError(
+                f"the checkpoint records {value!r} for --{name.replace('_', '-')}, which must be "
+                f"of type {type(default).__name__}"
+            )
+        setattr(args, name, value)
 
 
 def changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:

@@ -93,7 +93,7 @@ def run_torchrun(arguments: list[str]) -> None:
     for module in ("agent.server.api", "multiprocessing.api"):
         logging.getLogger(f"torch.distributed.elastic.{module}").setLevel(logging.ERROR)
     os.environ["FLASH_MOE_LAUNCHER_PID"] = str(os.getpid())
-    with tempfile.NamedTemporaryFile("r", prefix="flash-moe-") as refusal:
+    with tempfile.NamedTemporaryFile("r", prefix="flash-moe-", encoding="utf-8") as refusal:
         os.environ["FLASH_MOE_REFUSAL_FILE"] = refusal.name
         try:
             torchrun(arguments)

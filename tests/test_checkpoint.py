@@ -516,6 +516,8 @@ def save_refused(data: str, folder: str) -> list[str]:
         with pytest.raises((ValueError, TypeError)) as raised:
             checkpoints.save(step, run.model, run.optimizer, progress)
         messages.append(str(raised.value))
+    with pytest.raises(ValueError, match='progress must not have "step"'):
+        checkpoints.save(2, run.model, run.optimizer, {"step": 3})
     with pytest.raises(ValueError, match="keep must be at least 1, got 0"):
         Checkpointer(Path(folder), keep=0)
     checkpoints.close()

@@ -118,3 +118,15 @@ def test_the_standard_library_stays_without_installed_packages() -> None:
     args = parse_args("", ["--resume"])
     recall(args, {"data": sysconfig.get_paths()["stdlib"]}, 2)
     assert args.data is None
+
+
+def test_only_options_of_a_run_are_taken_over() -> None:
+    from options import parse_args
+    from resume import recall
+
+    args = parse_args("", [])
+    before = dict(vars(args))
+    recall(args, {"options": {"out": "/elsewhere", "keep": 0, "timeout": 1e-9, "other": 1}}, 2)
+    assert vars(args) == before
+    with pytest.raises(ValueError, match="records 'x' for --steps, which must be of type int"):
+        recall(args, {"options": {"steps": "x"}}, 2)

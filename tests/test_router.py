@@ -1,5 +1,6 @@
 """Product-key routing against the best of all sums."""
 
+import warnings
 from functools import partial
 from pathlib import Path
 
@@ -116,6 +117,16 @@ def test_keys_of_another_grid_are_refused() -> None:
     for loadable in (other, old):
         router.load_state_dict(loadable.state_dict())
         assert torch.equal(router.keys.weight, loadable.keys.weight)
+
+
+def test_a_state_dict_of_the_old_default_warns() -> None:
+    old = ProductKeyRouter(8, 24, 3).state_dict()
+    del old["grid"]
+    with pytest.warns(UserWarning, match="default was norm_topk_prob=False"):
+        ProductKeyRouter(8, 24, 3).load_state_dict(old)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ProductKeyRouter(8, 24, 3, norm_topk_prob=False).load_state_dict(old)
 
 
 def load_grids(folder: str) -> None:

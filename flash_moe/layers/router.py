@@ -1,6 +1,7 @@
 """Routing by product keys: the best of E experts from two lists of about sqrt(E) key scores."""
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -158,7 +159,14 @@ class ProductKeyRouter(nn.Module):
 def _add_missing_grid(
     router: nn.Module, state_dict: dict[str, Any], prefix: str, *_: object
 ) -> None:
-    state_dict.setdefault(f"{prefix}grid", router.grid)
+    if f"{prefix}keys.weight" in state_dict and f"{prefix}grid" not in state_dict:
+        state_dict[f"{prefix}grid"] = router.grid
+        if router.norm_topk_prob:
+            warnings.warn(
+                "the state dict is of a version before 0.2.0, whose default was "
+                "norm_topk_prob=False: a model that used the default must be built with it",
+                stacklevel=2,
+            )
 
 
 def _check_fits(name: str, tensor: Tensor, layer: nn.Module) -> None:

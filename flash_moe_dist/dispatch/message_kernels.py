@@ -116,7 +116,7 @@ def _pairs_in_message(header, max_pairs, checksum):
     return tl.where(is_of_this_pass, tl.minimum(tl.load(header + PAIRS), max_pairs), 0)
 
 
-# The checksum differs from pass to pass: specialised, a multiple of 16 is compiled anew in training.
+# The checksum differs from pass to pass; specialised, a multiple of 16 would compile in training.
 @triton.jit(do_not_specialize=["checksum"])
 def unpack_kernel(
     messages,

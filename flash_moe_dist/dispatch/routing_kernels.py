@@ -70,7 +70,7 @@ def route_kernel(
         first = end
 
 
-# The checksum differs from pass to pass: specialised, a multiple of 16 is compiled anew in training.
+# The checksum differs from pass to pass; specialised, a multiple of 16 would compile in training.
 @triton.jit(do_not_specialize=["checksum"])
 def write_header_kernel(
     pairs_end,
