@@ -35,8 +35,7 @@ def hold_folder(folder: Path, create: bool) -> IO[str] | None:
             folder.mkdir(parents=True, exist_ok=True)
         if not create and not path.exists():
             return None
-        # Not through a link: the file is emptied.
-        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+")
+        file = open(path, "r+", opener=_create_unless_link)  # noqa: SIM115
     except OSError as error:
         raise ValueError(f"--out must be a writable folder, got {error}") from error
     deadline = time.monotonic() + WAIT_SECONDS
@@ -52,6 +51,11 @@ def hold_folder(folder: Path, create: bool) -> IO[str] | None:
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
     return file
+
+
+def _create_unless_link(path: str, flags: int) -> int:
+    """Open the lock file, which is emptied: never what a link points to."""
+    return os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW, 0o666)
 
 
 def _lock(file: IO[str]) -> bool:

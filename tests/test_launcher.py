@@ -160,6 +160,14 @@ def test_a_folder_without_locks(
     assert "lock is not locked: [Errno 95]" in capsys.readouterr().err
 
 
+def test_a_link_is_not_emptied(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("content")
+    (tmp_path / "lock").symlink_to(tmp_path / "file")
+    with pytest.raises(ValueError, match="--out must be a writable folder"):
+        hold_folder(tmp_path, create=True)
+    assert (tmp_path / "file").read_text() == "content"
+
+
 def test_process_whose_parent_has_died_before() -> None:
     code = "from signals import *; end_with_torchrun(); print('trains')"
     for parent, status in ((os.getpid(), 0), (2**22 + 1, -signal.SIGKILL)):
