@@ -21,7 +21,7 @@ def test_a_hundred_ranks_end_without_an_abort() -> None:
         env=os.environ | {"PYTHONPATH": path},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
         check=False,
     )
     assert (ended.returncode, ended.stdout) == (0, ""), ended.stderr
