@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -90,26 +90,22 @@ class LoadCounter:
         )
 
 
-class _CountingFunc:
-    """An `expert_func` of unsharded tables that counts the ids it is called with."""
+def _counted(func: Any, counter: LoadCounter) -> Callable[..., Tensor]:
+    """Wrap an `expert_func` of unsharded tables so that it counts the ids it is called with."""
 
-    def __init__(self, func: Any, counter: LoadCounter) -> None:
-        self._func, self._counter = func, counter
-
-    def __call__(
-        self,
+    @wraps(func)
+    def counted(
         hidden_states: Tensor,
         down_weights: Tensor,
         up_weights: Tensor,
         indices: Tensor,
         routing_weights: Tensor,
     ) -> Tensor:
-        out: Tensor = self._func(hidden_states, down_weights, up_weights, indices, routing_weights)
-        self._counter.add(indices)
+        out: Tensor = func(hidden_states, down_weights, up_weights, indices, routing_weights)
+        counter.add(indices)
         return out
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._func, name)
+    return counted
 
 
 @contextmanager
@@ -124,7 +120,7 @@ def _counting(module: Any, counter: LoadCounter) -> Iterator[None]:
             func.counters.remove(counter.add)
         return
     own = vars(module).get("expert_func")
-    module.expert_func = _CountingFunc(func, counter)
+    module.expert_func = _counted(func, counter)
     try:
         yield
     finally:

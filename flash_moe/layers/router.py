@@ -128,7 +128,7 @@ class ProductKeyRouter(nn.Module):
                 f"hidden_states must have rows of hidden_size = {self.hidden_size}, "
                 f"got shape {tuple(hidden_states.shape)}"
             )
-        _check_fits("hidden_states", hidden_states, self.keys)
+        _check_fits(hidden_states, self.keys)
         key_scores = self.keys(hidden_states)
         wide = torch.promote_types(key_scores.dtype, torch.float32)
         log_probs = (
@@ -169,23 +169,23 @@ def _add_missing_grid(
             )
 
 
-def _check_fits(name: str, tensor: Tensor, layer: nn.Module) -> None:
-    """Raise unless `layer`, if it is linear, can multiply `tensor`."""
+def _check_fits(hidden_states: Tensor, layer: nn.Module) -> None:
+    """Raise unless `layer`, if it is linear, can multiply `hidden_states`."""
     if not isinstance(layer, nn.Linear):
         return
     weight = layer.weight
-    if tensor.device != weight.device:
+    if hidden_states.device != weight.device:
         raise ValueError(
-            f"{name} must be on {weight.device}, where the layer's parameters are, "
-            f"got {tensor.device}"
+            f"hidden_states must be on {weight.device}, where the layer's parameters are, "
+            f"got {hidden_states.device}"
         )
     # Autocast leaves float64 as it is.
-    is_cast = torch.is_autocast_enabled(tensor.device.type)
-    is_cast = is_cast and torch.float64 not in (tensor.dtype, weight.dtype)
-    if tensor.dtype != weight.dtype and not is_cast:
+    is_cast = torch.is_autocast_enabled(hidden_states.device.type)
+    is_cast = is_cast and torch.float64 not in (hidden_states.dtype, weight.dtype)
+    if hidden_states.dtype != weight.dtype and not is_cast:
         raise TypeError(
-            f"{name} must have the dtype of the layer's parameters, {weight.dtype}, outside of "
-            f"torch.autocast, got {tensor.dtype}"
+            "hidden_states must have the dtype of the layer's parameters, "
+            f"{weight.dtype}, outside of torch.autocast, got {hidden_states.dtype}"
         )
 
 
