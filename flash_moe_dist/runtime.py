@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from flash_moe_dist.dispatch.handshake import check_backward_passes
+from flash_moe_dist.dispatch.pass_order import check_backward_passes
 from flash_moe_dist.rendezvous import store_of_this_attempt, store_on_loopback
 
 DEFAULT_TIMEOUT = timedelta(minutes=10)

@@ -277,16 +277,11 @@ def test_recomputed_with_static_capacity(
 class Waited(Pending):
     """Collective that has ended before anything else is launched."""
 
-    def __init__(self, received: Tensor, sent: Tensor, work: Any) -> None:
-        super().__init__(received, sent, work)
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
         self.wait()
-        if received.is_cuda:
+        if self.received.is_cuda:
             torch.cuda.synchronize()
-
-        class Done:
-            def wait(self) -> None: ...
-
-        self._work = Done()
 
 
 def one_after_the_other(dispatcher: str, num_tokens: int) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -13,10 +14,12 @@ from ranks import KERNELS, Failure, RankPools
 from sharded import shard_experts
 from test_capacity import SYMMETRIC, run
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.checkpoint import checkpoint
 
 from flash_moe import FlashExperts
-from flash_moe_dist.dispatch.handshake import GroupPasses, check_backward_passes
+from flash_moe_dist.dispatch import pass_order
+from flash_moe_dist.dispatch.pass_order import GroupPasses, check_backward_passes
 
 NUM_EXPERTS, HIDDEN_SIZE, SLOTS, TOKENS = 23, 12, 5, 6
 WAYS = [
@@ -144,13 +147,74 @@ def backward_without_a_forward_after_it() -> str:
     try:
         return error_of(lambda: check_backward_passes(group))
     finally:
-        assert GroupPasses.of(group).backward == []
+        assert GroupPasses.of(group).take_backward() == ()
 
 
 def test_the_last_backward_passes_are_checked_at_the_end(rank_pools: RankPools) -> None:
     first, second = rank_pools.run(2, backward_without_a_forward_after_it)
     assert first == second
     assert first.startswith("ranks must agree on the backward passes since the last forward pass")
+
+
+def skipped(change: str) -> str:
+    """Layers a, b and their backward passes on rank 0; on the others, what `change` says."""
+    case = own_case()
+    # Of its own, as its collectives never end.
+    group = dist.new_group()
+    mesh = DeviceMesh.from_group(group, "cpu", mesh_dim_names=("ep",))
+    tables = make_case(1, HIDDEN_SIZE, NUM_EXPERTS, 1)
+    a, b = (shard_experts(tables, "all_gather", mesh) for _ in range(2))
+
+    def step(change: str) -> None:
+        out = forward(a, case).sum()
+        if change != "the last layer":
+            out = out + forward(b, case).sum()
+        if change != "the backward passes":
+            out.backward()
+
+    def run() -> None:
+        step("nothing")
+        if change != "a step" or dist.get_rank() == 0:
+            step(change if dist.get_rank() > 0 else "nothing")
+        check_backward_passes(group)
+
+    error = error_of(run)
+    for name, experts in (("a", a), ("b", b)):
+        error = error.replace(f"layer {number_of(experts)}", name)
+    return error
+
+
+PASSES_OF_RANKS = {
+    "the last layer": ("call 1 of b", "backward pass of call 1 of a"),
+    "the backward passes": ("backward pass of call 1 of b", "the end"),
+    "a step": ("call 1 of a", "the end"),
+}
+
+
+def test_ranks_that_would_wait_in_different_passes_say_so() -> None:
+    pools = RankPools()
+    try:
+        for change, (first, others) in PASSES_OF_RANKS.items():
+            message = (
+                "ranks must agree on the pass that they make "
+                f"(rank 0: {first}, rank 1: {others}, rank 2: {others})"
+            )
+            assert pools.run(3, skipped, change) == [message] * 3
+    finally:
+        pools.close()
+
+
+def waits_for_a_late_rank() -> None:
+    """A rank that comes late, but to the same pass, is waited for."""
+    case = own_case()
+    (experts,) = layers(1, "all_gather")
+    if dist.get_rank() == 1:
+        time.sleep(pass_order.SECONDS_BEFORE_COMPARISON + 1)
+    forward(experts, case).sum().backward()
+
+
+def test_a_late_rank_is_waited_for(rank_pools: RankPools) -> None:
+    rank_pools.run(2, waits_for_a_late_rank)
 
 
 def alike_on_all_ranks(dispatcher: str) -> None:

@@ -122,7 +122,7 @@ class ShardedExperts(torch.autograd.Function):
     def _backward(ctx: Any, grad_TH: Tensor) -> tuple[Tensor | None, ...]:
         saved = _SavedTensors(*ctx.saved_tensors)
         # Agreed in the header of the next forward pass, as the host never waits in this one.
-        ctx.group_passes.backward.append(ctx.name)
+        ctx.group_passes.begin_backward(ctx.name)
         dispatcher: Dispatcher = ctx.dispatcher
         metadata: DispatchMetadata = ctx.dispatch_metadata.with_tensors(
             MetadataTensors(slots_P=saved.slots_P, tokens_S=saved.tokens_S, sent_TW=saved.sent_TW)

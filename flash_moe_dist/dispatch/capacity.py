@@ -44,13 +44,7 @@ from flash_moe_dist.dispatch.base import (
 )
 from flash_moe_dist.dispatch.comm_volume import DispatcherName
 from flash_moe_dist.dispatch.exact import DISPATCHERS, AllGatherDispatcher, ExactDispatcher
-from flash_moe_dist.dispatch.handshake import (
-    GroupPasses,
-    PassCounts,
-    PassIdentity,
-    RankInput,
-    Splits,
-)
+from flash_moe_dist.dispatch.handshake import PassCounts, RankInput, Splits
 from flash_moe_dist.dispatch.header import TOKENS_DO_NOT_FIT, Header
 from flash_moe_dist.dispatch.message import (
     CapacityLayout,
@@ -59,6 +53,7 @@ from flash_moe_dist.dispatch.message import (
     pack_into,
     unpack_from,
 )
+from flash_moe_dist.dispatch.pass_order import GroupPasses, PassIdentity
 from flash_moe_dist.dispatch.symmetric import SymmetricDispatcher, buffer_bytes
 from flash_moe_dist.dispatch.symmetric_memory import (
     check_symmetric_memory,
@@ -330,10 +325,7 @@ class LayerDispatch:
 
     def next_pass(self) -> PassIdentity:
         """Identity of the forward pass that follows; call it once for each `run`."""
-        backward = self.group_passes.backward
-        identity = PassIdentity(self.name, self._calls, tuple(backward))
-        backward.clear()
-        return identity
+        return self.group_passes.begin_forward(self.name, self._calls)
 
     def run(self, inp: RankInput, name: DispatcherName, experts: Experts) -> CompletedPass:
         """Dispatch, run the experts, and combine: with static capacity if that is confirmed.

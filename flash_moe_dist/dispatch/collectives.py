@@ -4,11 +4,10 @@ W ranks of the group, which must all make the same calls. Autograd does not see 
 `autograd.py` has the backward pass.
 """
 
-from typing import Any
-
 import torch.distributed as dist
 from torch import Tensor
 
+from flash_moe_dist.dispatch.pass_order import wait_for_collective
 from flash_moe_dist.phases import communication
 
 # Names of functions of torch.distributed.
@@ -25,9 +24,11 @@ class Pending:
     received: where the rows will be.
     """
 
-    def __init__(self, received: Tensor, sent: Tensor, work: Any) -> None:
+    def __init__(
+        self, received: Tensor, sent: Tensor, work: dist.Work, group: dist.ProcessGroup
+    ) -> None:
         # The sent rows must stay in memory until they have left.
-        self.received, self._sent, self._work = received, sent, work
+        self.received, self._sent, self._work, self._group = received, sent, work, group
 
     def wait(self) -> Tensor:
         """Rows received; the current stream waits for them."""
@@ -37,7 +38,10 @@ class Pending:
 
     def wait_uncounted(self) -> None:
         """Wait without counting it as exposed communication: for a side stream."""
-        self._work.wait()
+        if self.received.is_cpu:
+            wait_for_collective(self._work, self._group)
+        else:
+            self._work.wait()
 
 
 def start_all_to_all(
@@ -57,7 +61,7 @@ def start_all_to_all(
     work = getattr(dist, ALL_TO_ALL_COLLECTIVE)(
         received, rows, output_splits, input_splits, group=group, async_op=True
     )
-    return Pending(received, rows, work)
+    return Pending(received, rows, work, group)
 
 
 def all_to_all_rows(
@@ -72,7 +76,7 @@ def start_all_gather(rows: Tensor, group: dist.ProcessGroup) -> Pending:
     rows = rows.contiguous()
     gathered = rows.new_empty(dist.get_world_size(group) * rows.shape[0], *rows.shape[1:])
     work = getattr(dist, ALL_GATHER_COLLECTIVE)(gathered, rows, group=group, async_op=True)
-    return Pending(gathered, rows, work)
+    return Pending(gathered, rows, work, group)
 
 
 def all_gather_rows(rows: Tensor, group: dist.ProcessGroup) -> Tensor:

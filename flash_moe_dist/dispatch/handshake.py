@@ -7,10 +7,9 @@ that all ranks notice in the same exchange and then raise the same error.
 """
 
 import zlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any, NamedTuple, NoReturn
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -22,66 +21,10 @@ from flash_moe.ops.expert_math import NeedsGrad
 from flash_moe.ops.indices import poll_index_errors, raise_ids_out_of_range
 from flash_moe.ops.input_checks import check_routing
 from flash_moe_dist.agreement import raise_differences, raise_same_error
+from flash_moe_dist.dispatch.collectives import Pending
 from flash_moe_dist.dispatch.header import INVALID_INPUT, TOKENS_DO_NOT_FIT, Header
+from flash_moe_dist.dispatch.pass_order import PassIdentity
 from flash_moe_dist.dispatch.routing import Routing
-from flash_moe_dist.phases import communication
-
-
-class PassIdentity(NamedTuple):
-    """Which pass a rank makes, so that no pass of one layer meets another layer's on other ranks.
-
-    layer: name of the layer among those of its group.
-    call: forward passes of the layer that came before.
-    backward: backward passes of all layers of the group since their last forward pass, in order,
-        as `name` of their forward passes.
-    """
-
-    layer: str
-    call: int
-    backward: tuple[str, ...]
-
-    @property
-    def name(self) -> str:
-        return f"call {self.call} of {self.layer}"
-
-    def by_name(self) -> dict[str, Any]:
-        """What all ranks must share, by the names that an error gives it."""
-        return {
-            "the layer that is called": self.name,
-            "the backward passes since the last forward pass": list(self.backward),
-        }
-
-
-@dataclass
-class GroupPasses:
-    """What ranks note of the passes of all layers of a group.
-
-    backward: backward passes since the last forward pass, see `PassIdentity`.
-    failures: passes with static capacity that ended in an error. Ranks may have called different
-        layers in these, so no plan made before is known to be the same on all of them.
-    """
-
-    backward: list[str] = field(default_factory=list)
-    failures: int = 0
-
-    @classmethod
-    def of(cls, group: dist.ProcessGroup) -> "GroupPasses":
-        return _passes_of_groups.setdefault(group, cls())
-
-
-_passes_of_groups: WeakKeyDictionary[dist.ProcessGroup, GroupPasses] = WeakKeyDictionary()
-
-
-def check_backward_passes(group: dist.ProcessGroup) -> None:
-    """Check backward passes that no forward pass has followed. Collective over `group`.
-
-    Raises:
-        ValueError: on every rank alike, if the ranks made other backward passes or another order.
-    """
-    backward = GroupPasses.of(group).backward
-    made = list(backward)
-    backward.clear()
-    raise_differences({"the backward passes since the last forward pass": made}, group)
 
 
 @dataclass(frozen=True)
@@ -313,8 +256,8 @@ def exchange_counts(
     if inp.error is None:
         routing = inp.routing(ep_size)
         routing.write_header(sent_WF, inp.checksum, count_rows)
-    with communication():
-        dist.all_to_all_single(received_WF, sent_WF, group=group)
+    work = dist.all_to_all_single(received_WF, sent_WF, group=group, async_op=True)
+    Pending(received_WF, sent_WF, work, group).wait()
     sent, received = header_2WF.tolist()
     counts = inp.agreed_counts(sent, received, group)
     assert routing is not None
