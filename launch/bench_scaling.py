@@ -24,6 +24,7 @@ from signals import end_with_torchrun
 end_with_torchrun()
 
 import argparse
+import gc
 import io
 import os
 import sys
@@ -211,4 +212,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    # What was imported stays: no garbage collection need go through it, least of all the last.
+    gc.freeze()
     main()

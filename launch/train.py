@@ -9,6 +9,7 @@ from signals import StopSignals, end_with_torchrun
 end_with_torchrun()
 
 import argparse
+import gc
 import io
 import math
 import os
@@ -596,4 +597,6 @@ def _as_text(loss: float | None) -> str:
 
 
 if __name__ == "__main__":
+    # What was imported stays: no garbage collection need go through it, least of all the last.
+    gc.freeze()
     main()
