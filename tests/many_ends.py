@@ -6,7 +6,6 @@ PyTorch is imported once, and each rank is a fork; unlike those of `multiprocess
 Python. A long switch interval keeps Python's lock in one thread, as on a busy machine.
 """
 
-import gc
 import os
 import sys
 
@@ -33,8 +32,6 @@ def rank_main(rank: int, port: int) -> None:
 
 # A layer that lives as long as the process keeps its group.
 kept: list[dist.ProcessGroup] = []
-# What was imported is left out of the last garbage collection, most of the time of an end.
-gc.freeze()
 for _ in range(int(sys.argv[1])):
     port = free_port()
     ranks = []
