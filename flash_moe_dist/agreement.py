@@ -34,7 +34,8 @@ def raise_same_error(error: Exception | None, group: dist.ProcessGroup | None = 
         ValueError, TypeError, RuntimeError: the kind of the error raised, RuntimeError for any
             other kind. The message names the rank, unless all ranks failed alike.
     """
-    mine = None if error is None else (type(error).__name__, str(error))
+    # An exception without a message says its type.
+    mine = error and (type(error).__name__, str(error) or type(error).__name__)
     reports = gather_objects(mine, group)
     for rank, report in enumerate(reports):
         if report is not None:

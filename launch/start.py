@@ -13,15 +13,8 @@ import tempfile
 from pathlib import Path
 from typing import NoReturn
 
-from options import DESCRIPTION, parse_args
-
-REFUSED = 2
-
-
-def refuse(reason: object) -> NoReturn:
-    """Print why as the last line, and exit."""
-    print(f"train.sh: error: {reason}", file=sys.stderr, flush=True)
-    sys.exit(REFUSED)
+from errors import exit_on_error, refuse
+from options import DESCRIPTION, SCRIPT, parse_args
 
 
 def positive_number(name: str, default: int) -> int:
@@ -104,7 +97,7 @@ def run_torchrun(arguments: list[str]) -> None:
             print(failed, file=sys.stderr, flush=True)
             sys.exit(1)
         if reason := refusal.read():
-            refuse(reason)
+            refuse(SCRIPT, reason)
 
 
 def main() -> None:
@@ -112,11 +105,9 @@ def main() -> None:
     # Until torchrun handles it: Ctrl-C ends this without a traceback.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     options = sys.argv[1:]
-    try:
+    with exit_on_error(SCRIPT):
         parse_args(DESCRIPTION, options)
         processes, words = prepare_environment()
-    except ValueError as error:
-        refuse(error)
     # The note on it has been printed.
     options = ["--time-phases" if option == "--time-steps" else option for option in options]
     script = str(Path(__file__).with_name("train.py"))

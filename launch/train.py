@@ -35,7 +35,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from data import BYTE_VOCAB, Corpus, Tokens, batch_at, load_corpus
-from errors import exit_on_shared_error
+from errors import exit_on_error, exit_on_shared_error, reason_in
 from flash_moe_dist import (
     ExpertLoad,
     ExpertParallel,
@@ -49,10 +49,10 @@ from flash_moe_dist.agreement import gather_objects, same_error_on_all_ranks
 from flash_moe_dist.checkpoint import Checkpointer
 from flash_moe_dist.dispatch.collectives import all_gather_rows
 from flash_moe_dist.dispatch.symmetric_memory import symmetric_memory_bytes
-from flash_moe_dist.runtime import DEFAULT_TIMEOUT, Runtime, distributed
+from flash_moe_dist.runtime import DEFAULT_TIMEOUT, Runtime, distributed, own_device
 from metrics import Line, MetricsFile, plot_losses, speed
 from model import ModelConfig, Transformer
-from options import DESCRIPTION, parse_args
+from options import DESCRIPTION, SCRIPT, parse_args
 from out_folder import hold_folder
 from resume import changes, options_to_remember, recall
 
@@ -468,7 +468,7 @@ def plot(run: Run, metrics: MetricsFile) -> None:
     try:
         plot_losses(run.args.out / "loss.png", metrics.lines, run.single_token_entropy())
     except Exception as error:
-        print(f"train.sh: the losses cannot be plotted: {error}", file=sys.stderr)
+        print(f"{SCRIPT}: the losses cannot be plotted: {reason_in(error)}", file=sys.stderr)
 
 
 def print_on_main_rank(runtime: Runtime, text: str) -> None:
@@ -489,8 +489,10 @@ def main() -> None:
         timeout = timedelta(seconds=args.timeout)
     except ValueError as error:
         option_error = error
+    with exit_on_error(SCRIPT):
+        own_device()
     with distributed(timeout) as runtime:
-        with exit_on_shared_error("train.sh", runtime):
+        with exit_on_shared_error(SCRIPT, runtime):
             with same_error_on_all_ranks():
                 if option_error is not None:
                     raise option_error
@@ -508,7 +510,7 @@ def main() -> None:
                     held = hold_folder(args.out, create=True)
         run = Run(args, runtime, corpus, config)
         if last_step:
-            with exit_on_shared_error("train.sh", runtime, (ValueError,)):
+            with exit_on_shared_error(SCRIPT, runtime, (ValueError,)):
                 checkpoints.load(last_step, run.model, run.optimizer)
         count = sum(parameter.numel() for parameter in run.model.parameters())
         print_on_main_rank(
@@ -552,7 +554,7 @@ def finish(run: Run, metrics: MetricsFile | None) -> None:
         if metrics is not None:
             print_summary(run, metrics, prompt, continuation)
     except Exception as error:
-        note = f"train.sh: all steps are done, but the summary failed: {error!r}"
+        note = f"{SCRIPT}: all steps are done, but the summary failed: {error!r}"
         with suppress(OSError):
             print(note, file=sys.stderr, flush=True)
 

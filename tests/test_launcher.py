@@ -1,11 +1,14 @@
 """launch/train.sh: refusals in one line, help, signals, and who holds --out."""
 
+import inspect
 import os
 import re
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from processes import assert_nothing_left
@@ -95,6 +98,75 @@ def test_switch_with_a_wrong_value(name: str, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv(name, "yes")
     with pytest.raises(ValueError, match=f"{name} must be 0 or 1, got 'yes'"):
         use_it()
+
+
+@pytest.mark.parametrize("script", ["train", "bench_scaling"])
+def test_started_without_torchrun(
+    script: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import bench_scaling
+    import train
+
+    main = {"train": train.main, "bench_scaling": bench_scaling.main}[script]
+    monkeypatch.setattr(sys, "argv", [f"launch/{script}.py"])
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(SystemExit) as ended:
+        inspect.unwrap(main)()
+    assert ended.value.code == 2
+    assert re.fullmatch(
+        r"\w+\.(sh|py): error: environment variables WORLD_SIZE, LOCAL_RANK are not set: start "
+        rf"this with torchrun, for example torchrun .* launch/{script}\.py\n",
+        capsys.readouterr().err,
+    )
+
+
+@pytest.mark.parametrize(
+    ("error", "line"), [(ValueError("two\nlines"), "two\nlines"), (OSError(), "OSError")]
+)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_is_refused_inside_is_printed_once(
+    rank: int,
+    error: Exception,
+    line: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from errors import exit_on_shared_error
+    from flash_moe_dist.agreement import same_error_on_all_ranks
+
+    monkeypatch.setattr("flash_moe_dist.runtime.leave_group", lambda: None)
+    monkeypatch.setenv("LOCAL_RANK", str(rank))
+    runtime: Any = SimpleNamespace(is_main=rank == 0)
+
+    def status() -> object:
+        with pytest.raises(SystemExit) as ended:
+            with exit_on_shared_error("it.py", runtime):
+                with same_error_on_all_ranks():
+                    raise error
+        return ended.value.code
+
+    assert status() == 2
+    assert capsys.readouterr().err == ("" if rank else f"it.py: error: {line}\n")
+    handed_over = tmp_path / "refusal"
+    handed_over.touch()
+    monkeypatch.setenv("FLASH_MOE_REFUSAL_FILE", str(handed_over))
+    assert status() == 0
+    assert handed_over.read_text() == ("" if rank else line)
+    assert capsys.readouterr().err == ""
+
+
+def test_options_are_not_abbreviated(capsys: pytest.CaptureFixture[str]) -> None:
+    from flash_moe.bench.__main__ import parse as parse_bench
+    from scaling.arguments import parse as parse_scaling
+
+    with pytest.raises(ValueError, match="unrecognized arguments: --step 1"):
+        parse_args(DESCRIPTION, ["--step", "1"])
+    with pytest.raises(ValueError, match="unrecognized arguments: --repeat 3"):
+        parse_scaling("", ["--repeat", "3"], False, 2)
+    with pytest.raises(SystemExit):
+        parse_bench(["--repeat", "3"])
+    assert "unrecognized arguments: --repeat 3" in capsys.readouterr().err
 
 
 def test_help_has_a_text_and_a_default_for_every_option(

@@ -5,7 +5,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -258,14 +257,19 @@ def parse_args_of_defaults() -> Any:
     return parse_args("", [])
 
 
-def test_started_without_torchrun() -> None:
-    script = REPOSITORY / "launch" / "train.py"
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
-    ended = subprocess.run(
-        [sys.executable, str(script)], env=environment, capture_output=True, text=True, check=False
-    )
-    assert ended.returncode != 0
-    assert "start this with torchrun" in ended.stderr
+def test_links_beside_metrics_and_plot_are_not_followed(tmp_path: Path) -> None:
+    from metrics import MetricsFile, plot_losses
+
+    (tmp_path / "file").write_text("content")
+    for name in ("metrics.jsonl", "loss.png"):
+        (tmp_path / f"{name}.partial").symlink_to("file")
+    metrics = MetricsFile(tmp_path / "metrics.jsonl", 0)
+    metrics.write({"step": 1, "loss": 1.0})
+    metrics.close()
+    plot_losses(tmp_path / "loss.png", metrics.lines, 1.0)
+    assert (tmp_path / "file").read_text() == "content"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "loss.png", "metrics.jsonl"]
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.slow
