@@ -139,11 +139,13 @@ def test_what_is_refused_inside_is_printed_once(
     monkeypatch.setenv("LOCAL_RANK", str(rank))
     runtime: Any = SimpleNamespace(is_main=rank == 0)
 
+    def fail() -> None:
+        with exit_on_shared_error("it.py", runtime), same_error_on_all_ranks():
+            raise error
+
     def status() -> object:
         with pytest.raises(SystemExit) as ended:
-            with exit_on_shared_error("it.py", runtime):
-                with same_error_on_all_ranks():
-                    raise error
+            fail()
         return ended.value.code
 
     assert status() == 2
@@ -268,9 +270,12 @@ def test_killed_while_processes_import(text: str, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_ctrl_c_then_refusals_inside(text: str, tmp_path: Path) -> None:
-    options = (*SMALL, *INTERVALS, "--steps", "100000", "--data", text, "--out", str(tmp_path))
+    # No validation draws a plot.
+    endless = ("--steps", "100000", "--validation-interval", "100000")
+    options = (*SMALL, *INTERVALS, *endless, "--data", text, "--out", str(tmp_path))
     process = start_train(*options)
     wait_for_steps(tmp_path, 6, process)
+    plot_of_the_start = (tmp_path / "loss.png").read_bytes()
     second = run_train(*options, "--resume", NPROC_PER_NODE="1")
     assert (second.returncode, process.poll()) == (2, None)
     assert re.search(
@@ -286,7 +291,9 @@ def test_ctrl_c_then_refusals_inside(text: str, tmp_path: Path) -> None:
     )
     assert "Traceback" not in err
     assert "SignalException" not in err
-    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    plot = (tmp_path / "loss.png").read_bytes()
+    assert plot.startswith(b"\x89PNG")
+    assert plot != plot_of_the_start
     assert (tmp_path / "checkpoints" / f"step-{last:08d}" / ".metadata").is_file()
     # Known to the processes only, and not to be tried again.
     refused = run_train(*options, NPROC_PER_NODE="1", TORCHRUN_ARGS="--standalone --max-restarts 2")
