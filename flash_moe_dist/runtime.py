@@ -26,6 +26,8 @@ DEFAULT_TIMEOUT = timedelta(minutes=10)
 MAX_SECONDS_FOR_GLOO_THREADS = 10
 # Constant of linux/prctl.h.
 PR_SET_PDEATHSIG = 1
+# torchrun, or a wrapper that it has started; by the pid of this process, as a fork has another.
+PARENT_AT_IMPORT = {os.getpid(): os.getppid()}
 
 
 @dataclass(frozen=True)
@@ -236,15 +238,18 @@ def _configure_nccl_watchdog() -> None:
 
 
 def _end_with_torchrun() -> None:
-    """Make Linux kill this process when torchrun, its parent, has died, now or earlier.
+    """Make Linux kill this process when its parent, torchrun, has died, now or earlier.
 
     A torchrun that was killed cannot end its processes, and one started in its place would run the
-    same ranks a second time.
+    same ranks a second time. A death before this module was imported is noticed if init has become
+    the parent, but not if a subreaper (such as systemd --user) has.
     """
     if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        # The signal does not come if torchrun has died before it was asked for.
-        if os.getppid() == 1 and not _is_python(1):
+        parent = os.getppid()
+        # The signal does not come if the parent has died before it was asked for.
+        before = PARENT_AT_IMPORT.get(os.getpid(), parent)
+        if parent != before or (parent == 1 and not _is_python(1)):
             os.kill(os.getpid(), signal.SIGKILL)
 
 

@@ -256,6 +256,63 @@ def test_process_whose_parent_has_died_before() -> None:
         assert (b"trains" in ended.stdout) == (status == 0)
 
 
+# A child asks for the signal, and its parent dies meanwhile, below a process that adopts the child.
+CHILD = """
+import os, signal, time
+import signals
+parent = os.getppid()
+class Late:
+    def prctl(self, *_):
+        os.kill(parent, signal.SIGKILL)
+        while os.getppid() == parent:
+            time.sleep(0.01)
+signals.ctypes.CDLL = lambda _: Late()
+signals.end_with_torchrun()
+print("trains")
+"""
+PARENT = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]])"
+SUBREAPER = """
+import ctypes, os, subprocess, sys
+ctypes.CDLL(None).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER
+subprocess.run([sys.executable, "-c", *sys.argv[1:]])
+print("status", os.waitpid(-1, 0)[1])
+"""
+
+
+def test_process_whose_parent_dies_below_a_subreaper() -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", SUBREAPER, PARENT, CHILD],
+        cwd=REPOSITORY / "launch",
+        env={"TORCHELASTIC_RUN_ID": "a"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert ended.stdout == f"status {signal.SIGKILL.value}\n"
+
+
+@pytest.mark.parametrize(
+    ("parent", "killed"), [("the same", False), ("a subreaper", True), ("init", True)]
+)
+def test_ranks_of_ones_own_script_whose_parent_has_died(
+    parent: str, killed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flash_moe_dist import runtime
+
+    pids = {"the same": os.getppid(), "a subreaper": 2**22 + 1, "init": 1}
+    sent: list[int] = []
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a")
+    monkeypatch.setattr("ctypes.CDLL", lambda _: SimpleNamespace(prctl=lambda *_: None))
+    monkeypatch.setattr("os.getppid", lambda: pids[parent])
+    monkeypatch.setattr("os.kill", lambda _, number: sent.append(number))
+    monkeypatch.setattr(runtime, "_is_python", lambda _: False)
+    if parent == "init":
+        # It was the parent by the time of the import.
+        monkeypatch.setitem(runtime.PARENT_AT_IMPORT, os.getpid(), 1)
+    runtime._end_with_torchrun()
+    assert bool(sent) == killed
+
+
 @pytest.mark.slow
 def test_killed_while_processes_import(text: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
