@@ -1,9 +1,10 @@
-"""Refusals: one line that says why a script does not run, without a traceback."""
+"""Errors of a script: refusals in one line without a traceback, and failures after its work."""
 
 import os
 import sys
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -63,3 +64,49 @@ def exit_on_shared_error(
         if runtime.is_main:
             refuse(script, reason_in(error))
         sys.exit(REFUSED)
+
+
+@contextmanager
+def note_failure_after_work(note: str) -> Iterator[None]:
+    """Print `note` and the error if the block fails on any rank; the script still succeeds.
+
+    Collective. A rank on which the block fails ends at once, with status 0; the others, which may
+    wait for it in a collective, notice that in the store, and end too. A single rank goes on.
+    """
+    # These take seconds.
+    import torch.distributed as dist
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    def print_note(error: Exception) -> None:
+        with suppress(OSError):
+            print(f"{note}: {error!r}", file=sys.stderr, flush=True)
+
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        try:
+            yield
+        except Exception as error:
+            print_note(error)
+        return
+    store, left = _get_default_store(), threading.Event()
+
+    def watch() -> None:
+        # It raises when the rank that serves the store has ended.
+        with suppress(RuntimeError):
+            while not store.check([note]):
+                if left.wait(0.1):
+                    return
+        os._exit(0)
+
+    thread = threading.Thread(target=watch, name="failure of other ranks", daemon=True)
+    thread.start()
+    try:
+        yield
+        dist.barrier()
+    except Exception as error:
+        with suppress(RuntimeError):
+            # The others may fail because this one has ended.
+            if store.add(note, 1) == 1:
+                print_note(error)
+        os._exit(0)
+    left.set()
+    thread.join()

@@ -11,7 +11,7 @@ import signal
 import sys
 import tempfile
 from pathlib import Path
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 from errors import exit_on_error, refuse
 from options import DESCRIPTION, SCRIPT, parse_args
@@ -29,11 +29,15 @@ def positive_number(name: str, default: int) -> int:
     return int(text)
 
 
-def prepare_environment() -> tuple[int, list[str]]:
-    """Check the environment, and set what processes need and is not set.
+class Torchrun(NamedTuple):
+    """What the environment says of torchrun: its options, and how many processes it is to start."""
 
-    Returns:
-        Number of processes, options of torchrun.
+    options: list[str]
+    processes: int
+
+
+def prepare_environment() -> Torchrun:
+    """Check the environment, and set what processes need and is not set.
 
     Raises:
         ValueError: names the variable that has a wrong value.
@@ -71,7 +75,7 @@ def prepare_environment() -> tuple[int, list[str]]:
         error(str(unpaired))
     if parser.parse_args([*words, "script"]).training_script != "script":
         error("a script is among them")
-    return processes, words
+    return Torchrun(words, processes)
 
 
 def run_torchrun(arguments: list[str]) -> None:
@@ -107,11 +111,12 @@ def main() -> None:
     options = sys.argv[1:]
     with exit_on_error(SCRIPT):
         parse_args(DESCRIPTION, options)
-        processes, words = prepare_environment()
+        torchrun = prepare_environment()
     # The note on it has been printed.
     options = ["--time-phases" if option == "--time-steps" else option for option in options]
     script = str(Path(__file__).with_name("train.py"))
-    run_torchrun([*words, "--nproc-per-node", str(processes), script, *options])
+    processes = str(torchrun.processes)
+    run_torchrun([*torchrun.options, "--nproc-per-node", processes, script, *options])
 
 
 if __name__ == "__main__":

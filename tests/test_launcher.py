@@ -75,7 +75,7 @@ def test_variable_with_a_wrong_value(
 
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
-    assert prepare_environment()[1] == ["--standalone"]
+    assert prepare_environment().options == ["--standalone"]
     monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=f"^{name} .*{re.escape(reason)}"):
         prepare_environment()

@@ -5,13 +5,15 @@ import json
 import os
 import re
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from ranks import RankPools
+import torch.distributed as dist
+from ranks import Pool, RankPools
 from sharded import whole_parameters
 from small_run import REPOSITORY, SMALL, STEPS, launch, small_run
 
@@ -240,7 +242,7 @@ def test_nothing_after_the_last_step_fails_the_run(
     monkeypatch.setattr(train.Run, "sample", failing)
     train.finish(run, None)
     assert "the summary failed: OSError(28" in capsys.readouterr().err
-    monkeypatch.setattr(train.Run, "sample", lambda _: ("a", "b"))
+    monkeypatch.setattr(train.Run, "sample", lambda _: train.Sample("a", "b"))
     monkeypatch.setattr(train, "plot_losses", failing)
     monkeypatch.setattr(train, "peak_memory", failing)
     run.args, run.single_token_entropy = parse_args_of_defaults(), lambda: 1.0
@@ -249,6 +251,35 @@ def test_nothing_after_the_last_step_fails_the_run(
     said = capsys.readouterr().err
     assert "the losses cannot be plotted: [Errno 28]" in said
     assert "the summary failed: " in said
+
+
+def finish_with_an_error_on_one_rank(failing: int, said: str) -> None:
+    """Other ranks wait as in a collective of NCCL, which does not notice that a rank has ended."""
+    import train
+
+    def sample(_: Any) -> Any:
+        if dist.get_rank() == failing:
+            raise OSError(28, "No space left on device")
+        time.sleep(100)
+
+    with pytest.MonkeyPatch.context() as patch, Path(said).open("a") as file:
+        patch.setattr(sys, "stderr", file)
+        patch.setattr(train.Run, "sample", sample)
+        train.finish(train.Run.__new__(train.Run), None)
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_sample_that_fails_on_one_rank_keeps_no_rank_waiting(
+    failing: int, tmp_path: Path
+) -> None:
+    said = tmp_path / "said"
+    pool = Pool(2, "gloo")
+    with pytest.raises((EOFError, ConnectionResetError)):
+        pool.run(finish_with_an_error_on_one_rank, (failing, str(said)))
+    for process in pool.processes:
+        process.join(10)
+    assert [process.exitcode for process in pool.processes] == [0, 0]
+    assert said.read_text().count("the summary failed: OSError(28") == 1
 
 
 def parse_args_of_defaults() -> Any:
