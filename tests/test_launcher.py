@@ -218,6 +218,11 @@ def test_a_folder_is_held_by_one_process(tmp_path: Path, monkeypatch: pytest.Mon
     holder.communicate()
     again = hold_folder(out, create=False)
     assert again is not None
+    # What launch/README.md advises where the lock of a dead process stays.
+    (out / "lock").unlink()
+    new = hold_folder(out, create=True)
+    assert new is not None
+    new.close()
     again.close()
 
 
