@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
@@ -34,7 +34,8 @@ def raise_same_error(error: Exception | None, group: dist.ProcessGroup | None = 
         ValueError, TypeError, RuntimeError: the kind of the error raised, RuntimeError for any
             other kind. The message names the rank, unless all ranks failed alike.
     """
-    mine = None if error is None else (type(error).__name__, str(error))
+    # An exception without a message says its type.
+    mine = error and (type(error).__name__, str(error) or type(error).__name__)
     reports = gather_objects(mine, group)
     for rank, report in enumerate(reports):
         if report is not None:
@@ -79,6 +80,15 @@ def gather_objects(mine: Any, group: dist.ProcessGroup | None) -> list[Any]:
     return everyone
 
 
-def rank_and_world_size() -> tuple[int, int]:
-    """Return rank and world size of this process; (0, 1) if there is no process group."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+class Place(NamedTuple):
+    """Rank of this process, and how many ranks there are."""
+
+    rank: int
+    world_size: int
+
+
+def place_in_world() -> Place:
+    """Return the place of this process; that of the only rank if there is no process group."""
+    if not dist.is_initialized():
+        return Place(rank=0, world_size=1)
+    return Place(dist.get_rank(), dist.get_world_size())

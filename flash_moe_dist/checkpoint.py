@@ -34,8 +34,8 @@ from torch.optim import Optimizer
 
 from flash_moe_dist.agreement import (
     gather_objects,
+    place_in_world,
     raise_same_error,
-    rank_and_world_size,
     same_error_on_all_ranks,
 )
 from flash_moe_dist.checkpoint_manifest import (
@@ -102,7 +102,8 @@ class Checkpointer:
             if keep < 1:
                 raise ValueError(f"keep must be at least 1, got {keep}")
             self.folder, self.keep = Path(folder), keep
-        self._rank, self._world_size = rank_and_world_size()
+        place = place_in_world()
+        self._rank, self._world_size = place.rank, place.world_size
         self._is_first = self._rank == 0
         self._thread = ThreadPoolExecutor(1, "checkpoint") if asynchronous else None
         self._writing: Future[None] | None = None

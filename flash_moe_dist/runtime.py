@@ -26,6 +26,8 @@ DEFAULT_TIMEOUT = timedelta(minutes=10)
 MAX_SECONDS_FOR_GLOO_THREADS = 10
 # Constant of linux/prctl.h.
 PR_SET_PDEATHSIG = 1
+# torchrun, or a wrapper that it has started; by the pid of this process, as a fork has another.
+PARENT_AT_IMPORT = {os.getpid(): os.getppid()}
 
 
 @dataclass(frozen=True)
@@ -125,28 +127,15 @@ def distributed(
             every rank of the ep mesh, if sharded layers ran their last backward passes in another
             order on some rank.
     """
-    missing = [name for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if name not in os.environ]
-    if missing:
-        raise RuntimeError(
-            f"environment variables {', '.join(missing)} are not set: start this with torchrun, "
-            f"for example torchrun --standalone --nproc-per-node 2 {sys.argv[0] or 'script.py'}"
-        )
+    device = own_device()
     _end_with_torchrun()
-    local_rank = int(os.environ["LOCAL_RANK"])
-    if torch.cuda.is_available():
-        if local_rank >= torch.cuda.device_count():
-            raise RuntimeError(
-                f"--nproc-per-node must be at most the {torch.cuda.device_count()} GPUs of this "
-                f"machine, got at least {local_rank + 1}"
-            )
-        device = torch.device("cuda", local_rank)
+    if device.type == "cuda":
         torch.cuda.set_device(device)
         _configure_nccl_watchdog()
         dist.init_process_group(
             "nccl", timeout=timeout, device_id=device, **_rendezvous_arguments(timeout)
         )
     else:
-        device = torch.device("cpu")
         dist.init_process_group("gloo", timeout=timeout, **_rendezvous_arguments(timeout))
     runtime = Runtime.of_world(device, ep_size, timeout)
     with warnings.catch_warnings():
@@ -155,6 +144,30 @@ def distributed(
         yield runtime
     check_backward_passes(runtime.ep_mesh.get_group())
     leave_group()
+
+
+def own_device() -> torch.device:
+    """Return the device that torchrun's environment gives to this process.
+
+    Raises:
+        RuntimeError: the process was not started by torchrun, or there are more processes than GPUs
+            on this machine.
+    """
+    missing = [name for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if name not in os.environ]
+    if missing:
+        raise RuntimeError(
+            f"environment variables {', '.join(missing)} are not set: start this with torchrun, "
+            f"for example torchrun --standalone --nproc-per-node 2 {sys.argv[0] or 'script.py'}"
+        )
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    local_rank = int(os.environ["LOCAL_RANK"])
+    if local_rank >= torch.cuda.device_count():
+        raise RuntimeError(
+            f"--nproc-per-node must be at most the {torch.cuda.device_count()} GPUs of this "
+            f"machine, got at least {local_rank + 1}"
+        )
+    return torch.device("cuda", local_rank)
 
 
 def leave_group() -> None:
@@ -225,15 +238,18 @@ def _configure_nccl_watchdog() -> None:
 
 
 def _end_with_torchrun() -> None:
-    """Make Linux kill this process when torchrun, its parent, has died, now or earlier.
+    """Make Linux kill this process when its parent, torchrun, has died, now or earlier.
 
     A torchrun that was killed cannot end its processes, and one started in its place would run the
-    same ranks a second time.
+    same ranks a second time. A death before this module was imported is noticed if init has become
+    the parent, but not if a subreaper (such as systemd --user) has.
     """
     if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        # The signal does not come if torchrun has died before it was asked for.
-        if os.getppid() == 1 and not _is_python(1):
+        parent = os.getppid()
+        # The signal does not come if the parent has died before it was asked for.
+        before = PARENT_AT_IMPORT.get(os.getpid(), parent)
+        if parent != before or (parent == 1 and not _is_python(1)):
             os.kill(os.getpid(), signal.SIGKILL)
 
 

@@ -38,13 +38,13 @@ import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 from tqdm import tqdm
 
-from errors import exit_on_shared_error
+from errors import exit_on_error, exit_on_shared_error
 from flash_moe.bench.cases import make_inputs
 from flash_moe.bench.device_rates import copy_rate
 from flash_moe.bench.report import device_name, versions
 from flash_moe_dist.agreement import same_error_on_all_ranks
-from flash_moe_dist.runtime import DEFAULT_TIMEOUT, Runtime, distributed
-from scaling.arguments import DISPATCHERS, parse, problems_of, variants
+from flash_moe_dist.runtime import DEFAULT_TIMEOUT, Runtime, distributed, own_device
+from scaling.arguments import DISPATCHERS, SCRIPT, parse, problems_of, variants
 from scaling.layer import Layer
 from scaling.links import measure_links
 from scaling.measure import measure_all, rounds
@@ -203,8 +203,10 @@ def main() -> None:
         timeout = timedelta(seconds=args.timeout)
     except ValueError as error:
         option_error = error
+    with exit_on_error(SCRIPT):
+        own_device()
     with distributed(timeout) as runtime:
-        with exit_on_shared_error("bench_scaling.py", runtime, (ValueError,)):
+        with exit_on_shared_error(SCRIPT, runtime, (ValueError,)):
             with same_error_on_all_ranks():
                 if option_error is not None:
                     raise option_error

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from formats import HEAD_BYTES, foreign_to_text, foreign_to_uint16
+from data_formats import HEAD_BYTES, foreign_to_text, foreign_to_uint16, is_json, not_utf8
 
 Tokens: TypeAlias = npt.NDArray[np.integer[Any]]
 
@@ -18,7 +18,7 @@ BYTE_VOCAB = 256
 VALIDATION_SHARE = 0.05
 COUNTED_AT_ONCE = 2**20
 JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
-TEXT_SUFFIXES = (".py", ".txt", ".md", ".rst", ".json", ".c", ".h", ".html", ".csv")
+TEXT_SUFFIXES = (".py", ".txt", ".md", ".rst", ".c", ".h", ".html", ".csv", *JSON_SUFFIXES)
 
 
 @dataclass(frozen=True)
@@ -52,16 +52,18 @@ def load_corpus(path: Path | None, seq_len: int, vocab_size: int | None = None) 
     last twentieth of the tokens.
 
     Args:
-        path: a text file; a folder, whose text files (.py, .txt, .md and the like) are read in
-            the order of their paths; a .bin file of uint16 token ids; or a folder with train.bin
-            and val.bin. None reads the source of Python's standard library.
+        path: a UTF-8 text file; a folder, whose text files (.py, .txt, .md and the like, in any
+            encoding of bytes) are read in the order of their paths; a .bin file of uint16 token
+            ids; or a folder with train.bin and val.bin. None reads the source of Python's standard
+            library.
         seq_len: tokens of a training sequence; each stream must have one more, the last target.
         vocab_size: upper bound of the token ids; by default one more than the largest, and 256 for
             text.
 
     Raises:
-        ValueError: nothing readable at `path`, a file in a format that `formats` recognises as
-            another, too few tokens for one sequence, or token ids outside the vocabulary.
+        ValueError: nothing readable at `path`, a file that `data_formats` recognises as something
+            else, a folder of nothing but JSON, too few tokens for one sequence, or token ids
+            outside the vocabulary.
     """
     if path is None:
         stdlib = Path(sysconfig.get_paths()["stdlib"])
@@ -72,10 +74,8 @@ def load_corpus(path: Path | None, seq_len: int, vocab_size: int | None = None) 
         corpus = _bin_folder(path) if (path / "train.bin").is_file() else _text_folder(path)
     elif path.suffix.lower() == ".bin":
         corpus = _token_corpus(*_split(_read_tokens(path)), source=str(path))
-    elif path.suffix.lower() in JSON_SUFFIXES:
-        raise ValueError(f"--data must be text or uint16 token ids, got JSON in {path}")
     else:
-        corpus = _byte_corpus(*_split(_read_bytes(path)), source=str(path))
+        corpus = _byte_corpus(*_split(_read_text(path, in_folder=False)), source=str(path))
     for name, tokens in (("training", corpus.train), ("validation", corpus.validation)):
         if len(tokens) < seq_len + 1:
             raise ValueError(
@@ -122,7 +122,7 @@ def _text_folder(
     files = [
         file
         for file in sorted(folder.rglob("*"))
-        if file.suffix in suffixes
+        if file.suffix.lower() in suffixes
         and file.is_file()
         and not set(exclude) & set(file.relative_to(folder).parts)
     ]
@@ -131,8 +131,10 @@ def _text_folder(
             f"--data must hold text files ({', '.join(suffixes)}) or train.bin and val.bin, "
             f"found none in {folder}"
         )
+    if all(file.suffix.lower() in JSON_SUFFIXES for file in files):
+        raise ValueError(f"--data must be text or uint16 token ids, got only JSON in {folder}")
     every = round(1 / VALIDATION_SHARE)
-    texts = [_read_bytes(file) for file in files]
+    texts = [_read_text(file, in_folder=True) for file in files]
     whole = np.concatenate(texts)
     held_out = texts[every - 1 :: every]
     # With few files, or empty ones among those held out, hold out the end of the stream instead.
@@ -156,12 +158,19 @@ def _token_corpus(train: Tokens, validation: Tokens, source: str) -> Corpus:
     return Corpus(train, validation, largest + 1, is_text=False, source=source)
 
 
-def _read_bytes(path: Path) -> Tokens:
+def _read_text(path: Path, in_folder: bool) -> Tokens:
+    """Read bytes of a file; in a folder, such as a source tree, it may be JSON, and not UTF-8."""
     try:
         content = path.read_bytes()
     except OSError as error:
         raise ValueError(f"--data must be readable, got {error}") from error
-    if found := foreign_to_text(content[:HEAD_BYTES]):
+    named_json = path.suffix.lower() in JSON_SUFFIXES
+    found = foreign_to_text(content)
+    if found is None and (not in_folder if named_json else is_json(content)):
+        found = "JSON"
+    if found is None and not in_folder:
+        found = not_utf8(content)
+    if found:
         raise ValueError(f"--data must be text or uint16 token ids (.bin), got {found} in {path}")
     return np.frombuffer(content, dtype=np.uint8)
 

@@ -5,7 +5,18 @@ from typing import NoReturn
 
 
 class RaisingParser(argparse.ArgumentParser):
-    """Parser that raises ValueError instead of exiting, so that all ranks can report one error."""
+    """Parser that raises ValueError instead of exiting, so that all ranks can report one error.
+
+    Takes no abbreviations of options, which a later option could make ambiguous.
+    """
+
+    def __init__(self, script: str, description: str) -> None:
+        super().__init__(
+            prog=script,
+            description=description,
+            formatter_class=DefaultsFormatter,
+            allow_abbrev=False,
+        )
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(message)

@@ -5,8 +5,10 @@ import os
 import sys
 from pathlib import Path
 
-from option_parser import DefaultsFormatter, RaisingParser
+from option_parser import RaisingParser
 
+# In messages and --help.
+SCRIPT = "train.sh"
 DESCRIPTION = "Train a language model whose experts are sharded over ranks."
 
 # Upper bound of all numbers.
@@ -28,11 +30,7 @@ def parse_args(description: str, argv: list[str] | None = None) -> argparse.Name
     Raises:
         ValueError: unknown options, or values that are invalid on their own.
     """
-    parser = RaisingParser(
-        prog="train.sh",
-        description=description,
-        formatter_class=DefaultsFormatter,
-    )
+    parser = RaisingParser(SCRIPT, description)
     add = parser.add_argument
     add(
         "--data",
@@ -122,7 +120,7 @@ def parse_args(description: str, argv: list[str] | None = None) -> argparse.Name
         args.time_phases = True
         # Every rank parses the options; one note is enough.
         if os.environ.get("RANK", "0") == "0":
-            print("train.sh: --time-steps is deprecated, use --time-phases", file=sys.stderr)
+            print(f"{SCRIPT}: --time-steps is deprecated, use --time-phases", file=sys.stderr)
     for name in POSITIVE:
         value = getattr(args, name)
         if value is not None and not 0 < value < MAX_OPTION:

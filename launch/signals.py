@@ -22,18 +22,20 @@ PR_SET_PDEATHSIG = 1
 
 
 def end_with_torchrun() -> None:
-    """Make Linux kill this process when torchrun, its parent, has died, now or earlier.
+    """Make Linux kill this process when its parent has died, now or earlier.
 
+    The parent is torchrun, or a wrapper that it has started. Under launch/start.py, which tells its
+    pid, a death at any time is noticed; otherwise one after this call began, so it comes first.
     Until `StopSignals` handles it, SIGINT ends the process without a traceback. Does nothing in a
     process that torchrun has not started.
     """
+    parent = int(os.environ.get("FLASH_MOE_LAUNCHER_PID") or os.getppid())
     if sys.platform != "linux" or "TORCHELASTIC_RUN_ID" not in os.environ:
         return
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    # The signal does not come if torchrun has died before it was asked for.
-    launcher = os.environ.get("FLASH_MOE_LAUNCHER_PID")
-    if launcher is not None and os.getppid() != int(launcher):
+    # The signal does not come if the parent has died before it was asked for.
+    if os.getppid() != parent:
         os.kill(os.getpid(), signal.SIGKILL)
 
 

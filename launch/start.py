@@ -11,17 +11,10 @@ import signal
 import sys
 import tempfile
 from pathlib import Path
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
-from options import DESCRIPTION, parse_args
-
-REFUSED = 2
-
-
-def refuse(reason: object) -> NoReturn:
-    """Print why as the last line, and exit."""
-    print(f"train.sh: error: {reason}", file=sys.stderr, flush=True)
-    sys.exit(REFUSED)
+from errors import exit_on_error, refuse
+from options import DESCRIPTION, SCRIPT, parse_args
 
 
 def positive_number(name: str, default: int) -> int:
@@ -36,11 +29,15 @@ def positive_number(name: str, default: int) -> int:
     return int(text)
 
 
-def prepare_environment() -> tuple[int, list[str]]:
-    """Check the environment, and set what processes need and is not set.
+class Torchrun(NamedTuple):
+    """What the environment says of torchrun: its options, and how many processes it is to start."""
 
-    Returns:
-        Number of processes, options of torchrun.
+    options: list[str]
+    processes: int
+
+
+def prepare_environment() -> Torchrun:
+    """Check the environment, and set what processes need and is not set.
 
     Raises:
         ValueError: names the variable that has a wrong value.
@@ -78,7 +75,7 @@ def prepare_environment() -> tuple[int, list[str]]:
         error(str(unpaired))
     if parser.parse_args([*words, "script"]).training_script != "script":
         error("a script is among them")
-    return processes, words
+    return Torchrun(words, processes)
 
 
 def run_torchrun(arguments: list[str]) -> None:
@@ -104,7 +101,7 @@ def run_torchrun(arguments: list[str]) -> None:
             print(failed, file=sys.stderr, flush=True)
             sys.exit(1)
         if reason := refusal.read():
-            refuse(reason)
+            refuse(SCRIPT, reason)
 
 
 def main() -> None:
@@ -112,15 +109,14 @@ def main() -> None:
     # Until torchrun handles it: Ctrl-C ends this without a traceback.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     options = sys.argv[1:]
-    try:
+    with exit_on_error(SCRIPT):
         parse_args(DESCRIPTION, options)
-        processes, words = prepare_environment()
-    except ValueError as error:
-        refuse(error)
+        torchrun = prepare_environment()
     # The note on it has been printed.
     options = ["--time-phases" if option == "--time-steps" else option for option in options]
     script = str(Path(__file__).with_name("train.py"))
-    run_torchrun([*words, "--nproc-per-node", str(processes), script, *options])
+    processes = str(torchrun.processes)
+    run_torchrun([*torchrun.options, "--nproc-per-node", processes, script, *options])
 
 
 if __name__ == "__main__":

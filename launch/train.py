@@ -17,12 +17,12 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, closing, nullcontext, suppress
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -36,7 +36,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from data import BYTE_VOCAB, Corpus, Tokens, batch_at, load_corpus
-from errors import exit_on_shared_error
+from errors import exit_on_error, exit_on_shared_error, note_failure_after_work, reason_in
 from flash_moe_dist import (
     ExpertLoad,
     ExpertParallel,
@@ -50,10 +50,10 @@ from flash_moe_dist.agreement import gather_objects, same_error_on_all_ranks
 from flash_moe_dist.checkpoint import Checkpointer
 from flash_moe_dist.dispatch.collectives import all_gather_rows
 from flash_moe_dist.dispatch.symmetric_memory import symmetric_memory_bytes
-from flash_moe_dist.runtime import DEFAULT_TIMEOUT, Runtime, distributed
+from flash_moe_dist.runtime import DEFAULT_TIMEOUT, Runtime, distributed, own_device
 from metrics import Line, MetricsFile, plot_losses, speed
 from model import ModelConfig, Transformer
-from options import DESCRIPTION, parse_args
+from options import DESCRIPTION, SCRIPT, parse_args
 from out_folder import hold_folder
 from resume import changes, options_to_remember, recall
 
@@ -272,6 +272,27 @@ class StepReport:
         return f"gradient norm is {self.norm}"
 
 
+class Validation(NamedTuple):
+    """Mean loss over all ranks in nats per token, and the load of each expert layer by name."""
+
+    loss: float
+    loads: dict[str, ExpertLoad]
+
+
+class Sample(NamedTuple):
+    """A prompt, and how the model continues it."""
+
+    prompt: str
+    continuation: str
+
+
+class Ending(NamedTuple):
+    """The last step of a run, and the number of the signal that asked to stop, 0 if none did."""
+
+    step: int
+    stop: int
+
+
 class Run:
     """A model in training, with its optimizer, data and options."""
 
@@ -323,18 +344,14 @@ class Run:
         }
 
     @torch.no_grad()
-    def validate(self) -> tuple[float, dict[str, ExpertLoad]]:
-        """Compute the validation loss and the expert load on batches that are always the same.
-
-        Returns:
-            Mean loss over all ranks in nats per token, and each expert layer's load by name.
-        """
+    def validate(self) -> Validation:
+        """Compute the validation loss and the expert load on batches that are always the same."""
         with count_load(self.model) as loads:
             losses = [
                 self.loss(self.corpus.validation, batch, VALIDATION_SEED)
                 for batch in range(self.args.validation_batches)
             ]
-        return self.mean_over_ranks(torch.stack(losses).mean()), loads
+        return Validation(self.mean_over_ranks(torch.stack(losses).mean()), loads)
 
     def loss(self, stream: Tokens, step: int, seed: int) -> Tensor:
         """Mean cross-entropy of this rank's share of a batch, in nats per token."""
@@ -348,11 +365,8 @@ class Run:
         targets_N = targets_BS.to(self.runtime.device).flatten()
         return F.cross_entropy(logits_BSV.float().flatten(0, 1), targets_N)
 
-    def sample(self) -> tuple[str, str]:
-        """Let the model continue a prompt from the validation data; return prompt and continuation.
-
-        Collective over all ranks.
-        """
+    def sample(self) -> Sample:
+        """Let the model continue a prompt from the validation data. Collective over all ranks."""
         prompt = torch.from_numpy(self.corpus.validation[:PROMPT_TOKENS].astype(np.int64))
         with self.precision():
             tokens = self.model.generate(
@@ -361,7 +375,7 @@ class Run:
                 self.args.seq_len,
                 self.args.seed,
             ).tolist()
-        return self.as_text(tokens[: len(prompt)]), self.as_text(tokens[len(prompt) :])
+        return Sample(self.as_text(tokens[: len(prompt)]), self.as_text(tokens[len(prompt) :]))
 
     def as_text(self, tokens: list[int]) -> str:
         """Decode tokens of text, U+FFFD for ids that are no bytes; of other data, their ids."""
@@ -389,16 +403,13 @@ def train(
     checkpoints: Checkpointer,
     metrics: MetricsFile | None,
     signals: StopSignals,
-) -> tuple[int, int]:
+) -> Ending:
     """Train from `first_step` until all steps are done or some rank was asked to stop.
 
     Validates, plots the losses and saves checkpoints at their intervals and after the last step.
 
     Args:
         metrics: written on the main rank; None on the others.
-
-    Returns:
-        The last step, and the number of the signal that asked to stop, 0 if none did.
 
     Raises:
         RuntimeError: on all ranks, if a loss or the gradient norm is not finite and --on-nonfinite
@@ -438,15 +449,16 @@ def train(
                 progress.write(f"{happened}: skipped")
         if step % args.validation_interval == 0 or step == args.steps:
             with signals.deadline():
-                validation_loss, loads = run.validate()
-            line["validation_loss"] = validation_loss
+                validation = run.validate()
+            loads = validation.loads
+            line["validation_loss"] = validation.loss
             line["expert_load"] = {name: asdict(load) for name, load in loads.items()}
             if runtime.is_main:
                 touched = sum(load.touched for load in loads.values()) / len(loads)
                 uneven = max(load.rank_max_over_mean for load in loads.values())
                 progress.write(
                     f"step {step}: training loss {report.loss:.4f}, "
-                    f"validation loss {validation_loss:.4f}, "
+                    f"validation loss {validation.loss:.4f}, "
                     f"{touched:.0%} of experts touched, busiest rank {uneven:.2f} x mean"
                 )
         if metrics is not None:
@@ -461,7 +473,7 @@ def train(
     checkpoints.wait()
     if stop and metrics is not None:
         plot(run, metrics)
-    return step, stop
+    return Ending(step, stop)
 
 
 def plot(run: Run, metrics: MetricsFile) -> None:
@@ -469,7 +481,7 @@ def plot(run: Run, metrics: MetricsFile) -> None:
     try:
         plot_losses(run.args.out / "loss.png", metrics.lines, run.single_token_entropy())
     except Exception as error:
-        print(f"train.sh: the losses cannot be plotted: {error}", file=sys.stderr)
+        print(f"{SCRIPT}: the losses cannot be plotted: {reason_in(error)}", file=sys.stderr)
 
 
 def print_on_main_rank(runtime: Runtime, text: str) -> None:
@@ -490,8 +502,10 @@ def main() -> None:
         timeout = timedelta(seconds=args.timeout)
     except ValueError as error:
         option_error = error
+    with exit_on_error(SCRIPT):
+        own_device()
     with distributed(timeout) as runtime:
-        with exit_on_shared_error("train.sh", runtime):
+        with exit_on_shared_error(SCRIPT, runtime):
             with same_error_on_all_ranks():
                 if option_error is not None:
                     raise option_error
@@ -509,7 +523,7 @@ def main() -> None:
                     held = hold_folder(args.out, create=True)
         run = Run(args, runtime, corpus, config)
         if last_step:
-            with exit_on_shared_error("train.sh", runtime, (ValueError,)):
+            with exit_on_shared_error(SCRIPT, runtime, (ValueError,)):
                 checkpoints.load(last_step, run.model, run.optimizer)
         count = sum(parameter.numel() for parameter in run.model.parameters())
         print_on_main_rank(
@@ -531,13 +545,14 @@ def main() -> None:
             # Imports matplotlib, for which the other ranks would wait at the first validation.
             plot(run, metrics)
         with closing(metrics) if metrics else nullcontext(), StopSignals(args.grace) as signals:
-            last_step, stop = train(run, last_step + 1, checkpoints, metrics, signals)
+            ending = train(run, last_step + 1, checkpoints, metrics, signals)
         checkpoints.close()
-        if last_step < args.steps:
+        if ending.step < args.steps:
+            name = signal.Signals(ending.stop).name
             print_on_main_rank(
                 runtime,
-                f"{signal.Signals(stop).name}: ended after step {last_step} of {args.steps}, "
-                "with a checkpoint; --resume continues",
+                f"{name}: ended after step {ending.step} of {args.steps}, with a checkpoint; "
+                "--resume continues",
             )
         else:
             finish(run, metrics)
@@ -548,17 +563,13 @@ def finish(run: Run, metrics: MetricsFile | None) -> None:
 
     metrics: file of metrics on the main rank; None on the others.
     """
-    try:
-        prompt, continuation = run.sample()
+    with note_failure_after_work(f"{SCRIPT}: all steps are done, but the summary failed"):
+        sample = run.sample()
         if metrics is not None:
-            print_summary(run, metrics, prompt, continuation)
-    except Exception as error:
-        note = f"train.sh: all steps are done, but the summary failed: {error!r}"
-        with suppress(OSError):
-            print(note, file=sys.stderr, flush=True)
+            print_summary(run, metrics, sample)
 
 
-def print_summary(run: Run, metrics: MetricsFile, prompt: str, continuation: str) -> None:
+def print_summary(run: Run, metrics: MetricsFile, sample: Sample) -> None:
     """Plot the losses, and print the last ones, the sample, speed and memory."""
     plot(run, metrics)
     last = metrics.lines[-1] if metrics.lines else {}
@@ -566,7 +577,7 @@ def print_summary(run: Run, metrics: MetricsFile, prompt: str, continuation: str
         f"training loss {_as_text(last.get('loss'))}, "
         f"validation loss {_as_text(last.get('validation_loss'))}, "
         f"single-token entropy of the validation data {run.single_token_entropy():.4f} nats\n"
-        f"sample, after the prompt {prompt!r}:\n{continuation}\n"
+        f"sample, after the prompt {sample.prompt!r}:\n{sample.continuation}\n"
         f"{speed(metrics.lines)}{peak_memory(run.runtime.device)}\n"
         f"metrics, loss curve and checkpoints are in {run.args.out}"
     )

@@ -37,7 +37,7 @@ class RankPools:
     """Runs functions on any number of ranks, with one group of processes for each number."""
 
     def __init__(self) -> None:
-        self._pools: dict[tuple[int, str], _Pool] = {}
+        self._pools: dict[tuple[int, str], Pool] = {}
 
     def run(
         self, world_size: int, function: Callable[..., Any], *args: Any, backend: str = "gloo"
@@ -60,7 +60,7 @@ class RankPools:
         """Run like `run`, but return what a rank raised as a `Failure`."""
         key = (world_size, backend)
         if key not in self._pools:
-            self._pools[key] = _Pool(world_size, backend)
+            self._pools[key] = Pool(world_size, backend)
         try:
             return self._pools[key].run(function, args)
         except (TimeoutError, EOFError):
@@ -73,7 +73,7 @@ class RankPools:
             pool.kill()
 
 
-class _Pool:
+class Pool:
     def __init__(self, world_size: int, backend: str) -> None:
         context = start_context()
         store = tempfile.mktemp(prefix="flash-moe-test-store-")

@@ -2,6 +2,8 @@
 
 import gc
 import json
+import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -62,7 +64,7 @@ def error_of(options: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 
 @pytest.mark.usefixtures("on_the_cpu")
 def test_table(capsys: pytest.CaptureFixture[str]) -> None:
-    main(OPTIONS)
+    assert main(OPTIONS) == 0
     printed = capsys.readouterr().out
     assert "T, H, E, K = (6, 16, 40, 3), float32, uniform, cpu" in printed
     assert f"torch {torch.__version__}" in printed
@@ -107,6 +109,20 @@ def test_failing_baselines_are_shown(capsys: pytest.CaptureFixture[str]) -> None
 
 
 @pytest.mark.usefixtures("on_the_cpu")
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules")
+@pytest.mark.parametrize(("name", "status"), [("wrong", 1), ("missing", 2)])
+def test_exit_status_with_a_function_of_ones_own(
+    name: str, status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        sys, "argv", ["", *OPTIONS, "--no-baselines", f"--against=test_bench:{name}"]
+    )
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("flash_moe.bench", run_name="__main__")
+    assert ended.value.code == status
+
+
+@pytest.mark.usefixtures("on_the_cpu")
 def test_no_peers_is_the_old_name_of_no_baselines() -> None:
     assert parse(OPTIONS)[0].baselines
     assert not parse([*OPTIONS, "--no-baselines"])[0].baselines
@@ -119,7 +135,8 @@ def far_off(*args: Tensor) -> Tensor:
 
 @pytest.mark.usefixtures("on_the_cpu")
 def test_a_baseline_in_16_bits_may_not_be_far_off(capsys: pytest.CaptureFixture[str]) -> None:
-    main([*OPTIONS, "--dtype", "bfloat16", "--no-baselines", "--against=test_bench:far_off"])
+    options = [*OPTIONS, "--dtype", "bfloat16", "--no-baselines"]
+    assert main([*options, "--against=test_bench:far_off"]) == 1
     assert capsys.readouterr().out.count("test_bench:far_off is wrong: relative error 2.0e-01") == 2
 
 

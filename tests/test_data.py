@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import tarfile
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -29,19 +30,23 @@ def test_default_is_the_standard_library() -> None:
 
 
 def test_text_file(tmp_path: Path) -> None:
-    (tmp_path / "text").write_bytes(bytes(range(200)) * 10)
+    content = "a\u00e4\u6587\x1b[1m\n".encode() * 200
+    (tmp_path / "text").write_bytes(content)
     corpus = load_corpus(tmp_path / "text", 16)
-    assert (len(corpus.train), len(corpus.validation)) == (1900, 100)
-    assert corpus.train[:3].tolist() == [0, 1, 2]
+    assert (len(corpus.train), len(corpus.validation)) == (2090, 110)
+    assert corpus.train[:3].tolist() == [97, 0xC3, 0xA4]
+    # The last character is cut, as by head -c.
+    (tmp_path / "text").write_bytes(content + b"\xc3")
+    assert len(load_corpus(tmp_path / "text", 16).validation) == 110
 
 
 def test_folder_holds_out_whole_files(tmp_path: Path) -> None:
     for i in range(40):
-        (tmp_path / f"{i:02}.txt").write_bytes(bytes([i]) * 100)
+        (tmp_path / f"{i:02}.txt").write_bytes(bytes([i + 100]) * 100)
     (tmp_path / "binary.so").write_bytes(b"\xff" * 100)
     corpus = load_corpus(tmp_path, 16)
-    assert set(corpus.validation.tolist()) == {19, 39}
-    assert set(corpus.train.tolist()) == set(range(40)) - {19, 39}
+    assert set(corpus.validation.tolist()) == {119, 139}
+    assert set(corpus.train.tolist()) == set(range(100, 140)) - {119, 139}
 
 
 def test_folder_whose_held_out_files_are_empty(tmp_path: Path) -> None:
@@ -104,11 +109,23 @@ def test_bad_data(name: str, message: str, tmp_path: Path) -> None:
 
 IDS = np.random.default_rng(0).integers(0, 50_257, 5000)
 TEXT = "Ein Satz, der sich wiederholt: \u00e4\u00f6\u00fc. " * 200
+WEIGHTS = np.random.default_rng(0).normal(0, 0.02, 5000)
 JSON_LINES = "".join(json.dumps({"text": f"line {i}"}) + "\n" for i in range(100))
+# The first is longer than what is looked at of other formats.
+LONG_LINES = "".join(json.dumps({"text": "a" * 2**size}) + "\n" for size in (22, 3))
 
 
 def ids(dtype: str, values: Any = IDS) -> bytes:
     return bytes(values.astype(dtype).tobytes())
+
+
+def tar_of(content: str) -> bytes:
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as archive:
+        info = tarfile.TarInfo("corpus.txt")
+        info.size = len(content.encode())
+        archive.addfile(info, io.BytesIO(content.encode()))
+    return file.getvalue()
 
 
 def shard(date: int, dtype: str) -> bytes:
@@ -131,6 +148,19 @@ FOREIGN = [
     ("padded.bin", ids("<i4", np.where(IDS % 9, IDS, -100)), "token ids of 32 bits"),
     ("ids.bin", ids("<i8"), "token ids of 64 bits"),
     ("large.bin", ids("<i8", IDS * 3), "token ids of 64 bits"),
+    ("big.bin", ids(">u2"), "big-endian token ids of 16 bits"),
+    ("bytes.bin", ids(">u2", IDS % 200), "big-endian token ids of 16 bits"),
+    ("special.bin", ids(">u2", IDS % 260), "big-endian token ids of 16 bits"),
+    ("big.bin", ids(">u4"), "big-endian token ids of 32 bits"),
+    ("bytes.bin", ids(">i4", IDS % 200), "big-endian token ids of 32 bits"),
+    ("big.bin", ids(">i8"), "big-endian token ids of 64 bits"),
+    ("floats.bin", ids("<f4"), "floating-point numbers"),
+    ("floats.bin", ids("<f4", IDS % 200), "floating-point numbers"),
+    ("floats.bin", ids("<f8"), "floating-point numbers"),
+    ("floats.bin", ids(">f4"), "floating-point numbers"),
+    ("weights.bin", ids("<f4", WEIGHTS), "floating-point numbers"),
+    ("padded.bin", ids("<f4", np.where(IDS % 2, IDS, 0)), "floating-point numbers"),
+    ("weights.bin", ids("<f8", WEIGHTS), "floating-point numbers"),
     ("gpt2.bin", shard(20240520, "<u2"), "a shard of llm.c or modded-nanogpt, with a header"),
     ("llama3.bin", shard(20240801, "<u4"), "a shard of llm.c or modded-nanogpt, with a header"),
     ("text.bin", TEXT.encode(), "text"),
@@ -143,10 +173,27 @@ FOREIGN = [
     ("tokens", ids("<u2", IDS % 5000), "binary data"),
     ("utf16.txt", TEXT.encode("utf-16"), "UTF-16, not UTF-8"),
     ("utf16.txt", TEXT.encode("utf-16-le"), "binary data"),
+    ("tokens", ids("<u2"), "binary data"),
+    ("tokens", ids("<u2", IDS % 100), "binary data"),
+    ("tokens", ids("<u1", IDS % 50), "binary data"),
+    ("zeros", bytes(5000), "binary data"),
+    ("latin1.txt", TEXT.encode("latin-1"), r"text that is not UTF-8 \(byte 0xe4 at offset 31\)"),
+    (
+        "late.txt",
+        b"a" * (2**21 - 1) + "\u00e4".encode() + b"a\xe9a",
+        r"text that is not UTF-8 \(byte 0xe9 at offset 2,097,154\)",
+    ),
+    ("cp932.txt", "\u6587\u5b57\u5316\u3051 ".encode("cp932") * 100, "text that is not UTF-8"),
+    ("corpus.tar", tar_of(TEXT * 500), "a tar archive"),
     ("index.idx", b"MMIDIDX\0\0" + ids("<u4"), "an index of Megatron-LM"),
     ("lines.jsonl", JSON_LINES.encode(), "JSON"),
     ("lines.txt", JSON_LINES.encode(), "JSON lines"),
+    ("long_lines.txt", LONG_LINES.encode(), "JSON lines"),
     ("one.json", json.dumps({"text": TEXT}).encode(), "JSON"),
+    ("one.txt", json.dumps({"text": TEXT}, indent=1).encode("utf-8-sig"), "JSON"),
+    ("objects.txt", json.dumps([{"text": TEXT}] * 2).encode() + b"\n", "JSON"),
+    ("strings.txt", json.dumps([TEXT] * 2).encode(), "JSON"),
+    ("ids.txt", json.dumps(IDS.tolist()).encode(), "JSON"),
 ]
 
 
@@ -170,19 +217,75 @@ def test_folders_with_formats_that_are_recognised(tmp_path: Path) -> None:
     # JSON is text in a folder of text, such as a source tree.
     (tmp_path / "package.json").write_text('{"name": "it"}\n')
     assert load_corpus(tmp_path, 16).is_text
-    (tmp_path / "lines.json").write_text(JSON_LINES)
-    with pytest.raises(ValueError, match=r"got JSON lines in .*lines\.json"):
+    (tmp_path / "c.h").write_bytes(TEXT.encode("latin-1"))
+    assert load_corpus(tmp_path, 16).is_text
+    for name, content, holds in (
+        ("lines.json", JSON_LINES, "JSON lines"),
+        ("lines.jsonl", JSON_LINES, "JSON lines"),
+        ("array.txt", json.dumps([TEXT]), "JSON"),
+        ("b.TXT", "\0" * 99, "binary data"),
+    ):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(ValueError, match=rf"got {holds} in .*{name}$"):
+            load_corpus(tmp_path, 16)
+        (tmp_path / name).unlink()
+
+
+@pytest.mark.parametrize("names", [("a.json",), ("a.jsonl",), ("a.json", "b.ndjson")])
+def test_a_folder_of_json_is_refused_as_its_files_are(
+    names: tuple[str, ...], tmp_path: Path
+) -> None:
+    for name in names:
+        (tmp_path / name).write_text(json.dumps({"text": TEXT}))
+    with pytest.raises(ValueError, match=rf"uint16 token ids, got only JSON in {tmp_path}$"):
         load_corpus(tmp_path, 16)
 
 
-@pytest.mark.parametrize("vocab_size", [2, 4, 16, 300, 50_257, 65_536])
-def test_uint16_ids_of_any_vocabulary(vocab_size: int, tmp_path: Path) -> None:
-    """Ids as frequent as words: the first half of a file is the smaller part of the vocabulary."""
+def text_that_is_no_json() -> dict[str, str]:
+    return {
+        "a list in brackets": "[1] a first note\n[2] a second one\n" * 40,
+        "quotations": '"Yes," she said.\n"No."\n' * 40,
+        "braces": "{\n  a block of code;\n}\n" * 40,
+        "link": "[[a page]] of a wiki, [another]\n" * 40,
+        "deep": "[" * 100_000 + "]" * 100_000,
+    }
+
+
+@pytest.mark.parametrize("kind", text_that_is_no_json())
+def test_text_that_begins_as_json_does(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text(text_that_is_no_json()[kind])
+    assert load_corpus(tmp_path / "text.txt", 16).is_text
+
+
+def words(vocab_size: int, count: int = 5000) -> Any:
+    """Ids as frequent as words: half of a file is the smaller part of the vocabulary."""
     draw = np.random.default_rng(vocab_size)
-    values = (vocab_size ** draw.random(5000) - 1).astype("<u2")
+    return vocab_size ** draw.random(count) - 1
+
+
+VALID_IDS = {
+    **{f"words of {size}": words(size) for size in (2, 4, 16, 200, 300, 8192, 50_257, 65_536)},
+    **{f"few words of {size}": words(size, 400) for size in (200, 50_257, 65_536)},
+    **{f"any of {size}": IDS * 7919 % size for size in (2, 16, 256, 300, 32_000, 65_536)},
+    **{f"{count} any of 65536": IDS[:count] * 7919 % 65_536 for count in (400, 999, 1000)},
+    "bytes of text": np.frombuffer(TEXT.encode(), np.uint8),
+    "a and b": np.arange(5000) % 2,
+    "one after the other": np.arange(60_000),
+    "ids that look like upper halves of floats": IDS % 5000 + 14_000,
+    "three ids": np.array([256, 770, 40_000])[IDS % 3],
+    "one id": np.full(5000, 50_256),
+    "end of text": np.full(5000, 256),
+    "padded": np.concatenate([IDS, np.zeros(20_000)]),
+}
+
+
+@pytest.mark.parametrize("kind", VALID_IDS)
+def test_uint16_ids_of_any_vocabulary(kind: str, tmp_path: Path) -> None:
+    values = VALID_IDS[kind].astype("<u2")
     values.tofile(tmp_path / "ids.bin")
     corpus = load_corpus(tmp_path / "ids.bin", 16)
-    assert corpus.train.tolist() == values[:4750].tolist()
+    assert corpus.train.tolist() == values[: len(corpus.train)].tolist()
+    assert len(corpus.train) > 16
 
 
 def test_entropy_takes_little_memory() -> None:

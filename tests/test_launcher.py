@@ -1,11 +1,14 @@
 """launch/train.sh: refusals in one line, help, signals, and who holds --out."""
 
+import inspect
 import os
 import re
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from processes import assert_nothing_left
@@ -72,7 +75,7 @@ def test_variable_with_a_wrong_value(
 
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
-    assert prepare_environment()[1] == ["--standalone"]
+    assert prepare_environment().options == ["--standalone"]
     monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=f"^{name} .*{re.escape(reason)}"):
         prepare_environment()
@@ -95,6 +98,77 @@ def test_switch_with_a_wrong_value(name: str, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv(name, "yes")
     with pytest.raises(ValueError, match=f"{name} must be 0 or 1, got 'yes'"):
         use_it()
+
+
+@pytest.mark.parametrize("script", ["train", "bench_scaling"])
+def test_started_without_torchrun(
+    script: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import bench_scaling
+    import train
+
+    main = {"train": train.main, "bench_scaling": bench_scaling.main}[script]
+    monkeypatch.setattr(sys, "argv", [f"launch/{script}.py"])
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(SystemExit) as ended:
+        inspect.unwrap(main)()
+    assert ended.value.code == 2
+    assert re.fullmatch(
+        r"\w+\.(sh|py): error: environment variables WORLD_SIZE, LOCAL_RANK are not set: start "
+        rf"this with torchrun, for example torchrun .* launch/{script}\.py\n",
+        capsys.readouterr().err,
+    )
+
+
+@pytest.mark.parametrize(
+    ("error", "line"), [(ValueError("two\nlines"), "two\nlines"), (OSError(), "OSError")]
+)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_is_refused_inside_is_printed_once(
+    rank: int,
+    error: Exception,
+    line: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from errors import exit_on_shared_error
+    from flash_moe_dist.agreement import same_error_on_all_ranks
+
+    monkeypatch.setattr("flash_moe_dist.runtime.leave_group", lambda: None)
+    monkeypatch.setenv("LOCAL_RANK", str(rank))
+    runtime: Any = SimpleNamespace(is_main=rank == 0)
+
+    def fail() -> None:
+        with exit_on_shared_error("it.py", runtime), same_error_on_all_ranks():
+            raise error
+
+    def status() -> object:
+        with pytest.raises(SystemExit) as ended:
+            fail()
+        return ended.value.code
+
+    assert status() == 2
+    assert capsys.readouterr().err == ("" if rank else f"it.py: error: {line}\n")
+    handed_over = tmp_path / "refusal"
+    handed_over.touch()
+    monkeypatch.setenv("FLASH_MOE_REFUSAL_FILE", str(handed_over))
+    assert status() == 0
+    assert handed_over.read_text() == ("" if rank else line)
+    assert capsys.readouterr().err == ""
+
+
+def test_options_are_not_abbreviated(capsys: pytest.CaptureFixture[str]) -> None:
+    from flash_moe.bench.__main__ import parse as parse_bench
+    from scaling.arguments import parse as parse_scaling
+
+    with pytest.raises(ValueError, match="unrecognized arguments: --step 1"):
+        parse_args(DESCRIPTION, ["--step", "1"])
+    with pytest.raises(ValueError, match="unrecognized arguments: --repeat 3"):
+        parse_scaling("", ["--repeat", "3"], False, 2)
+    with pytest.raises(SystemExit):
+        parse_bench(["--repeat", "3"])
+    assert "unrecognized arguments: --repeat 3" in capsys.readouterr().err
 
 
 def test_help_has_a_text_and_a_default_for_every_option(
@@ -144,6 +218,11 @@ def test_a_folder_is_held_by_one_process(tmp_path: Path, monkeypatch: pytest.Mon
     holder.communicate()
     again = hold_folder(out, create=False)
     assert again is not None
+    # What launch/README.md advises where the lock of a dead process stays.
+    (out / "lock").unlink()
+    new = hold_folder(out, create=True)
+    assert new is not None
+    new.close()
     again.close()
 
 
@@ -182,6 +261,63 @@ def test_process_whose_parent_has_died_before() -> None:
         assert (b"trains" in ended.stdout) == (status == 0)
 
 
+# A child asks for the signal, and its parent dies meanwhile, below a process that adopts the child.
+CHILD = """
+import os, signal, time
+import signals
+parent = os.getppid()
+class Late:
+    def prctl(self, *_):
+        os.kill(parent, signal.SIGKILL)
+        while os.getppid() == parent:
+            time.sleep(0.01)
+signals.ctypes.CDLL = lambda _: Late()
+signals.end_with_torchrun()
+print("trains")
+"""
+PARENT = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]])"
+SUBREAPER = """
+import ctypes, os, subprocess, sys
+ctypes.CDLL(None).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER
+subprocess.run([sys.executable, "-c", *sys.argv[1:]])
+print("status", os.waitpid(-1, 0)[1])
+"""
+
+
+def test_process_whose_parent_dies_below_a_subreaper() -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", SUBREAPER, PARENT, CHILD],
+        cwd=REPOSITORY / "launch",
+        env={"TORCHELASTIC_RUN_ID": "a"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert ended.stdout == f"status {signal.SIGKILL.value}\n"
+
+
+@pytest.mark.parametrize(
+    ("parent", "killed"), [("the same", False), ("a subreaper", True), ("init", True)]
+)
+def test_ranks_of_ones_own_script_whose_parent_has_died(
+    parent: str, killed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flash_moe_dist import runtime
+
+    pids = {"the same": os.getppid(), "a subreaper": 2**22 + 1, "init": 1}
+    sent: list[int] = []
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a")
+    monkeypatch.setattr("ctypes.CDLL", lambda _: SimpleNamespace(prctl=lambda *_: None))
+    monkeypatch.setattr("os.getppid", lambda: pids[parent])
+    monkeypatch.setattr("os.kill", lambda _, number: sent.append(number))
+    monkeypatch.setattr(runtime, "_is_python", lambda _: False)
+    if parent == "init":
+        # It was the parent by the time of the import.
+        monkeypatch.setitem(runtime.PARENT_AT_IMPORT, os.getpid(), 1)
+    runtime._end_with_torchrun()
+    assert bool(sent) == killed
+
+
 @pytest.mark.slow
 def test_killed_while_processes_import(text: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
@@ -196,9 +332,12 @@ def test_killed_while_processes_import(text: str, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_ctrl_c_then_refusals_inside(text: str, tmp_path: Path) -> None:
-    options = (*SMALL, *INTERVALS, "--steps", "100000", "--data", text, "--out", str(tmp_path))
+    # No validation draws a plot.
+    endless = ("--steps", "100000", "--validation-interval", "100000")
+    options = (*SMALL, *INTERVALS, *endless, "--data", text, "--out", str(tmp_path))
     process = start_train(*options)
     wait_for_steps(tmp_path, 6, process)
+    plot_of_the_start = (tmp_path / "loss.png").read_bytes()
     second = run_train(*options, "--resume", NPROC_PER_NODE="1")
     assert (second.returncode, process.poll()) == (2, None)
     assert re.search(
@@ -214,7 +353,9 @@ def test_ctrl_c_then_refusals_inside(text: str, tmp_path: Path) -> None:
     )
     assert "Traceback" not in err
     assert "SignalException" not in err
-    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    plot = (tmp_path / "loss.png").read_bytes()
+    assert plot.startswith(b"\x89PNG")
+    assert plot != plot_of_the_start
     assert (tmp_path / "checkpoints" / f"step-{last:08d}" / ".metadata").is_file()
     # Known to the processes only, and not to be tried again.
     refused = run_train(*options, NPROC_PER_NODE="1", TORCHRUN_ARGS="--standalone --max-restarts 2")

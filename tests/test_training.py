@@ -7,12 +7,15 @@ import re
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from ranks import RankPools
+import torch.distributed as dist
+from ranks import Pool, RankPools
 from sharded import whole_parameters
 from small_run import REPOSITORY, SMALL, STEPS, launch, small_run
 
@@ -68,9 +71,9 @@ BAD_OPTIONS = {
         ["--data", "/nowhere/at/all"],
         "--data must name a file or a folder, found nothing at /nowhere/at/all",
     ),
-    "batch that ranks do not divide": (
-        ["--batch-size", "7"],
-        "--batch-size must be a multiple of the number of ranks = 2, got 7",
+    "hidden size that groups of ranks do not divide": (
+        ["--ep-size", "1", "--hidden-size", "127"],
+        "--hidden-size must be a multiple of the number of ranks over --ep-size = 2, got 127",
     ),
     "more experts for a token than there are": (
         ["--num-experts", "8", "--num-experts-per-tok", "9"],
@@ -96,14 +99,33 @@ BAD_OPTIONS = {
     "learning rate is no number": (["--lr", "nan"], "--lr must be positive, got nan"),
     "negative seed": (["--seed", "-1"], "--seed must not be negative, got -1"),
     "unknown option": (["--stepz", "1"], "unrecognized arguments: --stepz 1"),
-    "a file where the first rank should write": (
-        ["--out", __file__],
-        "rank 0: --out must be a writable folder, got [Errno 17] File exists",
-    ),
 }
 
 
 @pytest.mark.parametrize(("options", "message"), BAD_OPTIONS.values(), ids=BAD_OPTIONS)
+def test_bad_options(options: list[str], message: str, text: str) -> None:
+    """Checked as launch/train.py does; the runs below show what becomes of the error."""
+    from options import parse_args
+    from train import prepare, runtime_for
+
+    def check() -> None:
+        args = parse_args("", ["--data", text, *options])
+        device = torch.device("cpu")
+        runtime: Any = SimpleNamespace(world_size=2, device=device, timeout=timedelta(1))
+        prepare(args, runtime_for(args, runtime), {})
+
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        check()
+
+
+# One that all ranks find, and one that only the first rank finds.
+REFUSED = [
+    (["--batch-size", "7"], "--batch-size must be a multiple of the number of ranks = 2, got 7\n"),
+    (["--out", __file__], "rank 0: --out must be a writable folder, got [Errno 17] File exists"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), REFUSED, ids=["every rank", "rank 0"])
 def test_bad_options_end_every_rank_with_one_message(
     options: list[str], message: str, tmp_path: Path
 ) -> None:
@@ -114,41 +136,48 @@ def test_bad_options_end_every_rank_with_one_message(
     assert not (tmp_path / "out").exists(), "a refused run leaves a folder"
 
 
-def test_loss_that_is_no_number_ends_the_run(text: str, tmp_path: Path) -> None:
-    small = [*SMALL, "--data", text, "--out", str(tmp_path)]
-    ended = launch(*small, "--lr", "1e9", "--steps", "200")
-    assert ended.returncode != 0
-    assert re.search(
-        r"RuntimeError: (training loss is (nan|inf) on rank \d.*|gradient norm is (nan|inf)) "
-        r"at step \d+: lower --lr",
-        ended.stderr,
-    )
+def train_with_a_huge_learning_rate(data: str) -> None:
+    from signals import StopSignals
+    from train import train
+
+    run = small_run(data, None, "--lr", "1e9", "--steps", "200")
+    checkpoints: Any = None
+    with StopSignals(100) as signals:
+        train(run, 1, checkpoints, None, signals)
 
 
-def test_bfloat16_and_a_batch_for_any_number_of_ranks(text: str, tmp_path: Path) -> None:
-    """Ids that are no bytes, and the path, are printed where there is no UTF-8 too."""
+def test_loss_that_is_no_number_ends_the_run(text: str, rank_pools: RankPools) -> None:
+    for outcome in rank_pools.outcomes(2, train_with_a_huge_learning_rate, text):
+        assert re.match(
+            r"(training loss is (nan|inf) on rank \d.*|gradient norm is (nan|inf)) "
+            r"at step \d+: lower --lr",
+            outcome.message,
+        )
+        assert outcome.kind == "RuntimeError"
+
+
+def test_a_run_of_any_number_of_ranks(text: str, tmp_path: Path) -> None:
+    """In bfloat16, with shares of phases in a step, and a batch that the ranks divide.
+
+    Ids that are no bytes, and the path, are printed where there is no UTF-8 too.
+    """
     out = tmp_path / "\u00e9"
     small = [*SMALL, "--data", text, "--out", str(out), "--precision", "bfloat16"]
-    small += ["--vocab-size", "300"]
+    small += ["--vocab-size", "300", "--time-phases"]
     del small[small.index("--batch-size") : small.index("--batch-size") + 2]
-    ranks = 1 if TWO_GPUS else 3
-    small += ["--steps", "2", "--sample-tokens", "6"]
-    ended = launch(*small, ranks=ranks, PYTHONIOENCODING="ascii")
+    small += ["--steps", "3", "--sample-tokens", "6"]
+    ended = launch(*small, ranks=2 if TWO_GPUS else 3, PYTHONIOENCODING="ascii")
     assert ended.returncode == 0, ended.stderr
     assert "\\xe9" in ended.stdout.splitlines()[-1]
-    assert len((out / "metrics.jsonl").read_text().splitlines()) == 2
-
-
-def test_shares_of_phases_in_a_step(text: str, tmp_path: Path) -> None:
-    small = [*SMALL, "--data", text, "--out", str(tmp_path), "--time-phases", "--steps", "3"]
-    ended = launch(*small, "--sample-tokens", "3")
-    assert ended.returncode == 0, ended.stderr
+    assert "the summary failed" not in ended.stderr
     assert re.search(
         r"median of [\d,]+ tokens/s; phases of expert layers, of a step: "
         r"dispatch [\d.]+%, experts \d",
         ended.stdout,
     )
-    for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    assert len(lines) == 3
+    for line in lines:
         shares = json.loads(line)["share_of_step"]
         assert {"dispatch", "experts", "combine", "communication"} < shares.keys()
         assert 0 < sum(shares.values()) < 1
@@ -241,7 +270,7 @@ def test_nothing_after_the_last_step_fails_the_run(
     monkeypatch.setattr(train.Run, "sample", failing)
     train.finish(run, None)
     assert "the summary failed: OSError(28" in capsys.readouterr().err
-    monkeypatch.setattr(train.Run, "sample", lambda _: ("a", "b"))
+    monkeypatch.setattr(train.Run, "sample", lambda _: train.Sample("a", "b"))
     monkeypatch.setattr(train, "plot_losses", failing)
     monkeypatch.setattr(train, "peak_memory", failing)
     run.args, run.single_token_entropy = parse_args_of_defaults(), lambda: 1.0
@@ -252,20 +281,54 @@ def test_nothing_after_the_last_step_fails_the_run(
     assert "the summary failed: " in said
 
 
+def finish_with_an_error_on_one_rank(failing: int, said: str) -> None:
+    """Other ranks wait as in a collective of NCCL, which does not notice that a rank has ended."""
+    import train
+
+    def sample(_: Any) -> Any:
+        if dist.get_rank() == failing:
+            raise OSError(28, "No space left on device")
+        time.sleep(100)
+
+    with pytest.MonkeyPatch.context() as patch, Path(said).open("a") as file:
+        patch.setattr(sys, "stderr", file)
+        patch.setattr(train.Run, "sample", sample)
+        train.finish(train.Run.__new__(train.Run), None)
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_sample_that_fails_on_one_rank_keeps_no_rank_waiting(
+    failing: int, tmp_path: Path
+) -> None:
+    said = tmp_path / "said"
+    pool = Pool(2, "gloo")
+    with pytest.raises((EOFError, ConnectionResetError)):
+        pool.run(finish_with_an_error_on_one_rank, (failing, str(said)))
+    for process in pool.processes:
+        process.join(10)
+    assert [process.exitcode for process in pool.processes] == [0, 0]
+    assert said.read_text().count("the summary failed: OSError(28") == 1
+
+
 def parse_args_of_defaults() -> Any:
     from options import parse_args
 
     return parse_args("", [])
 
 
-def test_started_without_torchrun() -> None:
-    script = REPOSITORY / "launch" / "train.py"
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
-    ended = subprocess.run(
-        [sys.executable, str(script)], env=environment, capture_output=True, text=True, check=False
-    )
-    assert ended.returncode != 0
-    assert "start this with torchrun" in ended.stderr
+def test_links_beside_metrics_and_plot_are_not_followed(tmp_path: Path) -> None:
+    from metrics import MetricsFile, plot_losses
+
+    (tmp_path / "file").write_text("content")
+    for name in ("metrics.jsonl", "loss.png"):
+        (tmp_path / f"{name}.partial").symlink_to("file")
+    metrics = MetricsFile(tmp_path / "metrics.jsonl", 0)
+    metrics.write({"step": 1, "loss": 1.0})
+    metrics.close()
+    plot_losses(tmp_path / "loss.png", metrics.lines, 1.0)
+    assert (tmp_path / "file").read_text() == "content"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "loss.png", "metrics.jsonl"]
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.slow

@@ -36,6 +36,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[Case]]:
         prog="python -m flash_moe.bench",
         description=bench.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument(
         "--list", action="store_true", help="print the named cases and exit (default: off)"

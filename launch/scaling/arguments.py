@@ -10,10 +10,12 @@ from pathlib import Path
 from flash_moe.bench.cases import DTYPES, ROUTINGS
 from flash_moe.ops.triton_launch import cdiv
 from flash_moe_dist.dispatch.comm_volume import DispatcherName
-from option_parser import DefaultsFormatter, RaisingParser
+from option_parser import RaisingParser
 from scaling.problems import Problem
 from scaling.results import CONVENTIONAL, SINGLE_RANK
 
+# In messages and --help.
+SCRIPT = "bench_scaling.py"
 AUTO = "auto"
 PLOT_SUFFIXES = (".png", ".pdf", ".svg")
 DISPATCHERS: tuple[DispatcherName, ...] = ("all_to_all", "all_gather")
@@ -43,11 +45,7 @@ def parse(description: str, argv: list[str], on_gpus: bool, world_size: int) -> 
     Raises:
         ValueError: options that cannot be measured on `world_size` ranks.
     """
-    parser = RaisingParser(
-        prog="bench_scaling.py",
-        description=description,
-        formatter_class=DefaultsFormatter,
-    )
+    parser = RaisingParser(SCRIPT, description)
     add = parser.add_argument
     add(
         "--scaling",
