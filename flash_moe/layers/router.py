@@ -87,8 +87,7 @@ class ProductKeyRouter(nn.Module):
         grid = torch.empty(*self.key_grid, 0, dtype=torch.int64, device=self.keys.weight.device)
         self.register_buffer("grid", grid)
         self.register_load_state_dict_pre_hook(_add_missing_grid)
-        ranks = _candidate_ranks(num_experts_per_tok, self.key_grid)
-        for name, values in zip(("candidates_first", "candidates_second"), ranks, strict=True):
+        for name, values in self._candidates().items():
             self.register_buffer(name, values.to(self.keys.weight.device), persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ProductKeyRouter":
@@ -100,9 +99,14 @@ class ProductKeyRouter(nn.Module):
     def reset_parameters(self) -> None:
         """Restore the candidates; the keys are reset by their own module."""
         if not self.candidates_first.is_meta:
-            first, second = _candidate_ranks(self.num_experts_per_tok, self.key_grid)
-            self.candidates_first.copy_(first)
-            self.candidates_second.copy_(second)
+            for name, values in self._candidates().items():
+                self.get_buffer(name).copy_(values)
+
+    def _candidates(self) -> dict[str, Tensor]:
+        """Ranks of the candidates in both lists, (C,) each, by the name of their buffer."""
+        ranks = candidate_ranks(self.num_experts_per_tok, self.key_grid)
+        first, second = torch.tensor(ranks, device="cpu").unbind(1)
+        return {"candidates_first": first, "candidates_second": second}
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         """Choose experts.
@@ -195,15 +199,13 @@ def squarest_grid(num_experts: int) -> tuple[int, int]:
     return smaller, num_experts // smaller
 
 
-def _candidate_ranks(count: int, key_grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Return all ranks (i, j) in two sorted lists with (i + 1)(j + 1) <= count, as (C,) tensors.
+def candidate_ranks(count: int, key_grid: tuple[int, int]) -> list[tuple[int, int]]:
+    """List all ranks (i, j) in two sorted lists with (i + 1)(j + 1) <= count.
 
     With count 3 and a large grid: (0, 0), (0, 1), (0, 2), (1, 0), (2, 0).
     """
-    ranks = [
+    return [
         (i, j)
         for i in range(min(count, key_grid[0]))
         for j in range(min(count // (i + 1), key_grid[1]))
     ]
-    first, second = torch.tensor(ranks, device="cpu").unbind(1)
-    return first, second
