@@ -1,7 +1,11 @@
 """The layers over the op."""
 
 import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from ranks import RankPools
@@ -11,7 +15,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 import flash_moe
 import flash_moe_dist
-from flash_moe import FlashExperts, FlashMoE
+from flash_moe import FlashExperts, FlashMoE, ProductKeyRouter
 from flash_moe.layers.moe import (
     MEAN_SQUARE_SILU,
     MEAN_SQUARE_SILU_THIRD,
@@ -19,6 +23,9 @@ from flash_moe.layers.moe import (
     mean_square_weights,
 )
 from flash_moe.ops.naive import naive_expert_func
+
+# Arguments of wrong types, which mypy would refuse.
+wrong: Any = partial
 
 
 def test_flash_moe_is_shared_mlp_plus_routed_experts() -> None:
@@ -38,6 +45,7 @@ def test_flash_moe_is_shared_mlp_plus_routed_experts() -> None:
         weights.flatten(0, 1),
     )
     torch.testing.assert_close(layer(hidden_states), shared + routed.view_as(shared))
+    torch.testing.assert_close(layer(hidden_states[0, 0]), layer(hidden_states)[0, 0])
 
 
 # Few experts or slots make other sums than many. Grids of two numbers far apart: 7, 1022, 1996.
@@ -106,12 +114,55 @@ def test_tables_on_meta_are_initialised_later() -> None:
     assert abs(experts.up_weights.std().item() - 1) < 0.02
 
 
+@pytest.mark.parametrize(
+    ("build", "error", "message"),
+    [
+        (wrong(FlashMoE, 8.0, 6, 9, 2), TypeError, "hidden_size must be an int, got 8.0"),
+        (wrong(FlashMoE, 8, 6.0, 9, 2), TypeError, "intermediate_size must be an int, got 6.0"),
+        (wrong(FlashMoE, 8, 6, 9.0, 2), TypeError, "num_experts must be an int, got 9.0"),
+        (wrong(FlashMoE, 8, 6, 9, 2.0), TypeError, "num_experts_per_tok must be an int, got 2.0"),
+        (wrong(FlashMoE, 8, 6, 9, True), TypeError, "num_experts_per_tok .* an int, got True"),
+        (wrong(FlashMoE, 8, 6, 9, None), TypeError, "num_experts_per_tok .* an int, got None"),
+        (wrong(FlashMoE, 8, -6, 9, 2), ValueError, "intermediate_size .* at least 0, got -6"),
+        # A device in place of norm_topk_prob.
+        (wrong(FlashMoE, 8, 6, 9, 2, "cpu"), TypeError, "norm_topk_prob must be .* got 'cpu'"),
+        (wrong(ProductKeyRouter, 8, "9", 2), TypeError, "num_experts must be an int, got '9'"),
+        (wrong(ProductKeyRouter, -8, 9, 2), ValueError, "hidden_size must be at least 0, got -8"),
+        (wrong(ProductKeyRouter, 8, 0, 0), ValueError, "num_experts must be at least 1, got 0"),
+        (wrong(ProductKeyRouter, 8, 9, 2, key_grid=3), TypeError, "key_grid must be .* got 3"),
+        (
+            partial(ProductKeyRouter, 8, 9, 2, key_grid=(3.0, 3)),
+            TypeError,
+            "key_grid must be .*3.0",
+        ),
+        (wrong(FlashExperts, 9.0, 8), TypeError, "num_experts must be an int, got 9.0"),
+        (wrong(FlashExperts, 9, -8), ValueError, "hidden_size must be at least 0, got -8"),
+        (wrong(FlashExperts, 9, 8, dtype=torch.int32), TypeError, "dtype must be .*torch.int32"),
+        (wrong(FlashMoE, 8, 6, 9, 2, dtype="float32"), TypeError, "dtype must be .* 'float32'"),
+        (wrong(FlashExperts, 9, 8, up_std="1"), TypeError, "up_std must be a number, got '1'"),
+        (wrong(FlashExperts, 9, 8, up_std=-1.0), ValueError, "up_std .* at least 0, got -1.0"),
+        (wrong(FlashExperts, 9, 8, up_std=math.nan), ValueError, "up_std .* at least 0, got nan"),
+    ],
+)
+def test_constructors_name_a_wrong_argument(
+    build: Callable[[], nn.Module], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        build()
+
+
+def test_integers_of_other_libraries_are_sizes() -> None:
+    layer = FlashMoE(np.int64(8), 6, torch.tensor(9), 2)  # type: ignore[arg-type]
+    assert (layer.experts.num_experts, layer.experts.hidden_size) == (9, 8)
+
+
 @pytest.mark.parametrize("leading", [(), (2, 3), (0,), (2, 0)])
 def test_experts_without_slots_or_tokens(leading: tuple[int, ...]) -> None:
     experts = FlashExperts(5, 4)
-    rows = leading or (3,)
-    out = experts(torch.randn(*rows, 4), torch.zeros(*rows, 0).long(), torch.zeros(*rows, 0))
-    assert out.shape == (*rows, 4)
+    out = experts(
+        torch.randn(*leading, 4), torch.zeros(*leading, 0).long(), torch.zeros(*leading, 0)
+    )
+    assert out.shape == (*leading, 4)
     assert out.count_nonzero() == 0
 
 
@@ -139,6 +190,13 @@ def test_hidden_states_of_another_dtype(autocast: bool) -> None:
                 layer(torch.randn(3, 4, dtype=dtype))
         if autocast:
             assert layer(torch.randn(3, 4, dtype=torch.bfloat16)).isfinite().all()
+        # Tables may have another dtype than hidden states.
+        layer.experts.double()
+        assert layer(torch.randn(3, 4)).dtype == torch.float32
+        for part in (layer.shared_mlp, layer.router):
+            part.double()
+            with pytest.raises(TypeError, match=r"parameters, torch.float64, .* got torch.float32"):
+                layer(torch.randn(3, 4))
 
 
 def test_output_is_no_view() -> None:

@@ -9,7 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from flash_moe.layers.experts import FlashExperts
-from flash_moe.layers.router import ProductKeyRouter, candidate_ranks, squarest_grid
+from flash_moe.layers.router import (
+    ProductKeyRouter,
+    candidate_ranks,
+    check_fits,
+    squarest_grid,
+)
+from flash_moe.ops.input_checks import checked_int
 
 # E[silu(b)^2] for b ~ N(0, 1), and E[silu(a)^2] for a ~ N(0, 1/3).
 MEAN_SQUARE_SILU, MEAN_SQUARE_SILU_THIRD = 0.3557755, 0.0997717
@@ -26,6 +32,10 @@ class SharedMLP(nn.Module):
         hidden_size: H.
         intermediate_size: I, the width of the hidden layer.
         device, dtype: where the parameters live, and their type.
+
+    Raises:
+        TypeError: a size is no integer.
+        ValueError: a size is negative.
     """
 
     def __init__(
@@ -36,6 +46,8 @@ class SharedMLP(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        hidden_size = checked_int("hidden_size", hidden_size, 0)
+        intermediate_size = checked_int("intermediate_size", intermediate_size, 0)
         self.gate_proj = nn.Linear(
             hidden_size, intermediate_size, bias=False, device=device, dtype=dtype
         )
@@ -47,7 +59,13 @@ class SharedMLP(nn.Module):
         )
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """Map (..., H) to (..., H)."""
+        """Map (..., H) to (..., H).
+
+        Raises:
+            TypeError: `hidden_states` has another dtype than the parameters outside of autocast.
+            ValueError: it is on another device.
+        """
+        check_fits(hidden_states, self.gate_proj)
         gated = nn.functional.silu(self.gate_proj(hidden_states)) * self.up_proj(hidden_states)
         return self.down_proj(gated)
 
@@ -71,7 +89,7 @@ class FlashMoE(nn.Module):
         device, dtype: where the parameters live, and their type.
 
     Raises:
-        ValueError: see `ProductKeyRouter`.
+        TypeError, ValueError: see `ProductKeyRouter` and `SharedMLP`.
     """
 
     def __init__(
@@ -101,9 +119,9 @@ class FlashMoE(nn.Module):
         """Map (..., H) to (..., H), in the dtype of `hidden_states`.
 
         Raises:
-            TypeError, ValueError: see `ProductKeyRouter` and `FlashExperts`.
+            TypeError, ValueError: see `ProductKeyRouter`, `FlashExperts` and `SharedMLP`.
 
-        If experts are sharded and one rank raises any of these, all ranks do.
+        If experts are sharded and one rank raises an error of the first two, all ranks do.
         """
         try:
             indices, routing_weights = self.router(hidden_states)

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flash_moe.ops.input_checks import check_parameter_dtype, checked_int
+
 
 class ProductKeyRouter(nn.Module):
     """Scores an expert (i, j) of a key grid by the sum of two log-probabilities.
@@ -34,9 +36,10 @@ class ProductKeyRouter(nn.Module):
         device, dtype: where the parameters live, and their type.
 
     Raises:
-        ValueError: K is not in [1, E]; the product of key_grid is not E; or no key_grid was given
-            and E has no two factors near each other (a large prime, say), so that there would be
-            nearly as many keys as experts.
+        TypeError: a size is no integer, norm_topk_prob no bool, or dtype no float dtype of the op.
+        ValueError: H is negative; E is less than 1; K is not in [1, E]; the product of key_grid is
+            not E; or no key_grid was given and E has no two factors near each other (a large
+            prime, say), so that there would be nearly as many keys as experts.
     """
 
     candidates_first: Tensor
@@ -54,27 +57,26 @@ class ProductKeyRouter(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if not 1 <= num_experts_per_tok <= num_experts:
+        check_parameter_dtype(dtype)
+        if not isinstance(norm_topk_prob, bool):
+            raise TypeError(f"norm_topk_prob must be True or False, got {norm_topk_prob!r}")
+        hidden_size = checked_int("hidden_size", hidden_size, 0)
+        num_experts = checked_int("num_experts", num_experts, 1)
+        num_experts_per_tok = checked_int("num_experts_per_tok", num_experts_per_tok, 1)
+        if num_experts_per_tok > num_experts:
             raise ValueError(
                 f"num_experts_per_tok must lie in [1, num_experts = {num_experts}], "
                 f"got {num_experts_per_tok}"
             )
-        self.key_grid = key_grid or squarest_grid(num_experts)
+        self.key_grid = squarest_grid(num_experts)
+        if key_grid is not None:
+            self.key_grid = _checked_grid(key_grid, num_experts)
         if key_grid is None and sum(self.key_grid) > max(1024, 8 * math.isqrt(num_experts)):
             side = math.isqrt(num_experts) + 1
             raise ValueError(
                 f"num_experts must have two factors near each other, got {num_experts}, at best "
                 f"{self.key_grid[0]} * {self.key_grid[1]}: take {side * side} = {side} * {side}, "
                 "the next square (only ProductKeyRouter itself takes another key_grid)"
-            )
-        if (
-            len(self.key_grid) != 2
-            or math.prod(self.key_grid) != num_experts
-            or min(self.key_grid) < 1
-        ):
-            raise ValueError(
-                f"key_grid must be two numbers with a product of num_experts = {num_experts}, "
-                f"got {self.key_grid}"
             )
         self.hidden_size = hidden_size
         self.num_experts = num_experts
@@ -132,7 +134,7 @@ class ProductKeyRouter(nn.Module):
                 f"hidden_states must have rows of hidden_size = {self.hidden_size}, "
                 f"got shape {tuple(hidden_states.shape)}"
             )
-        _check_fits(hidden_states, self.keys)
+        check_fits(hidden_states, self.keys)
         key_scores = self.keys(hidden_states)
         wide = torch.promote_types(key_scores.dtype, torch.float32)
         log_probs = (
@@ -173,8 +175,13 @@ def _add_missing_grid(
             )
 
 
-def _check_fits(hidden_states: Tensor, layer: nn.Module) -> None:
-    """Raise unless `layer`, if it is linear, can multiply `hidden_states`."""
+def check_fits(hidden_states: Tensor, layer: nn.Module) -> None:
+    """Raise unless `layer`, if it is linear, can multiply `hidden_states`.
+
+    Raises:
+        TypeError: their dtypes differ, and torch.autocast does not cast both to one.
+        ValueError: they are on different devices.
+    """
     if not isinstance(layer, nn.Linear):
         return
     weight = layer.weight
@@ -183,14 +190,28 @@ def _check_fits(hidden_states: Tensor, layer: nn.Module) -> None:
             f"hidden_states must be on {weight.device}, where the layer's parameters are, "
             f"got {hidden_states.device}"
         )
-    # Autocast leaves float64 as it is.
-    is_cast = torch.is_autocast_enabled(hidden_states.device.type)
-    is_cast = is_cast and torch.float64 not in (hidden_states.dtype, weight.dtype)
+    dtypes = (hidden_states.dtype, weight.dtype)
+    is_cast = torch.is_autocast_enabled(hidden_states.device.type) and all(
+        dtype.is_floating_point and dtype != torch.float64 for dtype in dtypes
+    )
     if hidden_states.dtype != weight.dtype and not is_cast:
         raise TypeError(
-            "hidden_states must have the dtype of the layer's parameters, "
-            f"{weight.dtype}, outside of torch.autocast, got {hidden_states.dtype}"
+            f"hidden_states must have the dtype of the layer's parameters, {weight.dtype}, "
+            "unless torch.autocast casts both (it casts all floats but float64), "
+            f"got {hidden_states.dtype}"
         )
+
+
+def _checked_grid(key_grid: Any, num_experts: int) -> tuple[int, int]:
+    """Return `key_grid` as a tuple of two ints; raise unless their product is `num_experts`."""
+    expected = f"key_grid must be two numbers with a product of num_experts = {num_experts}"
+    try:
+        grid = tuple(checked_int("key_grid", one, -num_experts) for one in key_grid)
+    except TypeError as error:
+        raise TypeError(f"{expected}, got {key_grid!r}") from error
+    if len(grid) != 2 or math.prod(grid) != num_experts or min(grid) < 1:
+        raise ValueError(f"{expected}, got {key_grid}")
+    return grid
 
 
 def squarest_grid(num_experts: int) -> tuple[int, int]:

@@ -3,6 +3,8 @@
 Whether ids and offsets are in range depends on the data: `flash_moe.ops.indices` checks that.
 """
 
+import operator
+
 import torch
 from torch import Tensor
 
@@ -92,6 +94,30 @@ def check_ragged_inputs(
     )
 
 
+def checked_int(name: str, value: object, minimum: int) -> int:
+    """Return an integer argument of a constructor as an int.
+
+    Raises:
+        TypeError: it is a bool, or no integer of Python, NumPy or torch.
+        ValueError: it is less than `minimum`.
+    """
+    try:
+        number = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        number = None
+    if number is None or isinstance(value, bool):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    if number < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {number}")
+    return number
+
+
+def check_parameter_dtype(dtype: torch.dtype | None) -> None:
+    """Raise TypeError unless the `dtype` of a constructor is that of tables; None: the default."""
+    if dtype is not None and dtype not in FLOAT_DTYPES:
+        raise TypeError(f"dtype must be None or one of {_names(FLOAT_DTYPES)}, got {dtype!r}")
+
+
 def _check_tables(hidden_states: Tensor, down_weights: Tensor, up_weights: Tensor) -> None:
     _check_dtype("hidden_states", hidden_states, FLOAT_DTYPES)
     _check_dtype("down_weights", down_weights, FLOAT_DTYPES)
@@ -125,11 +151,15 @@ def _check_dtype(name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...]) ->
             "flash_moe_dist.ExpertParallel has sharded, or pass full_tensor(); to_local() would "
             "be this rank's rows alone"
         )
-    if tensor.layout != torch.strided:
-        raise TypeError(f"{name} must be a dense tensor, got layout {tensor.layout}")
+    if tensor.layout != torch.strided or tensor.is_nested:
+        found = "a nested tensor" if tensor.is_nested else f"layout {tensor.layout}"
+        raise TypeError(f"{name} must be a dense tensor, got {found}")
     if tensor.dtype not in allowed:
-        expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
-        raise TypeError(f"{name} must have one of the dtypes {expected}, got {tensor.dtype}")
+        raise TypeError(f"{name} must have one of the dtypes {_names(allowed)}, got {tensor.dtype}")
+
+
+def _names(dtypes: tuple[torch.dtype, ...]) -> str:
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
 
 def _check_ndim(name: str, tensor: Tensor, ndim: int, shape: str) -> None:
