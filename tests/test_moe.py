@@ -1,9 +1,6 @@
 """The layers over the op."""
 
 import math
-from collections.abc import Callable
-from functools import partial
-from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +12,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 import flash_moe
 import flash_moe_dist
-from flash_moe import FlashExperts, FlashMoE, ProductKeyRouter
+from flash_moe import FlashExperts, FlashMoE
 from flash_moe.layers.moe import (
     MEAN_SQUARE_SILU,
     MEAN_SQUARE_SILU_THIRD,
@@ -23,9 +20,6 @@ from flash_moe.layers.moe import (
     mean_square_weights,
 )
 from flash_moe.ops.naive import naive_expert_func
-
-# Arguments of wrong types, which mypy would refuse.
-wrong: Any = partial
 
 
 def test_flash_moe_is_shared_mlp_plus_routed_experts() -> None:
@@ -112,43 +106,6 @@ def test_tables_on_meta_are_initialised_later() -> None:
     experts.reset_parameters()
     assert abs(experts.down_weights.std().item() * 8 - 1) < 0.02
     assert abs(experts.up_weights.std().item() - 1) < 0.02
-
-
-@pytest.mark.parametrize(
-    ("build", "error", "message"),
-    [
-        (wrong(FlashMoE, 8.0, 6, 9, 2), TypeError, "hidden_size must be an int, got 8.0"),
-        (wrong(FlashMoE, 8, 6.0, 9, 2), TypeError, "intermediate_size must be an int, got 6.0"),
-        (wrong(FlashMoE, 8, 6, 9.0, 2), TypeError, "num_experts must be an int, got 9.0"),
-        (wrong(FlashMoE, 8, 6, 9, 2.0), TypeError, "num_experts_per_tok must be an int, got 2.0"),
-        (wrong(FlashMoE, 8, 6, 9, True), TypeError, "num_experts_per_tok .* an int, got True"),
-        (wrong(FlashMoE, 8, 6, 9, None), TypeError, "num_experts_per_tok .* an int, got None"),
-        (wrong(FlashMoE, 8, -6, 9, 2), ValueError, "intermediate_size .* at least 0, got -6"),
-        # A device in place of norm_topk_prob.
-        (wrong(FlashMoE, 8, 6, 9, 2, "cpu"), TypeError, "norm_topk_prob must be .* got 'cpu'"),
-        (wrong(ProductKeyRouter, 8, "9", 2), TypeError, "num_experts must be an int, got '9'"),
-        (wrong(ProductKeyRouter, -8, 9, 2), ValueError, "hidden_size must be at least 0, got -8"),
-        (wrong(ProductKeyRouter, 8, 0, 0), ValueError, "num_experts must be at least 1, got 0"),
-        (wrong(ProductKeyRouter, 8, 9, 2, key_grid=3), TypeError, "key_grid must be .* got 3"),
-        (
-            partial(ProductKeyRouter, 8, 9, 2, key_grid=(3.0, 3)),
-            TypeError,
-            "key_grid must be .*3.0",
-        ),
-        (wrong(FlashExperts, 9.0, 8), TypeError, "num_experts must be an int, got 9.0"),
-        (wrong(FlashExperts, 9, -8), ValueError, "hidden_size must be at least 0, got -8"),
-        (wrong(FlashExperts, 9, 8, dtype=torch.int32), TypeError, "dtype must be .*torch.int32"),
-        (wrong(FlashMoE, 8, 6, 9, 2, dtype="float32"), TypeError, "dtype must be .* 'float32'"),
-        (wrong(FlashExperts, 9, 8, up_std="1"), TypeError, "up_std must be a number, got '1'"),
-        (wrong(FlashExperts, 9, 8, up_std=-1.0), ValueError, "up_std .* at least 0, got -1.0"),
-        (wrong(FlashExperts, 9, 8, up_std=math.nan), ValueError, "up_std .* at least 0, got nan"),
-    ],
-)
-def test_constructors_name_a_wrong_argument(
-    build: Callable[[], nn.Module], error: type[Exception], message: str
-) -> None:
-    with pytest.raises(error, match=message):
-        build()
 
 
 def test_integers_of_other_libraries_are_sizes() -> None:

@@ -6,9 +6,9 @@ from typing import NoReturn
 import torch
 from torch import Tensor, nn
 
+from flash_moe.arguments import check_parameter_dtype, checked_int, checked_number
 from flash_moe.layers.normal_rows import normal_rows_
 from flash_moe.ops.flash_expert import triton_flash_expert_func
-from flash_moe.ops.input_checks import check_parameter_dtype, checked_int
 
 ExpertFunc = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -44,13 +44,9 @@ class FlashExperts(nn.Module):
     ) -> None:
         super().__init__()
         check_parameter_dtype(dtype)
-        if not isinstance(up_std, (int, float)):
-            raise TypeError(f"up_std must be a number, got {up_std!r}")
-        if not up_std >= 0:
-            raise ValueError(f"up_std must be at least 0, got {up_std}")
         self.num_experts = checked_int("num_experts", num_experts, 0)
         self.hidden_size = checked_int("hidden_size", hidden_size, 0)
-        self.up_std = up_std
+        self.up_std = checked_number("up_std", up_std, 0)
         shape = (self.num_experts, self.hidden_size)
         self.down_weights = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         self.up_weights = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))

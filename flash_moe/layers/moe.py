@@ -8,6 +8,7 @@ from random import Random
 import torch
 from torch import Tensor, nn
 
+from flash_moe.arguments import checked_int
 from flash_moe.layers.experts import FlashExperts
 from flash_moe.layers.router import (
     ProductKeyRouter,
@@ -15,7 +16,6 @@ from flash_moe.layers.router import (
     check_fits,
     squarest_grid,
 )
-from flash_moe.ops.input_checks import checked_int
 
 # E[silu(b)^2] for b ~ N(0, 1), and E[silu(a)^2] for a ~ N(0, 1/3).
 MEAN_SQUARE_SILU, MEAN_SQUARE_SILU_THIRD = 0.3557755, 0.0997717

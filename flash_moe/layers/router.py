@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flash_moe.ops.input_checks import check_parameter_dtype, checked_int
+from flash_moe.arguments import check_parameter_dtype, checked_int
 
 
 class ProductKeyRouter(nn.Module):

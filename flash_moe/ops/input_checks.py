@@ -3,12 +3,11 @@
 Whether ids and offsets are in range depends on the data: `flash_moe.ops.indices` checks that.
 """
 
-import operator
-
 import torch
 from torch import Tensor
 
-FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+from flash_moe.arguments import FLOAT_DTYPES, dtype_names
+
 INDEX_DTYPES = (torch.int32, torch.int64)
 MAX_EXPERTS = 2**31 - 1
 
@@ -94,30 +93,6 @@ def check_ragged_inputs(
     )
 
 
-def checked_int(name: str, value: object, minimum: int) -> int:
-    """Return an integer argument of a constructor as an int.
-
-    Raises:
-        TypeError: it is a bool, or no integer of Python, NumPy or torch.
-        ValueError: it is less than `minimum`.
-    """
-    try:
-        number = operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        number = None
-    if number is None or isinstance(value, bool):
-        raise TypeError(f"{name} must be an int, got {value!r}")
-    if number < minimum:
-        raise ValueError(f"{name} must be at least {minimum}, got {number}")
-    return number
-
-
-def check_parameter_dtype(dtype: torch.dtype | None) -> None:
-    """Raise TypeError unless the `dtype` of a constructor is that of tables; None: the default."""
-    if dtype is not None and dtype not in FLOAT_DTYPES:
-        raise TypeError(f"dtype must be None or one of {_names(FLOAT_DTYPES)}, got {dtype!r}")
-
-
 def _check_tables(hidden_states: Tensor, down_weights: Tensor, up_weights: Tensor) -> None:
     _check_dtype("hidden_states", hidden_states, FLOAT_DTYPES)
     _check_dtype("down_weights", down_weights, FLOAT_DTYPES)
@@ -155,11 +130,9 @@ def _check_dtype(name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...]) ->
         found = "a nested tensor" if tensor.is_nested else f"layout {tensor.layout}"
         raise TypeError(f"{name} must be a dense tensor, got {found}")
     if tensor.dtype not in allowed:
-        raise TypeError(f"{name} must have one of the dtypes {_names(allowed)}, got {tensor.dtype}")
-
-
-def _names(dtypes: tuple[torch.dtype, ...]) -> str:
-    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise TypeError(
+            f"{name} must have one of the dtypes {dtype_names(allowed)}, got {tensor.dtype}"
+        )
 
 
 def _check_ndim(name: str, tensor: Tensor, ndim: int, shape: str) -> None:
