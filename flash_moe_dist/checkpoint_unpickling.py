@@ -47,7 +47,6 @@ RECORDS = {
     ("torch.serialization", "_get_layout"),
     # The folder that the checkpoint was saved to; the second module is that of Python 3.13.
     *((module, "PosixPath") for module in ("pathlib", "pathlib._local")),
-    *((module, "WindowsPath") for module in ("pathlib", "pathlib._local")),
 }
 ADVICE = (
     "entries may consist of tensors, numbers, text, lists, tuples, dicts, and classes that "

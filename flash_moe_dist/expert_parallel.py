@@ -41,11 +41,14 @@ _sharded_from = WeakIdKeyDictionary()
 
 
 class ExpertParallel(ParallelStyle):
-    """Shards the tables of an experts module over a mesh and routes tokens to their owners.
+    """Parallel style that gives each rank of a mesh its share of a layer's experts.
 
         parallelize_module(model, ep_mesh, {"layers.*.moe.experts": ExpertParallel()})
 
-    Works on any module that owns its tables as parameters of shape (E, H) and calls
+    In a forward pass, each rank sends hidden states to the ranks that own the chosen experts, and
+    adds up the partial sums that they send back; in a backward pass, gradients travel the same way.
+
+    It works on any module that owns its tables as parameters of shape (E, H) and calls
     `self.expert_func(hidden_states, down_weights, up_weights, indices, routing_weights)`, as
     `flash_moe.FlashExperts` does. Its parameters become DTensors sharded on dim 0 over the mesh;
     E need not divide by the number of ranks. Values are those of the first rank of the mesh;
@@ -53,8 +56,8 @@ class ExpertParallel(ParallelStyle):
     Tables that several modules share stay shared, if the style is applied to each of them; give
     them to `fully_shard` in one call with a list of these modules.
 
-    Key of a plan that matches no module: `parallelize_module` warns of it and goes on, without a
-    call of this class; within `flash_moe_dist.distributed` it raises.
+    If a key of the plan matches no module, `parallelize_module` warns and leaves the layers as they
+    are; within `flash_moe_dist.distributed` it raises instead.
 
     Each forward and backward pass of the module is then collective over the mesh: every rank
     takes part, with any number of tokens of its own, zero included. Ranks are taken to be data

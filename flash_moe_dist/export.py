@@ -20,8 +20,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from flash_moe.arguments import checked_path
 from flash_moe_dist.agreement import place_in_world, same_error_on_all_ranks
-from flash_moe_dist.checkpoint import check_same_tensors
+from flash_moe_dist.same_tensors import check_same_tensors
 
 try:
     import numpy as np
@@ -56,15 +57,15 @@ def export_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor]) 
         tensors: DTensors on any meshes, and plain tensors, whose values on rank 0 are written.
 
     Raises:
-        TypeError: on every rank, if `path` is no path, a value is no tensor, as extra state of
-            modules may be, or a dtype is not one of DTYPES.
-        ValueError: on every rank, if a tensor has the name "__metadata__", which the format keeps
-            for {"format": "pt"}.
+        TypeError: on every rank, if `path` is no path, a name is no str, a value is no dense
+            tensor, as extra state of modules may be, or a dtype is not one of DTYPES.
+        ValueError: on every rank, if a tensor is on the meta device, or has the name
+            "__metadata__", which the format keeps for {"format": "pt"}.
         RuntimeError: on every rank, if the file cannot be written; an existing one is unchanged.
     """
     place = place_in_world()
     with same_error_on_all_ranks():
-        path = Path(path)
+        path = checked_path("path", path)
         partial = path.with_name(path.name + ".partial")
         header, begins = _layout(tensors)
     try:
@@ -103,19 +104,22 @@ def import_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor]) 
         tensors: tensors by name, see `export_tensors`; each rank reads its own shard.
 
     Raises:
-        TypeError: on every rank, if `path` is no path or a value is no tensor.
-        ValueError: on every rank, if the file is missing or damaged, or its tensors differ from
-            `tensors` in name, shape or dtype. `tensors` are then unchanged.
+        TypeError: on every rank, if `path` is no path, a name is no str, or a value is no dense
+            tensor.
+        ValueError: on every rank, if a tensor is on the meta device, the file is missing or
+            damaged, or its tensors differ from `tensors` in name, shape or dtype. `tensors` are
+            then unchanged.
     """
     with same_error_on_all_ranks():
-        path = Path(path)
+        path = checked_path("path", path)
         _check_tensors(tensors)
         try:
             with safe_open(path, framework="pt") as file:
                 _check_same(file, tensors, path)
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{path} cannot be read as a safetensors file: {error}") from error
-    with same_error_on_all_ranks():
+    # safetensors would allocate what it reads on the default device.
+    with same_error_on_all_ranks(), torch.device("cpu"):
         for name, tensor in tensors.items():
             if isinstance(tensor, DTensor) and tensor.device_mesh.get_coordinate() is None:
                 continue
@@ -139,10 +143,19 @@ def _check_tensors(tensors: Mapping[str, Tensor]) -> None:
     if not isinstance(tensors, Mapping):
         raise TypeError(f"tensors must map names to tensors, got a {type(tensors).__name__}")
     for name, tensor in tensors.items():
+        if not isinstance(name, str):
+            raise TypeError(f"names of tensors must be strings, got {name!r}")
         if not isinstance(tensor, Tensor):
             raise TypeError(
                 f"{name} must be a tensor, got a {type(tensor).__name__}: leave it out, "
                 "a safetensors file holds nothing else"
+            )
+        if tensor.layout != torch.strided:
+            raise TypeError(f"{name} must be a dense tensor, got layout {tensor.layout}")
+        if tensor.is_meta:
+            raise ValueError(
+                f"{name} must have memory, got a tensor on the meta device: see "
+                "flash_moe_dist.materialize"
             )
         if name == METADATA:
             raise ValueError(f"a tensor must have another name than {METADATA}")

@@ -9,6 +9,9 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate
 
+from flash_moe.arguments import check_type, checked_number
+from flash_moe_dist.parameter_groups import tensors_of
+
 # Mesh and placements of a DTensor; None for a plain tensor.
 Layout = tuple[DeviceMesh, tuple[Placement, ...]] | None
 
@@ -37,8 +40,18 @@ def clip_grad_norm_(
     Returns:
         The norm before scaling: shape (), summed in float64, rounded to float32 unless a
         parameter is float64 on this rank.
+
+    Raises:
+        TypeError: `parameters` are no tensors, a gradient is sparse or complex, `max_norm` is no
+            number, or `pp_group` no process group.
+        ValueError: `max_norm` is negative or not a number in floating point.
     """
-    unique = dict.fromkeys([parameters] if isinstance(parameters, Tensor) else parameters)
+    unique = dict.fromkeys(tensors_of(parameters))
+    max_norm = checked_number("max_norm", max_norm, 0)
+    if pp_group is not None:
+        check_type("pp_group", pp_group, dist.ProcessGroup)
+    for parameter in unique:
+        _check_gradient(parameter)
     stages = 1 if pp_group is None else pp_group.size()
     by_layout: dict[Layout, list[Tensor]] = {}
     for parameter in unique:
@@ -60,6 +73,15 @@ def clip_grad_norm_(
     for group in by_layout.values():
         torch.nn.utils.clip_grads_with_norm_(group, max_norm, norm)
     return norm
+
+
+def _check_gradient(parameter: Tensor) -> None:
+    grad = parameter.grad
+    if grad is not None and (grad.layout != torch.strided or grad.is_complex()):
+        raise TypeError(
+            f"gradients must be dense and real, got one of layout {grad.layout} and dtype "
+            f"{grad.dtype} for a parameter of shape {tuple(parameter.shape)}"
+        )
 
 
 def _layout(tensor: Tensor) -> Layout:

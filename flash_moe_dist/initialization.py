@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from flash_moe.arguments import check_type, checked_number
 from flash_moe.layers import normal_rows
 
 
@@ -33,8 +34,14 @@ def materialize(model: nn.Module, device: torch.device | str) -> None:
         device: where to allocate them.
 
     Raises:
-        ValueError: a module has parameters or buffers of its own but no `reset_parameters`.
+        TypeError: `model` is no module, or `device` no device.
+        ValueError: `device` is meta, or a module has parameters or buffers of its own but no
+            `reset_parameters`.
     """
+    check_type("model", model, nn.Module)
+    check_type("device", device, torch.device, str)
+    if torch.device(device).type == "meta":
+        raise ValueError(f"device must be one that holds values, got {device}")
     for name, module in model.named_modules():
         own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
         if own and not hasattr(module, "reset_parameters"):
@@ -69,7 +76,19 @@ def init_normal_rows_(table: Tensor, std: float) -> None:
     Args:
         table: (E, H), a DTensor on any mesh or a plain tensor.
         std: standard deviation.
+
+    Raises:
+        TypeError: `table` is no tensor of floats, or `std` no number.
+        ValueError: `table` does not have two dimensions, or `std` is negative.
     """
+    check_type("table", table, Tensor)
+    if table.ndim != 2 or not table.is_floating_point():
+        error = ValueError if table.is_floating_point() else TypeError
+        raise error(
+            "table must be floats of shape (num_experts, hidden_size), got "
+            f"{table.dtype} of shape {tuple(table.shape)}"
+        )
+    std = checked_number("std", std, 0)
     if not isinstance(table, DTensor):
         normal_rows.normal_rows_(table, std)
         return

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from flash_moe.arguments import check_type
 from flash_moe_dist.dispatch.partition import num_local_experts
 from flash_moe_dist.expert_parallel import ExpertParallelFunc
 
@@ -143,7 +144,11 @@ def count_load(model: nn.Module) -> Iterator[dict[str, ExpertLoad]]:
     included, and equal on these ranks. The end of the block is collective over that mesh, so every
     rank must enter the block. Tables that are no DTensors are counted for this process alone. Every
     forward pass in the block counts, so one that activation checkpointing recomputes counts again.
+
+    Raises:
+        TypeError: `model` is no module.
     """
+    check_type("model", model, nn.Module)
     loads: dict[str, ExpertLoad] = {}
     gathers: dict[str, Callable[[], ExpertLoad]] = {}
     with ExitStack() as stack:

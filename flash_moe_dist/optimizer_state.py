@@ -87,7 +87,7 @@ class SavedOptimizer:
         self._group_names = _group_names(names, optimizer)
         self._groups: list[dict[str, Any]] = []
         self.options = {
-            name: torch.empty(one.size, dtype=one.properties.dtype)
+            name: torch.empty(one.size, dtype=one.properties.dtype, device="cpu")
             if isinstance(one, TensorStorageMetadata)
             else None
             for name, one in metadata.state_dict_metadata.items()
@@ -143,7 +143,7 @@ class SavedOptimizer:
                 if not isinstance(one, TensorStorageMetadata):
                     entries[name] = None
                 elif parameter is None:
-                    entries[name] = torch.empty(one.size, dtype=one.properties.dtype)
+                    entries[name] = torch.empty(one.size, dtype=one.properties.dtype, device="cpu")
                 else:
                     entries[name] = _empty(one, key, parameter, groups[parameter])
         return entries

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
@@ -25,13 +25,16 @@ def parameter_groups(parameters: Iterable[nn.Parameter]) -> list[dict[str, Any]]
         A group of plain tensors and one for each mesh, in the order of their first parameters.
 
     Raises:
+        TypeError: `parameters` are not several tensors.
         ValueError: a parameter is in float16. Adam and its kin keep moments in the parameter's
             dtype, and squares of gradients below 1.7e-4 are 0 in float16: a row that no token
             has reached becomes NaN, and with `fused=True` one that few tokens reach gets steps
             thousands of times too long.
     """
-    by_mesh: dict[DeviceMesh | None, list[nn.Parameter]] = {}
-    for parameter in parameters:
+    by_mesh: dict[DeviceMesh | None, list[Tensor]] = {}
+    if isinstance(parameters, Tensor):
+        raise TypeError("parameters must be several tensors, got one: put it into a list")
+    for parameter in tensors_of(parameters):
         if parameter.dtype == torch.float16:
             raise ValueError(
                 f"parameters must not be float16, got one of shape {tuple(parameter.shape)}: "
@@ -41,3 +44,17 @@ def parameter_groups(parameters: Iterable[nn.Parameter]) -> list[dict[str, Any]]
         mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
         by_mesh.setdefault(mesh, []).append(parameter)
     return [{"params": group} for group in by_mesh.values()]
+
+
+def tensors_of(parameters: Tensor | Iterable[Tensor]) -> list[Tensor]:
+    """List one tensor or several; raise TypeError for anything else."""
+    expected = "parameters must be tensors, as model.parameters() gives them"
+    if isinstance(parameters, Tensor):
+        return [parameters]
+    if not isinstance(parameters, Iterable):
+        raise TypeError(f"{expected}, got {type(parameters).__name__}")
+    tensors = list(parameters)
+    for one in tensors:
+        if not isinstance(one, Tensor):
+            raise TypeError(f"{expected}, got {type(one).__name__} among them")
+    return tensors

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch.autograd import profiler
 
+from flash_moe.arguments import check_type
+
 # In the order of a forward pass; names in a backward pass end in _backward.
 PHASES = ("dispatch", "experts", "combine", "communication")
 # Timer of the open `time_phases` block. Not thread-local: backward runs on autograd's threads.
@@ -45,7 +47,7 @@ def _both(
 
 
 @contextmanager
-def time_phases(device: torch.device) -> Iterator[dict[str, float]]:
+def time_phases(device: torch.device | str) -> Iterator[dict[str, float]]:
     """Measure the device time of each phase of all sharded layers within the block.
 
         with time_phases(device) as seconds:
@@ -63,12 +65,14 @@ def time_phases(device: torch.device) -> Iterator[dict[str, float]]:
         device: where the layers run.
 
     Raises:
+        TypeError: `device` is no device.
         RuntimeError: the block is within another `time_phases` block.
     """
     global _timer
+    check_type("device", device, torch.device, str)
     if _timer is not None:
         raise RuntimeError("time_phases blocks cannot be nested")
-    timer = _timer = _Timer(device)
+    timer = _timer = _Timer(torch.device(device))
     seconds: dict[str, float] = {}
     try:
         yield seconds

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from flash_moe.arguments import check_type, checked_int
 from flash_moe_dist.dispatch.pass_order import check_backward_passes
 from flash_moe_dist.rendezvous import store_of_this_attempt, store_on_loopback
 
@@ -63,11 +64,12 @@ class Runtime:
             ep_size, timeout: arguments of `distributed`.
 
         Raises:
+            TypeError: `ep_size` is no int.
             ValueError: `ep_size` does not divide the number of ranks.
         """
         world_size = dist.get_world_size()
-        ep_size = world_size if ep_size is None else ep_size
-        if ep_size < 1 or world_size % ep_size:
+        ep_size = world_size if ep_size is None else checked_int("ep_size", ep_size, 1)
+        if world_size % ep_size:
             raise ValueError(
                 f"ep_size must divide the number of ranks = {world_size}, got {ep_size}"
             )
@@ -123,10 +125,12 @@ def distributed(
     Raises:
         RuntimeError: the process was not started by torchrun, there are more processes than GPUs
             on this machine, or not all ranks have joined within `timeout`.
-        ValueError: `ep_size` does not divide the number of ranks; or at the end of the block, on
-            every rank of the ep mesh, if sharded layers ran their last backward passes in another
-            order on some rank.
+        TypeError: `ep_size` is no int, or `timeout` no timedelta.
+        ValueError: `ep_size` does not divide the number of ranks; `timeout` is not positive; or at
+            the end of the block, on every rank of the ep mesh, sharded layers ran their last
+            backward passes in another order on some rank.
     """
+    check_timeout(timeout)
     device = own_device()
     _end_with_torchrun()
     if device.type == "cuda":
@@ -168,6 +172,13 @@ def own_device() -> torch.device:
             f"machine, got at least {local_rank + 1}"
         )
     return torch.device("cuda", local_rank)
+
+
+def check_timeout(timeout: timedelta) -> None:
+    """Raise unless `timeout` is a positive timedelta."""
+    check_type("timeout", timeout, timedelta)
+    if timeout <= timedelta(0):
+        raise ValueError(f"timeout must be positive, got {timeout}")
 
 
 def leave_group() -> None:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 TIMEOUT = timedelta(seconds=60)
 KERNELS = "gloo with kernels"
-# Of which the longest function needs a sixth on two cores.
+# The longest function needs a sixth of this on two cores.
 ANSWER_SECONDS = 300
 
 

@@ -293,6 +293,11 @@ def enlarge_copy(path: Path, copy: Path) -> None:
     copy.write_bytes(path.read_bytes() + bytes(2**20))
 
 
+def replace_by_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
 def replace_by_pipe(path: Path) -> None:
     path.unlink()
     os.mkfifo(path)
@@ -357,16 +362,24 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "a pipe": (
         lambda path: replace_by_pipe(path / ".metadata"),
-        r"is not safe to load: \.metadata is not a file in the folder",
+        r"is a damaged checkpoint: \.metadata is a device, pipe or socket in place of a file",
+    ),
+    "a folder": (
+        lambda path: replace_by_folder(path / "__1_0.distcp"),
+        r"is a damaged checkpoint: __1_0\.distcp is a folder in place of a file",
     ),
     "no progress": (lambda path: (path / "progress.json").unlink(), "is an incomplete checkpoint"),
     "half of the progress": (
         lambda path: cut(path / "progress.json", 0.5),
-        "is an incomplete checkpoint",
+        r"is a damaged checkpoint: progress\.json has SHA-256 sum",
+    ),
+    "a bit of the progress": (
+        lambda path: flip(path / "progress.json"),
+        r"is a damaged checkpoint: progress\.json has SHA-256 sum",
     ),
     "another step's": (
         lambda path: (path / "progress.json").write_text(json.dumps({"step": 3})),
-        r"must contain step 2, got \{'step': 3\}",
+        r"is a damaged checkpoint: progress\.json has SHA-256 sum",
     ),
     "nothing": (
         lambda path: path.rename(path.with_name("step-00000010")),
@@ -374,7 +387,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "a file in its place": (
         lambda path: path.rename(path.with_name("moved")).with_name(path.name).write_text(""),
-        "is an incomplete checkpoint",
+        "is no checkpoint: it is not a folder",
     ),
     "a link to nothing": (
         lambda path: (

@@ -7,6 +7,7 @@ import os
 import pickle
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from flash_moe_dist.checkpoint import Checkpointer, PartialLoadError
 from flash_moe_dist.checkpoint_manifest import HashingWriter, share_of_rank
 from flash_moe_dist.checkpoint_unpickling import SafeLoadPlanner, SafeSavePlanner, parse_metadata
+from flash_moe_dist.export import export_tensors, import_tensors
 
 
 def trained(model: nn.Module | None = None) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -83,9 +85,6 @@ def test_in_a_plain_process(asynchronous: bool, tmp_path: Path) -> None:
 
 
 def test_arguments_of_a_wrong_kind(tmp_path: Path) -> None:
-    folder: Any = 3
-    with pytest.raises(TypeError):
-        Checkpointer(folder)
     checkpoints = Checkpointer(tmp_path)
     step: Any = "1"
     for method in (checkpoints.progress, lambda step: checkpoints.save(step, *trained())):
@@ -96,6 +95,51 @@ def test_arguments_of_a_wrong_kind(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no checkpoint of step 7 in .*, steps saved: none"):
         checkpoints.load(7, *trained())
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_nothing_is_done_after_close(asynchronous: bool, tmp_path: Path) -> None:
+    checkpoints = Checkpointer(tmp_path, asynchronous=asynchronous)
+    checkpoints.save(1, *trained())
+    checkpoints.close()
+    checkpoints.close()
+    for method in (
+        checkpoints.newest,
+        checkpoints.wait,
+        partial(checkpoints.progress, 1),
+        partial(checkpoints.load, 1, *trained()),
+        partial(checkpoints.save, 2, *trained()),
+    ):
+        with pytest.raises(RuntimeError, match="this Checkpointer has been closed"):
+            method()
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_default_device_is_not_used(asynchronous: bool, tmp_path: Path) -> None:
+    first, other = trained(), trained()
+    for model, optimizer in (first, other):
+        optimizer.param_groups[0]["lr"] = torch.tensor(0.5 if model is first[0] else 0.25)
+        optimizer.step()
+    with torch.device("meta"):
+        checkpoints = Checkpointer(tmp_path / "checkpoints", asynchronous=asynchronous)
+        checkpoints.save(1, *first)
+        checkpoints.load(1, *other)
+        checkpoints.close()
+        assert_equal(values(*other), values(*first))
+        assert other[1].param_groups[0]["lr"].item() == 0.5
+        export_tensors(tmp_path / "file", first[0].state_dict())
+        nn.init.zeros_(other[0].get_parameter("weight"))
+        import_tensors(tmp_path / "file", other[0].state_dict())
+        assert_equal(values(*other), values(*first))
+
+
+def test_a_folder_of_another_name_or_kind(saved: Path) -> None:
+    saved.rename(saved.with_name("step-00000005"))
+    with pytest.raises(ValueError, match=r"must contain step 5, got \{'step': 1\}"):
+        Checkpointer(saved.parent).progress(5)
+    with pytest.raises(RuntimeError, match=r"Not a directory: .*\.metadata"):
+        Checkpointer(saved.with_name("step-00000005") / ".metadata").newest()
 
 
 class Marks:

@@ -10,7 +10,8 @@ from ranks import RankPools, rank_device, rank_runtime
 from sharded import gloo_on_cuda, shard_experts, whole
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.parallel import parallelize_module
 
 from flash_moe import FlashExperts, triton_flash_expert_func
@@ -374,6 +375,30 @@ def share_tables(on_meta: bool) -> None:
 @pytest.mark.parametrize("on_meta", [False, True], ids=["with values", "meta"])
 def test_tables_of_two_modules_stay_shared(on_meta: bool, rank_pools: RankPools) -> None:
     rank_pools.run(2, share_tables, on_meta)
+
+
+def share_tables_under_fully_shard() -> None:
+    """One call keeps them shared, for a list of modules or for their parent; two calls do not."""
+    runtime = rank_runtime(1)
+    options: Any = {"mesh": runtime.efsdp_mesh, "shard_placement_fn": lambda table: Shard(1)}
+    for calls in ("list", "parent", "separate"):
+        first, second = FlashExperts(7, 6), FlashExperts(7, 6)
+        second.down_weights, second.up_weights = first.up_weights, first.down_weights
+        model = nn.Sequential(first, second)
+        parallelize_module(model, runtime.ep_mesh, {"*": ExpertParallel()})
+        if calls == "separate":
+            fully_shard(first, **options)
+            fully_shard(second, **options)
+        elif calls == "list":
+            fully_shard([first, second], **options)
+        else:
+            fully_shard(model, **options)
+        assert (first.down_weights is second.up_weights) == (calls != "separate")
+        assert len(list(model.parameters())) == (4 if calls == "separate" else 2)
+
+
+def test_tables_stay_shared_under_one_call_of_fully_shard(rank_pools: RankPools) -> None:
+    rank_pools.run(2, share_tables_under_fully_shard)
 
 
 def share_tables_over_two_meshes() -> None:

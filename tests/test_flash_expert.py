@@ -355,6 +355,13 @@ BAD_INPUTS = {
         TypeError,
         "hidden_states must be a dense tensor, got layout torch.sparse_coo",
     ),
+    "hidden_states are nested": (
+        replaced(
+            hidden_states=torch.nested.nested_tensor([torch.zeros(4, 8)], layout=torch.jagged)
+        ),
+        TypeError,
+        "hidden_states must be a dense tensor, got a nested tensor",
+    ),
     "index too large": (
         replaced(indices=torch.full((4, 3), 6)),
         ValueError,

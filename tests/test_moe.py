@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from ranks import RankPools
@@ -12,7 +13,12 @@ from torch.distributed.tensor import Shard, distribute_tensor
 import flash_moe
 import flash_moe_dist
 from flash_moe import FlashExperts, FlashMoE
-from flash_moe.layers.moe import MEAN_SQUARE_SILU, MEAN_SQUARE_SILU_THIRD, initial_up_std
+from flash_moe.layers.moe import (
+    MEAN_SQUARE_SILU,
+    MEAN_SQUARE_SILU_THIRD,
+    initial_up_std,
+    mean_square_weights,
+)
 from flash_moe.ops.naive import naive_expert_func
 
 
@@ -33,23 +39,38 @@ def test_flash_moe_is_shared_mlp_plus_routed_experts() -> None:
         weights.flatten(0, 1),
     )
     torch.testing.assert_close(layer(hidden_states), shared + routed.view_as(shared))
+    torch.testing.assert_close(layer(hidden_states[0, 0]), layer(hidden_states)[0, 0])
 
 
+# Few experts or slots make other sums than many. Grids of two numbers far apart: 7, 1022, 1996.
 @pytest.mark.parametrize(
     ("num_experts", "slots"),
-    [(64, 1), (64, 8), (64, 64), (1024, 256), (16_384, 32), (102_400, 16), (102_400, 512)],
+    [
+        *((4, slots) for slots in (1, 2, 4)),
+        *((7, 3), (16, 16), (64, 1), (64, 8), (64, 64), (100, 10), (1022, 64), (1996, 9)),
+        *((1024, slots) for slots in (32, 256, 1024)),
+        *((16_384, 32), (102_400, 16), (102_400, 512), (1_000_000, 1), (1_000_000, 512)),
+    ],
 )
 def test_routed_and_shared_parts_begin_at_the_same_size(
     num_experts: int, slots: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FLASH_MOE_BACKEND", "reference")
     torch.manual_seed(0)
-    layer = FlashMoE(64, 96, num_experts, slots)
-    hidden_states = torch.randn(256, 64)
-    with torch.no_grad():
-        routed = layer.experts(hidden_states, *layer.router(hidden_states))
-        shared = layer.shared_mlp(hidden_states)
-    assert routed.std() / shared.std() == pytest.approx(1, abs=0.15)
+    hidden_size = 256 if num_experts < 100 else 32
+    hidden_states = nn.functional.rms_norm(torch.randn(128, hidden_size), (hidden_size,))
+    routed = shared = squares = 0.0
+    # Tables of few rows differ much from each other.
+    layers = 40 if num_experts < 100 else 10 if num_experts < 10_000 else 1
+    for _ in range(layers):
+        layer = FlashMoE(hidden_size, 512, num_experts, slots)
+        with torch.no_grad():
+            indices, weights = layer.router(hidden_states)
+            squares += weights.square().sum(-1).mean().item() / layers
+            routed += layer.experts(hidden_states, indices, weights).var().item()
+            shared += layer.shared_mlp(hidden_states).var().item()
+    assert squares == pytest.approx(mean_square_weights(num_experts, slots), rel=0.03)
+    assert math.sqrt(routed / shared) == pytest.approx(1, abs=0.04)
 
 
 def test_mean_squares_of_silu() -> None:
@@ -87,12 +108,18 @@ def test_tables_on_meta_are_initialised_later() -> None:
     assert abs(experts.up_weights.std().item() - 1) < 0.02
 
 
+def test_integers_of_other_libraries_are_sizes() -> None:
+    layer = FlashMoE(np.int64(8), 6, torch.tensor(9), 2)  # type: ignore[arg-type]
+    assert (layer.experts.num_experts, layer.experts.hidden_size) == (9, 8)
+
+
 @pytest.mark.parametrize("leading", [(), (2, 3), (0,), (2, 0)])
 def test_experts_without_slots_or_tokens(leading: tuple[int, ...]) -> None:
     experts = FlashExperts(5, 4)
-    rows = leading or (3,)
-    out = experts(torch.randn(*rows, 4), torch.zeros(*rows, 0).long(), torch.zeros(*rows, 0))
-    assert out.shape == (*rows, 4)
+    out = experts(
+        torch.randn(*leading, 4), torch.zeros(*leading, 0).long(), torch.zeros(*leading, 0)
+    )
+    assert out.shape == (*leading, 4)
     assert out.count_nonzero() == 0
 
 
@@ -120,6 +147,13 @@ def test_hidden_states_of_another_dtype(autocast: bool) -> None:
                 layer(torch.randn(3, 4, dtype=dtype))
         if autocast:
             assert layer(torch.randn(3, 4, dtype=torch.bfloat16)).isfinite().all()
+        # Tables may have another dtype than hidden states.
+        layer.experts.double()
+        assert layer(torch.randn(3, 4)).dtype == torch.float32
+        for part in (layer.shared_mlp, layer.router):
+            part.double()
+            with pytest.raises(TypeError, match=r"parameters, torch.float64, .* got torch.float32"):
+                layer(torch.randn(3, 4))
 
 
 def test_output_is_no_view() -> None:

@@ -6,6 +6,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor, nn
 
+from flash_moe.arguments import check_parameter_dtype, checked_int, checked_number
 from flash_moe.layers.normal_rows import normal_rows_
 from flash_moe.ops.flash_expert import triton_flash_expert_func
 
@@ -24,6 +25,10 @@ class FlashExperts(nn.Module):
         hidden_size: H, the length of a row.
         device, dtype: where the tables live, and their type.
         up_std: standard deviation of the up table's initial values.
+
+    Raises:
+        TypeError: a size is no integer, up_std no number, or dtype no float dtype of the op.
+        ValueError: a size or up_std is negative.
     """
 
     expert_func: ExpertFunc = staticmethod(triton_flash_expert_func)
@@ -38,10 +43,11 @@ class FlashExperts(nn.Module):
         up_std: float = 1.0,
     ) -> None:
         super().__init__()
-        self.num_experts = num_experts
-        self.hidden_size = hidden_size
-        self.up_std = up_std
-        shape = (num_experts, hidden_size)
+        check_parameter_dtype(dtype)
+        self.num_experts = checked_int("num_experts", num_experts, 0)
+        self.hidden_size = checked_int("hidden_size", hidden_size, 0)
+        self.up_std = checked_number("up_std", up_std, 0)
+        shape = (self.num_experts, self.hidden_size)
         self.down_weights = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         self.up_weights = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         self.reset_parameters()
@@ -72,9 +78,9 @@ class FlashExperts(nn.Module):
         """
         rows = [hidden_states, indices, routing_weights]
         # Other arguments are passed on as they are: the op raises, on all ranks if sharded.
-        tensors = all(isinstance(one, Tensor) and one.ndim >= 2 for one in rows)
+        tensors = all(isinstance(one, Tensor) and one.ndim not in (0, 2) for one in rows)
         if tensors and all(one.shape[:-1] == hidden_states.shape[:-1] for one in rows):
-            rows = [one.flatten(0, -2) for one in rows]
+            rows = [one.unsqueeze(0).flatten(0, -2) for one in rows]
         out = self.expert_func(rows[0], self.down_weights, self.up_weights, rows[1], rows[2])
         # As a view, an in-place operation of the caller's would lose hooks on it, such as FSDP's.
         return torch.ops.aten._unsafe_view(out, hidden_states.shape)

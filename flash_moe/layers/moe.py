@@ -1,18 +1,26 @@
 """A feed-forward layer: routed experts in parallel with a shared gated MLP."""
 
 import math
-from statistics import NormalDist
+from functools import cache
+from heapq import nlargest
+from random import Random
 
 import torch
 from torch import Tensor, nn
 
+from flash_moe.arguments import checked_int
 from flash_moe.layers.experts import FlashExperts
-from flash_moe.layers.router import ProductKeyRouter
+from flash_moe.layers.router import (
+    ProductKeyRouter,
+    candidate_ranks,
+    check_fits,
+    squarest_grid,
+)
 
 # E[silu(b)^2] for b ~ N(0, 1), and E[silu(a)^2] for a ~ N(0, 1/3).
 MEAN_SQUARE_SILU, MEAN_SQUARE_SILU_THIRD = 0.3557755, 0.0997717
-# Of ProductKeyRouter's scores: sums of two logits, each of variance 1/3 by nn.Linear's weights.
-INITIAL_SCORE_VARIANCE = 2 / 3
+# Draws in `mean_square_weights`, and numbers drawn or added up in them: the error is then some 2 %.
+MAX_DRAWS, MAX_NUMBERS = 2**12, 2**17
 
 
 class SharedMLP(nn.Module):
@@ -24,6 +32,10 @@ class SharedMLP(nn.Module):
         hidden_size: H.
         intermediate_size: I, the width of the hidden layer.
         device, dtype: where the parameters live, and their type.
+
+    Raises:
+        TypeError: a size is no integer.
+        ValueError: a size is negative.
     """
 
     def __init__(
@@ -34,6 +46,8 @@ class SharedMLP(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        hidden_size = checked_int("hidden_size", hidden_size, 0)
+        intermediate_size = checked_int("intermediate_size", intermediate_size, 0)
         self.gate_proj = nn.Linear(
             hidden_size, intermediate_size, bias=False, device=device, dtype=dtype
         )
@@ -45,7 +59,13 @@ class SharedMLP(nn.Module):
         )
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """Map (..., H) to (..., H)."""
+        """Map (..., H) to (..., H).
+
+        Raises:
+            TypeError: `hidden_states` has another dtype than the parameters outside of autocast.
+            ValueError: it is on another device.
+        """
+        check_fits(hidden_states, self.gate_proj)
         gated = nn.functional.silu(self.gate_proj(hidden_states)) * self.up_proj(hidden_states)
         return self.down_proj(gated)
 
@@ -53,8 +73,8 @@ class SharedMLP(nn.Module):
 class FlashMoE(nn.Module):
     """Feed-forward layer: product-key router, routed experts, and a shared MLP in parallel.
 
-    The outputs of the routed experts and of the shared MLP have the same standard deviation at
-    first, whatever E and K: see `initial_up_std`.
+    With `norm_topk_prob`, the outputs of the routed experts and of the shared MLP have the same
+    standard deviation at first, whatever E and K: see `initial_up_std`.
 
     Args:
         hidden_size: H.
@@ -69,7 +89,7 @@ class FlashMoE(nn.Module):
         device, dtype: where the parameters live, and their type.
 
     Raises:
-        ValueError: see `ProductKeyRouter`.
+        TypeError, ValueError: see `ProductKeyRouter` and `SharedMLP`.
     """
 
     def __init__(
@@ -99,9 +119,9 @@ class FlashMoE(nn.Module):
         """Map (..., H) to (..., H), in the dtype of `hidden_states`.
 
         Raises:
-            TypeError, ValueError: see `ProductKeyRouter` and `FlashExperts`.
+            TypeError, ValueError: see `ProductKeyRouter`, `FlashExperts` and `SharedMLP`.
 
-        If experts are sharded and one rank raises any of these, all ranks do.
+        If experts are sharded and one rank raises an error of the first two, all ranks do.
         """
         try:
             indices, routing_weights = self.router(hidden_states)
@@ -120,19 +140,35 @@ def initial_up_std(num_experts: int, num_experts_per_tok: int) -> float:
     - `nn.Linear` draws weights of variance 1 / (3 inputs), so an element of the shared MLP's output
       has variance E[silu(a)^2] / 9 with a ~ N(0, 1/3).
     - An element of the routed sum over k of g_k silu(<x, d_k>) u_k has variance
-      std^2 E[silu(b)^2] S with b ~ N(0, 1), where S is the mean of the sum over k of g_k^2.
-    - The g are a softmax over the K largest of E scores ~ N(0, v). With s ~ N(0, v) and t such that
-      P(s > t) = K / E, S = C / K, C = E[e^2s | s > t] / E[e^s | s > t]^2. By the moments of a
-      truncated log-normal variable, C = e^v Q(t/sqrt(v) - 2 sqrt(v)) Q(t/sqrt(v)) /
-      Q(t/sqrt(v) - sqrt(v))^2, with Q(z) = P(b > z): from 1 for K << E to e^v for K = E.
+      std^2 E[silu(b)^2] S with b ~ N(0, 1), where S is the mean of the sum over k of g_k^2, the g
+      being scaled to sum to one (`mean_square_weights`).
 
-    Equal variances give std = sqrt(K E[silu(a)^2] / (9 C E[silu(b)^2])).
+    Equal variances give std = sqrt(E[silu(a)^2] / (9 E[silu(b)^2] S)).
     """
-    deviation = math.sqrt(INITIAL_SCORE_VARIANCE)
-    below = NormalDist().cdf
-    share = num_experts_per_tok / num_experts
-    threshold = -NormalDist().inv_cdf(share) if share < 1 else -math.inf
-    spread = math.exp(INITIAL_SCORE_VARIANCE) * below(2 * deviation - threshold) * share
-    spread = min(spread / below(deviation - threshold) ** 2, num_experts_per_tok)
-    shared = MEAN_SQUARE_SILU_THIRD / 9
-    return math.sqrt(num_experts_per_tok * shared / (spread * MEAN_SQUARE_SILU))
+    weights = mean_square_weights(num_experts, num_experts_per_tok)
+    return math.sqrt(MEAN_SQUARE_SILU_THIRD / (9 * MEAN_SQUARE_SILU * weights))
+
+
+@cache
+def mean_square_weights(num_experts: int, num_experts_per_tok: int) -> float:
+    """Estimate S, the mean over tokens of the sum of squares of a token's normalised weights.
+
+    The weights are a softmax over the K largest of the sums a_i + b_j of two keys' logits, which
+    at first are a_i, b_j ~ N(0, 1/3). S is 1 for K = 1, and approaches e^(2/3) / K for K = E and
+    1 / K for K << E, both as E grows; for E in the thousands it is still up to a tenth from these,
+    since sums that share a key depend on each other. There is no closed form for that, so S is
+    the mean of random draws: always the same ones, which leave all other generators as they are.
+    """
+    grid = squarest_grid(num_experts)
+    candidates = candidate_ranks(num_experts_per_tok, grid)
+    random, deviation = Random(0), math.sqrt(1 / 3)
+    draws = max(1, min(MAX_DRAWS, MAX_NUMBERS // (sum(grid) + len(candidates))))
+    total = 0.0
+    for _ in range(draws):
+        a, b = (
+            sorted((random.gauss(0, deviation) for _ in range(keys)), reverse=True) for keys in grid
+        )
+        scores = nlargest(num_experts_per_tok, (a[i] + b[j] for i, j in candidates))
+        weights = [math.exp(score) for score in scores]
+        total += math.fsum(one * one for one in weights) / math.fsum(weights) ** 2
+    return total / draws

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flash_moe.arguments import check_parameter_dtype, checked_int
+
 
 class ProductKeyRouter(nn.Module):
     """Scores an expert (i, j) of a key grid by the sum of two log-probabilities.
@@ -34,9 +36,10 @@ class ProductKeyRouter(nn.Module):
         device, dtype: where the parameters live, and their type.
 
     Raises:
-        ValueError: K is not in [1, E]; the product of key_grid is not E; or no key_grid was given
-            and E has no two factors near each other (a large prime, say), so that there would be
-            nearly as many keys as experts.
+        TypeError: a size is no integer, norm_topk_prob no bool, or dtype no float dtype of the op.
+        ValueError: H is negative; E is less than 1; K is not in [1, E]; the product of key_grid is
+            not E; or no key_grid was given and E has no two factors near each other (a large
+            prime, say), so that there would be nearly as many keys as experts.
     """
 
     candidates_first: Tensor
@@ -54,27 +57,26 @@ class ProductKeyRouter(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if not 1 <= num_experts_per_tok <= num_experts:
+        check_parameter_dtype(dtype)
+        if not isinstance(norm_topk_prob, bool):
+            raise TypeError(f"norm_topk_prob must be True or False, got {norm_topk_prob!r}")
+        hidden_size = checked_int("hidden_size", hidden_size, 0)
+        num_experts = checked_int("num_experts", num_experts, 1)
+        num_experts_per_tok = checked_int("num_experts_per_tok", num_experts_per_tok, 1)
+        if num_experts_per_tok > num_experts:
             raise ValueError(
                 f"num_experts_per_tok must lie in [1, num_experts = {num_experts}], "
                 f"got {num_experts_per_tok}"
             )
-        self.key_grid = key_grid or squarest_grid(num_experts)
+        self.key_grid = squarest_grid(num_experts)
+        if key_grid is not None:
+            self.key_grid = _checked_grid(key_grid, num_experts)
         if key_grid is None and sum(self.key_grid) > max(1024, 8 * math.isqrt(num_experts)):
             side = math.isqrt(num_experts) + 1
             raise ValueError(
                 f"num_experts must have two factors near each other, got {num_experts}, at best "
                 f"{self.key_grid[0]} * {self.key_grid[1]}: take {side * side} = {side} * {side}, "
                 "the next square (only ProductKeyRouter itself takes another key_grid)"
-            )
-        if (
-            len(self.key_grid) != 2
-            or math.prod(self.key_grid) != num_experts
-            or min(self.key_grid) < 1
-        ):
-            raise ValueError(
-                f"key_grid must be two numbers with a product of num_experts = {num_experts}, "
-                f"got {self.key_grid}"
             )
         self.hidden_size = hidden_size
         self.num_experts = num_experts
@@ -87,8 +89,7 @@ class ProductKeyRouter(nn.Module):
         grid = torch.empty(*self.key_grid, 0, dtype=torch.int64, device=self.keys.weight.device)
         self.register_buffer("grid", grid)
         self.register_load_state_dict_pre_hook(_add_missing_grid)
-        ranks = _candidate_ranks(num_experts_per_tok, self.key_grid)
-        for name, values in zip(("candidates_first", "candidates_second"), ranks, strict=True):
+        for name, values in self._candidates().items():
             self.register_buffer(name, values.to(self.keys.weight.device), persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ProductKeyRouter":
@@ -100,9 +101,14 @@ class ProductKeyRouter(nn.Module):
     def reset_parameters(self) -> None:
         """Restore the candidates; the keys are reset by their own module."""
         if not self.candidates_first.is_meta:
-            first, second = _candidate_ranks(self.num_experts_per_tok, self.key_grid)
-            self.candidates_first.copy_(first)
-            self.candidates_second.copy_(second)
+            for name, values in self._candidates().items():
+                self.get_buffer(name).copy_(values)
+
+    def _candidates(self) -> dict[str, Tensor]:
+        """Ranks of the candidates in both lists, (C,) each, by the name of their buffer."""
+        ranks = candidate_ranks(self.num_experts_per_tok, self.key_grid)
+        first, second = torch.tensor(ranks, device="cpu").unbind(1)
+        return {"candidates_first": first, "candidates_second": second}
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         """Choose experts.
@@ -128,7 +134,7 @@ class ProductKeyRouter(nn.Module):
                 f"hidden_states must have rows of hidden_size = {self.hidden_size}, "
                 f"got shape {tuple(hidden_states.shape)}"
             )
-        _check_fits(hidden_states, self.keys)
+        check_fits(hidden_states, self.keys)
         key_scores = self.keys(hidden_states)
         wide = torch.promote_types(key_scores.dtype, torch.float32)
         log_probs = (
@@ -169,8 +175,13 @@ def _add_missing_grid(
             )
 
 
-def _check_fits(hidden_states: Tensor, layer: nn.Module) -> None:
-    """Raise unless `layer`, if it is linear, can multiply `hidden_states`."""
+def check_fits(hidden_states: Tensor, layer: nn.Module) -> None:
+    """Raise unless `layer`, if it is linear, can multiply `hidden_states`.
+
+    Raises:
+        TypeError: their dtypes differ, and torch.autocast does not cast both to one.
+        ValueError: they are on different devices.
+    """
     if not isinstance(layer, nn.Linear):
         return
     weight = layer.weight
@@ -179,14 +190,28 @@ def _check_fits(hidden_states: Tensor, layer: nn.Module) -> None:
             f"hidden_states must be on {weight.device}, where the layer's parameters are, "
             f"got {hidden_states.device}"
         )
-    # Autocast leaves float64 as it is.
-    is_cast = torch.is_autocast_enabled(hidden_states.device.type)
-    is_cast = is_cast and torch.float64 not in (hidden_states.dtype, weight.dtype)
+    dtypes = (hidden_states.dtype, weight.dtype)
+    is_cast = torch.is_autocast_enabled(hidden_states.device.type) and all(
+        dtype.is_floating_point and dtype != torch.float64 for dtype in dtypes
+    )
     if hidden_states.dtype != weight.dtype and not is_cast:
         raise TypeError(
-            "hidden_states must have the dtype of the layer's parameters, "
-            f"{weight.dtype}, outside of torch.autocast, got {hidden_states.dtype}"
+            f"hidden_states must have the dtype of the layer's parameters, {weight.dtype}, "
+            "unless torch.autocast casts both (it casts all floats but float64), "
+            f"got {hidden_states.dtype}"
         )
+
+
+def _checked_grid(key_grid: Any, num_experts: int) -> tuple[int, int]:
+    """Return `key_grid` as a tuple of two ints; raise unless their product is `num_experts`."""
+    expected = f"key_grid must be two numbers with a product of num_experts = {num_experts}"
+    try:
+        grid = tuple(checked_int("key_grid", one, -num_experts) for one in key_grid)
+    except TypeError as error:
+        raise TypeError(f"{expected}, got {key_grid!r}") from error
+    if len(grid) != 2 or math.prod(grid) != num_experts or min(grid) < 1:
+        raise ValueError(f"{expected}, got {key_grid}")
+    return grid
 
 
 def squarest_grid(num_experts: int) -> tuple[int, int]:
@@ -195,15 +220,13 @@ def squarest_grid(num_experts: int) -> tuple[int, int]:
     return smaller, num_experts // smaller
 
 
-def _candidate_ranks(count: int, key_grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Return all ranks (i, j) in two sorted lists with (i + 1)(j + 1) <= count, as (C,) tensors.
+def candidate_ranks(count: int, key_grid: tuple[int, int]) -> list[tuple[int, int]]:
+    """List all ranks (i, j) in two sorted lists with (i + 1)(j + 1) <= count.
 
     With count 3 and a large grid: (0, 0), (0, 1), (0, 2), (1, 0), (2, 0).
     """
-    ranks = [
+    return [
         (i, j)
         for i in range(min(count, key_grid[0]))
         for j in range(min(count // (i + 1), key_grid[1]))
     ]
-    first, second = torch.tensor(ranks, device="cpu").unbind(1)
-    return first, second

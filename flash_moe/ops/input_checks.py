@@ -6,7 +6,8 @@ Whether ids and offsets are in range depends on the data: `flash_moe.ops.indices
 import torch
 from torch import Tensor
 
-FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+from flash_moe.arguments import FLOAT_DTYPES, dtype_names
+
 INDEX_DTYPES = (torch.int32, torch.int64)
 MAX_EXPERTS = 2**31 - 1
 
@@ -125,11 +126,13 @@ def _check_dtype(name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...]) ->
             "flash_moe_dist.ExpertParallel has sharded, or pass full_tensor(); to_local() would "
             "be this rank's rows alone"
         )
-    if tensor.layout != torch.strided:
-        raise TypeError(f"{name} must be a dense tensor, got layout {tensor.layout}")
+    if tensor.layout != torch.strided or tensor.is_nested:
+        found = "a nested tensor" if tensor.is_nested else f"layout {tensor.layout}"
+        raise TypeError(f"{name} must be a dense tensor, got {found}")
     if tensor.dtype not in allowed:
-        expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
-        raise TypeError(f"{name} must have one of the dtypes {expected}, got {tensor.dtype}")
+        raise TypeError(
+            f"{name} must have one of the dtypes {dtype_names(allowed)}, got {tensor.dtype}"
+        )
 
 
 def _check_ndim(name: str, tensor: Tensor, ndim: int, shape: str) -> None:
