@@ -66,6 +66,14 @@ def assert_ends_in_time(started: list[subprocess.Popen[str]], mark: Path) -> lis
     return said
 
 
+def test_an_exception_on_one_rank_ends_all(tmp_path: Path) -> None:
+    mark = tmp_path / "mark"
+    (said,) = assert_ends_in_time([torchrun("in the backward pass", "raises", mark)], mark)
+    assert "Traceback" in said
+    assert "in the_original_error" in said
+    assert "KeyError: 'the original error'" in said
+
+
 @pytest.mark.parametrize(
     ("where", "ranks"),
     [(PLACES[0], 4), *((where, RANKS) for where in (*PLACES[1:], "before a collective"))],

@@ -208,9 +208,15 @@ def waits_for_a_late_rank() -> None:
     """A rank that comes late, but to the same pass, is waited for."""
     case = own_case()
     (experts,) = layers(1, "all_gather")
-    if dist.get_rank() == 1:
-        time.sleep(pass_order.SECONDS_BEFORE_COMPARISON + 1)
-    forward(experts, case).sum().backward()
+    seconds = pass_order.SECONDS_BEFORE_COMPARISON + 1 if dist.get_rank() == 1 else 0.0
+    time.sleep(seconds)
+    out = forward(experts, case).sum()
+    time.sleep(seconds)
+    out.backward()
+    time.sleep(seconds)
+    group = dist.group.WORLD
+    assert group is not None
+    check_backward_passes(group)
 
 
 def test_a_late_rank_is_waited_for(rank_pools: RankPools) -> None:

@@ -7,7 +7,7 @@ W ranks of the group, which must all make the same calls. Autograd does not see 
 import torch.distributed as dist
 from torch import Tensor
 
-from flash_moe_dist.dispatch.pass_order import wait_for_collective
+from flash_moe_dist.dispatch.pass_order import host_waits, wait_for_collective
 from flash_moe_dist.phases import communication
 
 # Names of functions of torch.distributed.
@@ -38,10 +38,21 @@ class Pending:
 
     def wait_uncounted(self) -> None:
         """Wait without counting it as exposed communication: for a side stream."""
-        if self.received.is_cpu:
+        if host_waits(self._group, self.received.is_cuda):
             wait_for_collective(self._work, self._group)
         else:
             self._work.wait()
+
+
+def exchange_headers(received_WF: Tensor, sent_WF: Tensor, group: dist.ProcessGroup) -> None:
+    """Send row w of `sent_WF` to rank w and receive its row for this rank; the stream waits."""
+    if host_waits(group, sent_WF.is_cuda):
+        work = dist.all_to_all_single(received_WF, sent_WF, group=group, async_op=True)
+        Pending(received_WF, sent_WF, work, group).wait()
+        return
+    with communication():
+        # On the current stream: the host, which waits for the headers, has them 7 us earlier.
+        dist.all_to_all_single(received_WF, sent_WF, group=group)
 
 
 def start_all_to_all(

@@ -21,7 +21,7 @@ from flash_moe.ops.expert_math import NeedsGrad
 from flash_moe.ops.indices import poll_index_errors, raise_ids_out_of_range
 from flash_moe.ops.input_checks import check_routing
 from flash_moe_dist.agreement import raise_differences, raise_same_error
-from flash_moe_dist.dispatch.collectives import Pending
+from flash_moe_dist.dispatch.collectives import exchange_headers
 from flash_moe_dist.dispatch.header import INVALID_INPUT, TOKENS_DO_NOT_FIT, Header
 from flash_moe_dist.dispatch.pass_order import PassIdentity
 from flash_moe_dist.dispatch.routing import Routing
@@ -256,8 +256,7 @@ def exchange_counts(
     if inp.error is None:
         routing = inp.routing(ep_size)
         routing.write_header(sent_WF, inp.checksum, count_rows)
-    work = dist.all_to_all_single(received_WF, sent_WF, group=group, async_op=True)
-    Pending(received_WF, sent_WF, work, group).wait()
+    exchange_headers(received_WF, sent_WF, group)
     sent, received = header_2WF.tolist()
     counts = inp.agreed_counts(sent, received, group)
     assert routing is not None

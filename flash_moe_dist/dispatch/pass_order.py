@@ -1,15 +1,14 @@
-"""The order of passes over a group, and what happens if it is another one on some rank.
+"""The order of passes over a group, and the error if it is another one on some rank.
 
 A forward pass sends a checksum of its `PassIdentity` in its header, so that all ranks notice in the
 same exchange. A backward pass has no header: it is told in the identity of the next forward pass,
 or at the end of the run. Until then, ranks in different passes may wait for each other: one, say,
-for the header of a forward pass that another has skipped. So a rank of gloo, where the host waits
-for every collective, writes the name of its pass to the store of the group once it has waited for
-`SECONDS_BEFORE_COMPARISON`, and compares it with what other waiting ranks have written.
+for the header of a forward pass that another has skipped. So where the host waits for collectives
+(gloo), a rank that has waited for `SECONDS_BEFORE_COMPARISON` writes the name of its pass to the
+store of the group, and compares it with what other waiting ranks have written.
 """
 
 import time
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -47,7 +46,6 @@ class PassIdentity(NamedTuple):
         return {"the layer that is called": self.name, BACKWARD_PASSES: list(self.backward)}
 
 
-@dataclass
 class GroupPasses:
     """What a rank notes of the passes of all layers of a group.
 
@@ -55,13 +53,14 @@ class GroupPasses:
         layers in these, so no plan made before is known to be the same on all of them.
     """
 
-    failures: int = 0
-
-    def __post_init__(self) -> None:
+    def __init__(self) -> None:
+        self.failures = 0
         self._backward: list[str] = []
         # Passes in both directions that this rank has begun, and the name of the last.
         self._begun = 0
         self._name = ""
+        # Passes whose names this rank has written last, and before that.
+        self._written = self._before_written = 0
 
     @classmethod
     def of(cls, group: dist.ProcessGroup) -> "GroupPasses":
@@ -110,19 +109,30 @@ class GroupPasses:
 
     def _write_and_read(self, group: dist.ProcessGroup) -> dict[int, str]:
         """Write the name of this rank's pass to the store; return all names there, by rank."""
-        store = group.get_group_store()
-        keys = [f"pass {self._begun} of rank {rank}" for rank in range(dist.get_world_size(group))]
-        store.set(keys[dist.get_rank(group)], self._name)
-        return {
-            rank: store.get(key).decode() for rank, key in enumerate(keys) if store.check([key])
-        }
+        store, rank = group.get_group_store(), dist.get_rank(group)
+        keys = [_key(self._begun, one) for one in range(dist.get_world_size(group))]
+        if self._written != self._begun:
+            store.set(keys[rank], self._name)
+            # Others may still have to read the one before, but none before that.
+            store.delete_key(_key(self._before_written, rank))
+            self._before_written, self._written = self._written, self._begun
+        return {one: store.get(key).decode() for one, key in enumerate(keys) if store.check([key])}
+
+
+def _key(number: int, rank: int) -> str:
+    return f"pass {number} of rank {rank}"
 
 
 _passes_of_groups: WeakKeyDictionary[dist.ProcessGroup, GroupPasses] = WeakKeyDictionary()
 
 
+def host_waits(group: dist.ProcessGroup, is_cuda: bool) -> bool:
+    """Whether the host waits for a collective over tensors, on a GPU or not, and not the device."""
+    return not is_cuda and "gloo" in dist.get_backend(group)
+
+
 def wait_for_collective(work: dist.Work, group: dist.ProcessGroup) -> None:
-    """Wait on the host for a collective of gloo.
+    """Wait for a collective for which the host waits.
 
     Raises:
         RuntimeError: the collective failed, or took longer than the timeout of the group.
@@ -155,6 +165,6 @@ def check_backward_passes(group: dist.ProcessGroup) -> None:
     passes = GroupPasses.of(group)
     made = passes.take_backward()
     passes.begin_end()
-    if dist.get_backend(group) == "gloo":
+    if host_waits(group, is_cuda=False):
         wait_for_collective(dist.barrier(group, async_op=True), group)
     raise_differences({BACKWARD_PASSES: list(made)}, group)
