@@ -11,7 +11,8 @@ from cases import RESULTS, TOLERANCES, Case, assert_close, make_case
 from ranks import KERNELS, Failure, RankPools, rank_device
 from sharded import shard_experts
 from shared_files import use_shared_files
-from test_agreement import BAD_ROWS, KINDS, MESSAGES, SPOILED, bad_input, bad_rows_of_a_layer
+from test_agreement import BAD_ROWS, KINDS, MESSAGES, SPOILED, bad_rows_of_a_layer
+from test_agreement import SLOTS as BAD_INPUT_SLOTS
 from test_expert_parallel import (
     HIDDEN_SIZE,
     NUM_EXPERTS,
@@ -99,19 +100,26 @@ def attempts(before: DispatchStats, after: DispatchStats) -> tuple[int, int]:
     return count(after) - count(before), after.exact - before.exact
 
 
-def of_scenario(scenario: str, dtype: torch.dtype) -> None:
-    """Compare the later passes of a layer with the first, and the third with the oracle."""
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    cases = cases_of_all_ranks(scenario, NUM_EXPERTS, HIDDEN_SIZE, dtype, world_size)
+def later_passes(cases: list[Case], num_passes: int) -> None:
+    """Compare the later passes of a layer with the first, and the last with the oracle."""
+    rank, dtype = dist.get_rank(), cases[0].grad.dtype
     experts = shard_experts(cases[rank], "all_gather")
-    passes = [results(experts, cases[rank]) for _ in range(3)]
+    passes = [results(experts, cases[rank]) for _ in range(num_passes)]
+    has_pairs = any(case.indices.numel() for case in cases)
+    assert stats_of(experts).capacity == (num_passes - 1 if has_pairs else 0)
     for later in passes[1:]:
         for name, first, other in zip(RESULTS, passes[0], later, strict=True):
             assert torch.equal(first, other), name
     expected = expected_results(cases, rank)
     for place in (0, 1, 4):
         tolerance = 2 * TOLERANCES[dtype]
-        assert_close(passes[2][place].cpu(), expected[place], tolerance, RESULTS[place])
+        assert_close(passes[-1][place].cpu(), expected[place], tolerance, RESULTS[place])
+
+
+def of_scenario(scenario: str, dtype: torch.dtype) -> None:
+    world_size = dist.get_world_size()
+    cases = cases_of_all_ranks(scenario, NUM_EXPERTS, HIDDEN_SIZE, dtype, world_size)
+    later_passes(cases, 3 if dtype == torch.float64 else 2)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -126,10 +134,24 @@ def test_static_capacity_gives_the_bits_of_exact_counts(
     sound(run(rank_pools, 2, backend, of_scenario, scenario, dtype))
 
 
+def empty_slots() -> None:
+    """Pairs enough for a plan of four ranks."""
+    cases = []
+    for rank in range(dist.get_world_size()):
+        case = make_case(4, HIDDEN_SIZE, NUM_EXPERTS, 24, seed=rank)
+        empty = torch.rand(4, 24, generator=torch.Generator().manual_seed(rank)) < 0.4
+        case.indices = torch.where(empty, -1, case.indices)
+        case.indices[0] = -1
+        cases.append(case)
+    for case in cases:
+        case.down_weights, case.up_weights = cases[0].down_weights, cases[0].up_weights
+    later_passes(cases, 2)
+
+
 @pytest.mark.parametrize("backend", [KERNELS, SYMMETRIC])
 @pytest.mark.parametrize("world_size", [3, 4])
 def test_any_number_of_ranks(world_size: int, backend: str, rank_pools: RankPools) -> None:
-    sound(run(rank_pools, world_size, backend, of_scenario, "empty slots", torch.float32))
+    sound(run(rank_pools, world_size, backend, empty_slots))
 
 
 CHANGES = ("more pairs", "more tokens", "fewer tokens", "no tokens", "other slots on all ranks")
@@ -142,15 +164,15 @@ def changing(change: str) -> tuple[list[tuple[int, int]], bool]:
     """
     rank = dist.get_rank()
     tables = make_case(1, HIDDEN_SIZE, NUM_EXPERTS, 1)
-    usual = make_case(12, HIDDEN_SIZE, NUM_EXPERTS, 6, seed=rank)
-    changed = make_case(12, HIDDEN_SIZE, NUM_EXPERTS, 6, seed=10 + rank)
+    usual = make_case(4, HIDDEN_SIZE, NUM_EXPERTS, 20, seed=rank)
+    changed = make_case(4, HIDDEN_SIZE, NUM_EXPERTS, 20, seed=10 + rank)
     if change == "other slots on all ranks":
-        changed = make_case(12, HIDDEN_SIZE, NUM_EXPERTS, 3, seed=rank)
+        changed = make_case(4, HIDDEN_SIZE, NUM_EXPERTS, 10, seed=rank)
     elif change == "more pairs":
         changed.indices.fill_(3)
     elif rank == 0:
-        tokens = {"more tokens": 13, "fewer tokens": 11, "no tokens": 0}[change]
-        changed = make_case(tokens, HIDDEN_SIZE, NUM_EXPERTS, 6, seed=rank)
+        tokens = {"more tokens": 5, "fewer tokens": 3, "no tokens": 0}[change]
+        changed = make_case(tokens, HIDDEN_SIZE, NUM_EXPERTS, 20, seed=rank)
     experts = shard_experts(tables, "all_gather")
     exact_changed = results(shard_experts(tables, "all_gather"), changed)
     made, first = [], None
@@ -186,13 +208,13 @@ def alternating() -> tuple[DispatchStats, DispatchStats]:
     """Passes of two sizes in turn; then passes of one size, which is not the same on all ranks."""
     rank = dist.get_rank()
     experts = shard_experts(make_case(1, HIDDEN_SIZE, NUM_EXPERTS, 1), "all_gather")
-    small, large = (make_case(tokens, HIDDEN_SIZE, NUM_EXPERTS, 6, seed=rank) for tokens in (3, 5))
+    small, large = (make_case(tokens, HIDDEN_SIZE, NUM_EXPERTS, 6, seed=rank) for tokens in (1, 2))
     with torch.no_grad():
-        for case in [small, large] * 30:
+        for case in [small, large] * 16:
             experts(case.hidden_states, case.indices, case.routing_weights)
     alternated = stats_of(experts)
     experts = shard_experts(make_case(1, HIDDEN_SIZE, NUM_EXPERTS, 1), "all_gather")
-    uneven = make_case(5 - 2 * rank, HIDDEN_SIZE, NUM_EXPERTS, 6, seed=rank)
+    uneven = make_case(3 - 2 * rank, HIDDEN_SIZE, NUM_EXPERTS, 6, seed=rank)
     with torch.no_grad():
         for _ in range(5):
             experts(uneven.hidden_states, uneven.indices, uneven.routing_weights)
@@ -205,24 +227,42 @@ def test_a_plan_that_is_seldom_confirmed_is_seldom_made(
 ) -> None:
     for alternated, uneven in sound(run(rank_pools, 2, backend, alternating)):
         # A plan is made after 1, 2, 4, 8 ... exact passes.
-        assert alternated.retried + alternated.stood_in + alternated.capacity <= 6
-        assert alternated.exact + alternated.capacity == 60
+        assert 4 <= alternated.retried + alternated.stood_in + alternated.capacity <= 5
+        assert alternated.exact + alternated.capacity == 32
         assert (uneven.exact, uneven.capacity) == (1, 4)
         transport = "symmetric_memory" if backend == SYMMETRIC else "gloo"
         assert uneven.transports[transport] == (4 if backend == SYMMETRIC else 5)
 
 
+def bad_inputs() -> list[tuple[str, str]]:
+    """Kinds and messages of errors where rank 1 spoils a pass with static capacity, time and again.
+
+    Every rank goes on to work.
+    """
+    rank = dist.get_rank()
+    experts = shard_experts(make_case(1, HIDDEN_SIZE, NUM_EXPERTS, 1), "all_gather")
+    case = make_case(6, HIDDEN_SIZE, NUM_EXPERTS, BAD_INPUT_SLOTS, seed=rank)
+    arguments = [case.hidden_states, case.indices, case.routing_weights]
+    expected, errors = results(experts, case), []
+    for spoil in SPOILED.values():
+        assert has_plan(experts)
+        try:
+            experts(*(spoil(*arguments) if rank == 1 else arguments))
+        except (TypeError, ValueError) as error:
+            errors.append((type(error).__name__, str(error)))
+        out = experts(*arguments)
+    assert torch.equal(out, expected[0])
+    assert all(map(torch.equal, results(experts, case), expected))
+    return errors
+
+
 @pytest.mark.parametrize("backend", [KERNELS, SYMMETRIC])
-@pytest.mark.parametrize("spoil", SPOILED)
-def test_bad_input_of_one_rank_with_static_capacity(
-    spoil: str, backend: str, rank_pools: RankPools
-) -> None:
-    outcomes = run(rank_pools, 3, backend, bad_input, spoil, "all_gather", 2)
-    for outcome in outcomes:
-        assert isinstance(outcome, Failure)
-        assert outcome.kind == KINDS.get(spoil, "ValueError"), outcome.trace
-        assert MESSAGES[spoil] in outcome.message
-    assert len({outcome.message for outcome in outcomes}) == 1
+def test_bad_input_of_one_rank_with_static_capacity(backend: str, rank_pools: RankPools) -> None:
+    first, *others = sound(run(rank_pools, 3, backend, bad_inputs))
+    assert others == [first, first]
+    for spoil, (kind, message) in zip(SPOILED, first, strict=True):
+        assert kind == KINDS.get(spoil, "ValueError"), spoil
+        assert MESSAGES[spoil] in message
 
 
 @pytest.mark.parametrize("backend", [KERNELS, SYMMETRIC])
@@ -238,31 +278,23 @@ def test_bad_rows_of_a_whole_layer_with_static_capacity(
     assert len({outcome.message for outcome in outcomes}) == 1
 
 
-def recomputed(use_reentrant: bool) -> list[tuple[int, int]]:
+def recomputed(use_reentrant: bool) -> tuple[int, int]:
     """Recompute with static capacity a first pass that had exact counts."""
-    case = make_case(9, HIDDEN_SIZE, NUM_EXPERTS, 5, seed=dist.get_rank())
-    experts = shard_experts(make_case(1, HIDDEN_SIZE, NUM_EXPERTS, 1), "all_gather")
-    expected = results(experts, case)
-    made = []
-    for _ in range(2):
-        experts = shard_experts(make_case(1, HIDDEN_SIZE, NUM_EXPERTS, 1), "all_gather")
-        hidden_states = case.hidden_states.detach().requires_grad_()
-        out: Any = checkpoint(
-            experts,
-            hidden_states,
-            case.indices,
-            case.routing_weights,
-            use_reentrant=use_reentrant,
-        )
-        out.backward(case.grad)
-        made.append(attempts(DispatchStats(), stats_of(experts)))
-        assert torch.equal(out, expected[0])
-        assert hidden_states.grad is not None
-        assert torch.equal(hidden_states.grad, expected[1])
-        for table, grad in zip(experts.parameters(), expected[2:4], strict=True):
-            tensor: Any = table.grad
-            assert torch.equal(tensor.to_local(), grad)
-    return made
+    case = make_case(3, HIDDEN_SIZE, NUM_EXPERTS, 6, seed=dist.get_rank())
+    tables = make_case(1, HIDDEN_SIZE, NUM_EXPERTS, 1)
+    expected = results(shard_experts(tables, "all_gather"), case)
+    experts = shard_experts(tables, "all_gather")
+    hidden_states = case.hidden_states.detach().requires_grad_()
+    args = (hidden_states, case.indices, case.routing_weights)
+    out: Any = checkpoint(experts, *args, use_reentrant=use_reentrant)
+    out.backward(case.grad)
+    assert torch.equal(out, expected[0])
+    assert hidden_states.grad is not None
+    assert torch.equal(hidden_states.grad, expected[1])
+    for table, grad in zip(experts.parameters(), expected[2:4], strict=True):
+        tensor: Any = table.grad
+        assert torch.equal(tensor.to_local(), grad)
+    return attempts(DispatchStats(), stats_of(experts))
 
 
 @pytest.mark.parametrize("backend", [KERNELS, SYMMETRIC])
@@ -271,7 +303,7 @@ def test_recomputed_with_static_capacity(
     use_reentrant: bool, backend: str, rank_pools: RankPools
 ) -> None:
     for made in sound(run(rank_pools, 2, backend, recomputed, use_reentrant)):
-        assert made == [(1, 1), (1, 1)]
+        assert made == (1, 1)
 
 
 class Waited(Pending):
@@ -284,32 +316,44 @@ class Waited(Pending):
             torch.cuda.synchronize()
 
 
-def one_after_the_other(dispatcher: str, num_tokens: int) -> None:
+def one_after_the_other(dispatcher: str, shape: tuple[int, int, int, int]) -> None:
     """Compare passes that wait for each collective with passes that overlap."""
-    case = make_case(num_tokens, 64, 300, 40, torch.bfloat16, seed=dist.get_rank())
-    experts = shard_experts(make_case(1, 64, 300, 1, torch.bfloat16), dispatcher)
+    _, hidden_size, num_experts, _ = shape
+    case = make_case(*shape, torch.bfloat16, seed=dist.get_rank())
+    tables = make_case(1, hidden_size, num_experts, 1, torch.bfloat16)
+    experts = shard_experts(tables, dispatcher)
     beside = [results(experts, case) for _ in range(3)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("flash_moe_dist.dispatch.collectives.Pending", Waited)
-        waited = results(shard_experts(make_case(1, 64, 300, 1, torch.bfloat16), dispatcher), case)
+        waited = results(shard_experts(tables, dispatcher), case)
     for found in beside:
         assert all(map(torch.equal, found, waited))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dispatcher", ["all_to_all", "all_gather"])
+@pytest.mark.parametrize(
+    ("dispatcher", "backend"),
+    [
+        ("all_gather", SYMMETRIC),
+        *((dispatcher, KERNELS) for dispatcher in ("all_to_all", "all_gather")),
+        *(
+            pytest.param(dispatcher, backend, marks=pytest.mark.gpu)
+            for dispatcher in ("all_to_all", "all_gather")
+            for backend in ("nccl", "gloo on cuda")
+        ),
+    ],
+)
 def test_what_travels_beside_other_work_changes_nothing(
     dispatcher: str, backend: str, rank_pools: RankPools
 ) -> None:
-    tokens = 6 if backend.startswith(KERNELS) else 3000
-    sound(run(rank_pools, 2, backend, one_after_the_other, dispatcher, tokens))
+    shape = (4, 64, 40, 16) if backend.startswith(KERNELS) else (3000, 64, 300, 40)
+    sound(run(rank_pools, 2, backend, one_after_the_other, dispatcher, shape))
 
 
 def with_other_tables(change: str, on: tuple[int, ...]) -> None:
     """Passes of a layer whose tables become others, on these ranks."""
     rank = dist.get_rank()
-    case = make_case(9, HIDDEN_SIZE, NUM_EXPERTS, 6, seed=rank)
-    other = make_case(9, 2 * HIDDEN_SIZE, NUM_EXPERTS, 6, seed=rank)
+    case = make_case(3, HIDDEN_SIZE, NUM_EXPERTS, 6, seed=rank)
+    other = make_case(3, 2 * HIDDEN_SIZE, NUM_EXPERTS, 6, seed=rank)
     experts = shard_experts(make_case(1, HIDDEN_SIZE, NUM_EXPERTS, 1), "all_gather")
     for _ in range(2):
         results(experts, case)
@@ -342,7 +386,7 @@ def test_other_tables_on_one_rank(change: str, backend: str, rank_pools: RankPoo
 
 
 def with_another_backend() -> None:
-    case = make_case(9, HIDDEN_SIZE, NUM_EXPERTS, 6, seed=dist.get_rank())
+    case = make_case(3, HIDDEN_SIZE, NUM_EXPERTS, 6, seed=dist.get_rank())
     experts = shard_experts(make_case(1, HIDDEN_SIZE, NUM_EXPERTS, 1), "all_gather")
     for _ in range(2):
         expected = results(experts, case)
