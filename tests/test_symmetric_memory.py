@@ -4,6 +4,7 @@ import pickle
 import random
 import time
 import warnings
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from sharded import shard_experts
 from shared_files import SharedFiles, use_shared_files
 from test_capacity import has_plan, layer_of, results, stats_of
 from test_expert_parallel import needs_gpus
+from torch import Tensor
 
 from flash_moe import FlashExperts
 from flash_moe_dist.dispatch import symmetric_memory
@@ -30,8 +32,9 @@ NUM_EXPERTS, SLOTS = 23, 6
 BACKENDS = [KERNELS, pytest.param("nccl", marks=pytest.mark.gpu)]
 
 
-def layer(hidden_size: int, seed: int = 0) -> FlashExperts:
-    return shard_experts(make_case(1, hidden_size, NUM_EXPERTS, 1, seed=seed), "all_gather")
+def layer(hidden_size: int, seed: int = 0, **options: Any) -> FlashExperts:
+    tables = make_case(1, hidden_size, NUM_EXPERTS, 1, seed=seed)
+    return shard_experts(tables, "all_gather", **options)
 
 
 def use_memory(patch: pytest.MonkeyPatch) -> None:
@@ -46,45 +49,70 @@ def buffers_of(experts: FlashExperts) -> Any:
     return getattr(plan.dispatcher, "buffers", None)
 
 
-def random_passes(seed: int) -> None:
-    """Three layers share memory, with backward passes in any order, each against a new layer."""
-    rank, draw = dist.get_rank(), random.Random(seed)
+# Layer and input of each pass: first passes have exact counts, and so have the one whose pairs do
+# not fit, the one after it, and the one of fewer tokens.
+PASSES = (
+    *((0, ""), (1, ""), (2, ""), (0, ""), (1, ""), (0, "no_grad"), (2, "inference_mode"), (0, "")),
+    *((1, "one expert"), (2, ""), (1, ""), (1, ""), (2, "fewer tokens"), (0, "")),
+)
+NUM_EXACT = 6
+
+
+def passes_of_three_layers() -> tuple[int, Counter[str]]:
+    """Layers that share memory, with backward passes in any order, against exact counts.
+
+    Returns the number of passes with static capacity, and passes by transport.
+    """
+    rank, draw = dist.get_rank(), random.Random(0)
     sizes = (12, 20, 12)
     with pytest.MonkeyPatch.context() as patch:
         use_memory(patch)
         layers = [layer(size, seed) for seed, size in enumerate(sizes)]
-        pending: list[tuple[int, Case, Any]] = []
-        for number in range(20):
-            place, tokens = draw.randrange(3), draw.choice([9, 9, 9, 5])
-            slots, one_expert = draw.choice([6, 6, 4]), draw.random() < 0.1
-            drawn = (tokens, sizes[place], NUM_EXPERTS, slots)
-            case = make_case(*drawn, device=rank_device(), seed=100 * number + rank)
-            if one_expert:
+        exact = [layer(size, seed, capacity=None) for seed, size in enumerate(sizes)]
+        pending: list[tuple[int, Case, Tensor, Any]] = []
+
+        def differentiate_any() -> None:
+            place, case, out, leaves = pending.pop(draw.randrange(len(pending)))
+            grads: Any = torch.autograd.grad(out, leaves, case.grad)
+            local = [g.to_local() if hasattr(g, "to_local") else g for g in grads]
+            for found, expected in zip([out, *local], results(exact[place], case), strict=True):
+                assert torch.equal(found, expected)
+
+        for number, (place, change) in enumerate(PASSES):
+            tokens = 2 if change == "fewer tokens" else 3
+            # Pairs enough for a plan of three ranks.
+            shape = (tokens, sizes[place], NUM_EXPERTS, 40)
+            case = make_case(*shape, device=rank_device(), seed=100 * number + rank)
+            if change == "one expert":
                 case.indices.fill_(3)
-            if draw.random() < 0.2:
-                with draw.choice([torch.no_grad, torch.inference_mode])():
-                    layers[place](case.hidden_states, case.indices, case.routing_weights)
+            arguments = (case.hidden_states, case.indices, case.routing_weights)
+            if change in ("no_grad", "inference_mode"):
+                with getattr(torch, change)():
+                    layers[place](*arguments)
                 continue
             leaves = [case.hidden_states, *layers[place].parameters(), case.routing_weights]
-            out = layers[place](case.hidden_states, case.indices, case.routing_weights)
-            pending.append((place, case, (out, leaves)))
-            while pending and draw.random() < 0.5:
-                place, case, (out, leaves) = pending.pop(draw.randrange(len(pending)))
-                grads: Any = torch.autograd.grad(out, leaves, case.grad)
-                local = [g.to_local() if hasattr(g, "to_local") else g for g in grads]
-                expected = results(layer(sizes[place], place), case)
-                for found, exact in zip([out, *local], expected, strict=True):
-                    assert torch.equal(found, exact)
-        assert len({id(buffers_of(one)) for one in layers if has_plan(one)}) <= 1
+            pending.append((place, case, layers[place](*arguments), leaves))
+            while len(pending) > 2:
+                differentiate_any()
+        while pending:
+            differentiate_any()
+        assert len({id(buffers_of(one)) for one in layers if has_plan(one)}) == 1
+        counted = [stats_of(one) for one in layers]
+        transports: Counter[str] = sum((stats.transports for stats in counted), Counter())
+        return sum(stats.capacity for stats in counted), transports
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("ranks", "seed"), [(2, 0), (2, 1), (3, 2)])
-def test_layers_share_memory(ranks: int, seed: int, backend: str, rank_pools: RankPools) -> None:
+@pytest.mark.parametrize(
+    ("ranks", "backend"),
+    [(2, KERNELS), (3, KERNELS), pytest.param(2, "nccl", marks=pytest.mark.gpu)],
+)
+def test_layers_share_memory(ranks: int, backend: str, rank_pools: RankPools) -> None:
     if backend == "nccl":
         needs_gpus(backend)
-        ranks = 2
-    rank_pools.run(ranks, random_passes, seed, backend=backend)
+    for capacity, transports in rank_pools.run(ranks, passes_of_three_layers, backend=backend):
+        assert capacity == len(PASSES) - NUM_EXACT
+        if backend == KERNELS:
+            assert transports == {"gloo": NUM_EXACT, "symmetric_memory": capacity}
 
 
 def tables_only_of_two_sizes() -> None:
