@@ -364,3 +364,4 @@ def test_ctrl_c_then_refusals_inside(text: str, tmp_path: Path) -> None:
         f"train.sh: error: --out {tmp_path} holds a checkpoint of step {last}: --resume continues "
         "from it, another --out starts a new run"
     ]
+    assert steps_done(tmp_path) == last

@@ -177,28 +177,12 @@ def test_resume_after_the_end_trains_only_further_steps(
     assert checkpoints_in(out)[-1] == names(23)[0]
 
 
-def test_what_is_refused_is_not_resumed_by_a_restart(
-    options: tuple[str, ...], uninterrupted: Path, tmp_path: Path
-) -> None:
-    out = shutil.copytree(uninterrupted, tmp_path / "out")
-    launcher = ("--standalone", "--max-restarts", "1")
-    ended = launch(*options, "--steps", "30", "--out", str(out), launcher=launcher)
-    assert ended.returncode != 0
-    assert ended.stderr.count("train.sh: error: --out") == 2
-    assert_same_run(out, uninterrupted)
-
-
-def test_resume_with_other_ranks_and_settings_says_so(
+def test_resume_with_other_ranks_says_so(
     options: tuple[str, ...], uninterrupted: Path, tmp_path: Path
 ) -> None:
     out = shutil.copytree(uninterrupted, tmp_path / "out")
     shutil.rmtree(out / "checkpoints" / names(20)[0])
-    arguments = (*options, "--out", str(out), "--resume")
-    other = launch(*arguments, "--num-experts", "60")
-    assert other.returncode != 0
-    assert other.stderr.count("train.sh: error: ") == 1
-    assert "checkpoint in --out is of a model with num_experts = 50, here 60" in other.stderr
-    resumed = launch(*arguments, ranks=3)
+    resumed = launch(*options, "--out", str(out), "--resume", ranks=3)
     assert resumed.returncode == 0, resumed.stderr
     assert "resuming after step 18 of 20\nchanged: world_size 2 before, 3 now\n" in resumed.stdout
     for line, expected in zip(metrics_of(out), metrics_of(uninterrupted), strict=True):

@@ -89,6 +89,13 @@ def test_what_is_given_again_is_used_and_said(data: Path) -> None:
     ]
 
 
+def test_another_model_is_refused(data: Path) -> None:
+    saved = progress_of(prepared([*SMALL, "--data", data.name], {}))
+    message = "checkpoint in --out is of a model with num_experts = 50, here 60"
+    with pytest.raises(ValueError, match=message):
+        prepared(["--resume", "--num-experts", "60"], saved)
+
+
 def test_other_data_must_be_asked_for(data: Path) -> None:
     saved = progress_of(prepared([*SMALL, "--data", data.name], {}))
     data.write_bytes(data.read_bytes()[:-40])
