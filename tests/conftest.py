@@ -22,7 +22,11 @@ from flash_moe.ops.backends import dense, hot_cold
 # Tests of runs that must end in time: never two of them at once.
 WITH_DEADLINES = ("test_failures", "test_nodes", "test_restart")
 # Run first, so that one worker does not end long after the other.
-LONGEST = (*WITH_DEADLINES, "test_training", "test_capacity", "test_symmetric_memory")
+LONGEST = (
+    *WITH_DEADLINES,
+    *("test_ends", "test_training", "test_checkpoint", "test_capacity", "test_leaks"),
+    *("test_scaling", "test_readme", "test_nonfinite", "test_symmetric_memory", "test_bench"),
+)
 
 poison_fresh_memory()
 if not torch.cuda.is_available():

@@ -96,6 +96,7 @@ def assert_equal(loaded: dict[str, Tensor], saved: dict[str, Tensor]) -> None:
         assert torch.equal(tensor, saved[name]), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("saving", "ep_size"), LAYOUTS)
 def test_saved_and_loaded_with_any_ranks_and_meshes(
     saving: int, ep_size: int | None, text: str, tmp_path: Path, rank_pools: RankPools

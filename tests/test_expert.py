@@ -88,6 +88,7 @@ def test_expert_forward_throughput(shape: tuple[int, int, int, int], device: tor
     report("forward", shape, times, device)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_expert_backward_throughput(shape: tuple[int, int, int, int], device: torch.device) -> None:
     times: dict[str, float] = {}

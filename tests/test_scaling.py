@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from typing import Any
 
 import pytest
@@ -149,10 +150,18 @@ def test_ranks_that_are_left_out_wait() -> None:
     assert "nothing is predicted" in alone.stdout
 
 
-def test_help_is_printed_once() -> None:
-    ended = bench("--help")
-    assert ended.stdout.count("usage: bench_scaling.py") == 1
-    assert "(default: 50.0)" in ended.stdout
+def test_help_is_printed_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from bench_scaling import main
+
+    monkeypatch.setattr(sys, "argv", ["bench_scaling.py", "--help"])
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        main()
+    printed = capsys.readouterr().out
+    assert printed.count("usage: bench_scaling.py") == 1
+    assert "(default: 50.0)" in printed
 
 
 BAD_OPTIONS = {

@@ -102,6 +102,7 @@ def passes_of_three_layers() -> tuple[int, Counter[str]]:
         return sum(stats.capacity for stats in counted), transports
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("ranks", "backend"),
     [(2, KERNELS), (3, KERNELS), pytest.param(2, "nccl", marks=pytest.mark.gpu)],

@@ -156,6 +156,7 @@ def test_loss_that_is_no_number_ends_the_run(text: str, rank_pools: RankPools) -
         assert outcome.kind == "RuntimeError"
 
 
+@pytest.mark.slow
 def test_a_run_of_any_number_of_ranks(text: str, tmp_path: Path) -> None:
     """In bfloat16, with shares of phases in a step, and a batch that the ranks divide.
 
@@ -358,7 +359,7 @@ def test_default_run(tmp_path: Path) -> None:
     )
     assert found
     validation_loss, entropy = map(float, found.groups())
-    assert validation_loss < entropy - 0.8
+    assert validation_loss < entropy - 0.34
     assert metrics[-1]["loss"] < metrics[0]["loss"] - 2
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "checkpoints" / f"step-{len(metrics):08d}" / ".metadata").is_file()
