@@ -34,8 +34,7 @@ def raise_same_error(error: Exception | None, group: dist.ProcessGroup | None = 
         ValueError, TypeError, RuntimeError: the kind of the error raised, RuntimeError for any
             other kind. The message names the rank, unless all ranks failed alike.
     """
-    # An exception without a message says its type.
-    mine = error and (type(error).__name__, str(error) or type(error).__name__)
+    mine = error and (type(error).__name__, reason_in(error))
     reports = gather_objects(mine, group)
     for rank, report in enumerate(reports):
         if report is not None:
@@ -43,6 +42,11 @@ def raise_same_error(error: Exception | None, group: dist.ProcessGroup | None = 
             kind = {"TypeError": TypeError, "ValueError": ValueError}.get(name, RuntimeError)
             where = f"rank {rank}: " if len(set(reports)) > 1 else ""
             raise kind(where + message) from error
+
+
+def reason_in(error: BaseException) -> str:
+    """Return the message of an error, or its type if it has none."""
+    return str(error) or type(error).__name__
 
 
 def raise_differences(settings: dict[str, Any], group: dist.ProcessGroup | None = None) -> None:

@@ -203,7 +203,7 @@ def main() -> None:
         timeout = timedelta(seconds=args.timeout)
     except ValueError as error:
         option_error = error
-    with exit_on_error(SCRIPT):
+    with exit_on_error(SCRIPT, RuntimeError):
         own_device()
     with distributed(timeout) as runtime:
         with exit_on_shared_error(SCRIPT, runtime, (ValueError,)):
@@ -214,6 +214,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    # What was imported stays: no garbage collection need go through it, least of all the last.
+    # Garbage collections skip what was imported.
     gc.freeze()
     main()

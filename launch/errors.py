@@ -1,10 +1,9 @@
-"""Errors of a script: refusals in one line without a traceback, and failures after its work."""
+"""Refusals of a script: one line without a traceback, and exit status 2."""
 
 import os
 import sys
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -16,11 +15,6 @@ if TYPE_CHECKING:
 REFUSED = 2
 
 
-def reason_in(error: BaseException) -> str:
-    """Message of an error; its type if it has none."""
-    return str(error) or type(error).__name__
-
-
 def refuse(script: str, reason: str) -> NoReturn:
     """Print why as the last line, and exit with status 2."""
     print(f"{script}: error: {reason}", file=sys.stderr, flush=True)
@@ -28,12 +22,16 @@ def refuse(script: str, reason: str) -> NoReturn:
 
 
 @contextmanager
-def exit_on_error(script: str) -> Iterator[None]:
-    """Refuse what the block raises; for checks of one process, before it joins any group."""
+def exit_on_error(script: str, kind: type[Exception]) -> Iterator[None]:
+    """Refuse what the block raises; for checks of one process, before it joins any group.
+
+    Args:
+        kind: type of the exceptions that refuse something; others pass through.
+    """
     try:
         yield
-    except (ValueError, RuntimeError) as error:
-        refuse(script, reason_in(error))
+    except kind as error:
+        refuse(script, str(error))
 
 
 @contextmanager
@@ -53,6 +51,7 @@ def exit_on_shared_error(
     try:
         yield
     except kinds as error:
+        from flash_moe_dist.agreement import reason_in
         from flash_moe_dist.runtime import leave_group
 
         file = os.environ.get("FLASH_MOE_REFUSAL_FILE")
@@ -64,49 +63,3 @@ def exit_on_shared_error(
         if runtime.is_main:
             refuse(script, reason_in(error))
         sys.exit(REFUSED)
-
-
-@contextmanager
-def note_failure_after_work(note: str) -> Iterator[None]:
-    """Print `note` and the error if the block fails on any rank; the script still succeeds.
-
-    Collective. A rank on which the block fails ends at once, with status 0; the others, which may
-    wait for it in a collective, notice that in the store, and end too. A single rank goes on.
-    """
-    # These take seconds.
-    import torch.distributed as dist
-    from torch.distributed.distributed_c10d import _get_default_store
-
-    def print_note(error: Exception) -> None:
-        with suppress(OSError):
-            print(f"{note}: {error!r}", file=sys.stderr, flush=True)
-
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        try:
-            yield
-        except Exception as error:
-            print_note(error)
-        return
-    store, left = _get_default_store(), threading.Event()
-
-    def watch() -> None:
-        # It raises when the rank that serves the store has ended.
-        with suppress(RuntimeError):
-            while not store.check([note]):
-                if left.wait(0.1):
-                    return
-        os._exit(0)
-
-    thread = threading.Thread(target=watch, name="failure of other ranks", daemon=True)
-    thread.start()
-    try:
-        yield
-        dist.barrier()
-    except Exception as error:
-        with suppress(RuntimeError):
-            # The others may fail because this one has ended.
-            if store.add(note, 1) == 1:
-                print_note(error)
-        os._exit(0)
-    left.set()
-    thread.join()

@@ -109,7 +109,7 @@ def main() -> None:
     # Until torchrun handles it: Ctrl-C ends this without a traceback.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     options = sys.argv[1:]
-    with exit_on_error(SCRIPT):
+    with exit_on_error(SCRIPT, ValueError):
         parse_args(DESCRIPTION, options)
         torchrun = prepare_environment()
     # The note on it has been printed.

@@ -36,7 +36,8 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from data import BYTE_VOCAB, Corpus, Tokens, batch_at, load_corpus
-from errors import exit_on_error, exit_on_shared_error, note_failure_after_work, reason_in
+from errors import exit_on_error, exit_on_shared_error
+from failure_after_work import note_failure_after_work
 from flash_moe_dist import (
     ExpertLoad,
     ExpertParallel,
@@ -46,7 +47,7 @@ from flash_moe_dist import (
     parameter_groups,
     time_phases,
 )
-from flash_moe_dist.agreement import gather_objects, same_error_on_all_ranks
+from flash_moe_dist.agreement import gather_objects, reason_in, same_error_on_all_ranks
 from flash_moe_dist.checkpoint import Checkpointer
 from flash_moe_dist.dispatch.collectives import all_gather_rows
 from flash_moe_dist.dispatch.symmetric_memory import symmetric_memory_bytes
@@ -502,7 +503,7 @@ def main() -> None:
         timeout = timedelta(seconds=args.timeout)
     except ValueError as error:
         option_error = error
-    with exit_on_error(SCRIPT):
+    with exit_on_error(SCRIPT, RuntimeError):
         own_device()
     with distributed(timeout) as runtime:
         with exit_on_shared_error(SCRIPT, runtime):
@@ -608,6 +609,6 @@ def _as_text(loss: float | None) -> str:
 
 
 if __name__ == "__main__":
-    # What was imported stays: no garbage collection need go through it, least of all the last.
+    # Garbage collections skip what was imported.
     gc.freeze()
     main()

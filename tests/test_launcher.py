@@ -81,6 +81,25 @@ def test_variable_with_a_wrong_value(
         prepare_environment()
 
 
+def test_other_errors_before_processes_start_keep_their_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import start
+
+    def failing(error: Exception) -> None:
+        raise error
+
+    monkeypatch.setattr(sys, "argv", ["launch/start.py"])
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    monkeypatch.setattr(start, "prepare_environment", lambda: failing(RuntimeError("of torch")))
+    with pytest.raises(RuntimeError, match="of torch"):
+        start.main()
+    monkeypatch.setattr(start, "prepare_environment", lambda: failing(ValueError("refused")))
+    with pytest.raises(SystemExit):
+        start.main()
+    assert capsys.readouterr().err == "train.sh: error: refused\n"
+
+
 @pytest.mark.parametrize(
     "name", ["FLASH_MOE_STRICT_INDICES", "FLASH_MOE_PEER_MEMORY", "TRITON_INTERPRET"]
 )

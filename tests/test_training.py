@@ -5,7 +5,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -14,8 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-from ranks import Pool, RankPools
+from ranks import RankPools
 from sharded import whole_parameters
 from small_run import REPOSITORY, SMALL, STEPS, launch, small_run
 
@@ -280,35 +278,6 @@ def test_nothing_after_the_last_step_fails_the_run(
     said = capsys.readouterr().err
     assert "the losses cannot be plotted: [Errno 28]" in said
     assert "the summary failed: " in said
-
-
-def finish_with_an_error_on_one_rank(failing: int, said: str) -> None:
-    """Other ranks wait as in a collective of NCCL, which does not notice that a rank has ended."""
-    import train
-
-    def sample(_: Any) -> Any:
-        if dist.get_rank() == failing:
-            raise OSError(28, "No space left on device")
-        time.sleep(100)
-
-    with pytest.MonkeyPatch.context() as patch, Path(said).open("a") as file:
-        patch.setattr(sys, "stderr", file)
-        patch.setattr(train.Run, "sample", sample)
-        train.finish(train.Run.__new__(train.Run), None)
-
-
-@pytest.mark.parametrize("failing", [0, 1])
-def test_a_sample_that_fails_on_one_rank_keeps_no_rank_waiting(
-    failing: int, tmp_path: Path
-) -> None:
-    said = tmp_path / "said"
-    pool = Pool(2, "gloo")
-    with pytest.raises((EOFError, ConnectionResetError)):
-        pool.run(finish_with_an_error_on_one_rank, (failing, str(said)))
-    for process in pool.processes:
-        process.join(10)
-    assert [process.exitcode for process in pool.processes] == [0, 0]
-    assert said.read_text().count("the summary failed: OSError(28") == 1
 
 
 def parse_args_of_defaults() -> Any:
