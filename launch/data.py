@@ -10,15 +10,22 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from data_formats import HEAD_BYTES, foreign_to_text, foreign_to_uint16, is_json, not_utf8
+from data_formats import (
+    HEAD_BYTES,
+    foreign_to_text,
+    foreign_to_uint16,
+    is_json,
+    is_json_lines,
+    not_utf8,
+)
 
 Tokens: TypeAlias = npt.NDArray[np.integer[Any]]
 
 BYTE_VOCAB = 256
 VALIDATION_SHARE = 0.05
 COUNTED_AT_ONCE = 2**20
-JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
-TEXT_SUFFIXES = (".py", ".txt", ".md", ".rst", ".c", ".h", ".html", ".csv", *JSON_SUFFIXES)
+TEXT_SUFFIXES = (".py", ".txt", ".md", ".rst", ".json", ".c", ".h", ".html", ".csv")
+JSON_LINES_SUFFIXES = (".jsonl", ".ndjson")
 
 
 @dataclass(frozen=True)
@@ -53,9 +60,9 @@ def load_corpus(path: Path | None, seq_len: int, vocab_size: int | None = None) 
 
     Args:
         path: a UTF-8 text file; a folder, whose text files (.py, .txt, .md and the like, in any
-            encoding of bytes) are read in the order of their paths; a .bin file of uint16 token
-            ids; or a folder with train.bin and val.bin. None reads the source of Python's standard
-            library.
+            encoding of bytes, but no JSON lines) are read in the order of their paths; a .bin file
+            of uint16 token ids; or a folder with train.bin and val.bin. None reads the source of
+            Python's standard library.
         seq_len: tokens of a training sequence; each stream must have one more, the last target.
         vocab_size: upper bound of the token ids; by default one more than the largest, and 256 for
             text.
@@ -75,7 +82,7 @@ def load_corpus(path: Path | None, seq_len: int, vocab_size: int | None = None) 
     elif path.suffix.lower() == ".bin":
         corpus = _token_corpus(*_split(_read_tokens(path)), source=str(path))
     else:
-        corpus = _byte_corpus(*_split(_read_text(path, in_folder=False)), source=str(path))
+        corpus = _byte_corpus(*_split(_read_text(path)), source=str(path))
     for name, tokens in (("training", corpus.train), ("validation", corpus.validation)):
         if len(tokens) < seq_len + 1:
             raise ValueError(
@@ -122,7 +129,7 @@ def _text_folder(
     files = [
         file
         for file in sorted(folder.rglob("*"))
-        if file.suffix.lower() in suffixes
+        if file.suffix.lower() in (*suffixes, *JSON_LINES_SUFFIXES)
         and file.is_file()
         and not set(exclude) & set(file.relative_to(folder).parts)
     ]
@@ -131,10 +138,17 @@ def _text_folder(
             f"--data must hold text files ({', '.join(suffixes)}) or train.bin and val.bin, "
             f"found none in {folder}"
         )
-    if all(file.suffix.lower() in JSON_SUFFIXES for file in files):
+    # JSON is text in a folder of text, such as a source tree; JSON lines are left out.
+    contents = {
+        file: content
+        for file in files
+        if file.suffix.lower() not in JSON_LINES_SUFFIXES
+        and not is_json_lines(content := _read_bytes(file))
+    }
+    if all(file.suffix.lower() == ".json" or is_json(one) for file, one in contents.items()):
         raise ValueError(f"--data must be text or uint16 token ids, got only JSON in {folder}")
     every = round(1 / VALIDATION_SHARE)
-    texts = [_read_text(file, in_folder=True) for file in files]
+    texts = [np.frombuffer(content, dtype=np.uint8) for content in contents.values()]
     whole = np.concatenate(texts)
     held_out = texts[every - 1 :: every]
     # With few files, or empty ones among those held out, hold out the end of the stream instead.
@@ -158,21 +172,28 @@ def _token_corpus(train: Tokens, validation: Tokens, source: str) -> Corpus:
     return Corpus(train, validation, largest + 1, is_text=False, source=source)
 
 
-def _read_text(path: Path, in_folder: bool) -> Tokens:
-    """Read bytes of a file; in a folder, such as a source tree, it may be JSON, and not UTF-8."""
+def _read_text(path: Path) -> Tokens:
+    """Read a file that must be UTF-8 text and no JSON."""
+    content = _read_bytes(path)
+    found = not_utf8(content)
+    if is_json_lines(content):
+        found = "JSON lines"
+    elif path.suffix.lower() in (".json", *JSON_LINES_SUFFIXES) or is_json(content):
+        found = "JSON"
+    if found:
+        raise ValueError(f"--data must be text or uint16 token ids (.bin), got {found} in {path}")
+    return np.frombuffer(content, dtype=np.uint8)
+
+
+def _read_bytes(path: Path) -> bytes:
+    """Read a file of text in any encoding of bytes; JSON is text here."""
     try:
         content = path.read_bytes()
     except OSError as error:
         raise ValueError(f"--data must be readable, got {error}") from error
-    named_json = path.suffix.lower() in JSON_SUFFIXES
-    found = foreign_to_text(content)
-    if found is None and (not in_folder if named_json else is_json(content)):
-        found = "JSON"
-    if found is None and not in_folder:
-        found = not_utf8(content)
-    if found:
+    if found := foreign_to_text(content):
         raise ValueError(f"--data must be text or uint16 token ids (.bin), got {found} in {path}")
-    return np.frombuffer(content, dtype=np.uint8)
+    return content
 
 
 def _read_tokens(path: Path) -> Tokens:

@@ -1,8 +1,11 @@
 """Corpora: formats, split into training and validation, and invalid data."""
 
+import bz2
 import gzip
 import io
 import json
+import pickle
+import sys
 import tarfile
 import tracemalloc
 from collections.abc import Callable
@@ -140,6 +143,8 @@ def in_memory(write: Callable[..., Any], *arrays: Any) -> bytes:
     return file.getvalue()
 
 
+PICKLED = {"a list": IDS.tolist(), "a dict": {"ids": IDS}, "an array": IDS, "a string": TEXT}
+
 # File, its content, what the message says it holds.
 FOREIGN = [
     ("ids.bin", ids("<u4"), "token ids of 32 bits"),
@@ -166,6 +171,28 @@ FOREIGN = [
     ("text.bin", TEXT.encode(), "text"),
     ("array.bin", in_memory(np.save, IDS), "a NumPy array"),
     ("compressed.bin", gzip.compress(ids("<u2")), "gzip-compressed data"),
+    ("bzip2.bin", bz2.compress(ids("<u2")), "bzip2-compressed data"),
+    ("lz4.bin", b"\x04\x22\x4d\x18\x64\x40" + ids("<u2"), "lz4-compressed data"),
+    ("archive.7z.bin", b"7z\xbc\xaf\x27\x1c\0\x04" + ids("<u2"), "a 7z archive"),
+    ("database.bin", b"SQLite format 3\0\x10\0\x01\x01" + ids("<u2"), "an SQLite database"),
+    ("elf.bin", Path(sys.executable).read_bytes(), "a program"),
+    ("png.bin", b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + ids("<u2"), "a PNG image"),
+    ("jpeg.bin", b"\xff\xd8\xff\xe0\0\x10JFIF\0" + ids("<u2"), "a JPEG image"),
+    ("feather1.bin", b"FEA1\0\0\0\0" + ids("<u2"), "a Feather table"),
+    ("feather2.bin", b"ARROW1\0\0" + ids("<u2"), "an Arrow or Feather table"),
+    ("avro.bin", b"Obj\x01\x04\x16avro.schema" + ids("<u2"), "an Avro table"),
+    *(
+        (f"{kind}, pickle {protocol}.bin", pickle.dumps(value, protocol), "a pickle")
+        for kind, value in PICKLED.items()
+        for protocol in range(2, 6)
+    ),
+    (
+        "old_torch.bin",
+        in_memory(
+            lambda file: torch.save(torch.ones(9), file, _use_new_zipfile_serialization=False)
+        ),
+        "a pickle",
+    ),
     ("array.npy", in_memory(np.save, IDS), "a NumPy array"),
     ("arrays.npz", in_memory(np.savez, IDS), "a zip archive"),
     ("text.txt.gz", gzip.compress(TEXT.encode()), "gzip-compressed data"),
@@ -214,24 +241,36 @@ def test_folders_with_formats_that_are_recognised(tmp_path: Path) -> None:
         load_corpus(tmp_path, 16)
     (tmp_path / "train.bin").unlink()
     (tmp_path / "a.txt").write_text(TEXT)
-    # JSON is text in a folder of text, such as a source tree.
-    (tmp_path / "package.json").write_text('{"name": "it"}\n')
-    assert load_corpus(tmp_path, 16).is_text
     (tmp_path / "c.h").write_bytes(TEXT.encode("latin-1"))
     assert load_corpus(tmp_path, 16).is_text
-    for name, content, holds in (
-        ("lines.json", JSON_LINES, "JSON lines"),
-        ("lines.jsonl", JSON_LINES, "JSON lines"),
-        ("array.txt", json.dumps([TEXT]), "JSON"),
-        ("b.TXT", "\0" * 99, "binary data"),
-    ):
-        (tmp_path / name).write_text(content)
-        with pytest.raises(ValueError, match=rf"got {holds} in .*{name}$"):
-            load_corpus(tmp_path, 16)
-        (tmp_path / name).unlink()
+    (tmp_path / "b.TXT").write_text("\0" * 99)
+    with pytest.raises(ValueError, match=r"got binary data in .*b\.TXT$"):
+        load_corpus(tmp_path, 16)
 
 
-@pytest.mark.parametrize("names", [("a.json",), ("a.jsonl",), ("a.json", "b.ndjson")])
+@pytest.mark.parametrize(
+    ("name", "content", "is_read"),
+    [
+        ("package.json", '{"name": "it"}\n', True),
+        ("array.txt", json.dumps([TEXT]), True),
+        ("empty.py", "[]", True),
+        ("lines.json", JSON_LINES, False),
+        ("lines.txt", JSON_LINES, False),
+        ("lines.jsonl", JSON_LINES, False),
+        ("one_line.NDJSON", '{"a": 1}\n', False),
+    ],
+)
+def test_json_in_a_folder_of_text(name: str, content: str, is_read: bool, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(TEXT)
+    (tmp_path / name).write_text(content)
+    corpus = load_corpus(tmp_path, 16)
+    stream = corpus.train.tobytes() + corpus.validation.tobytes()
+    assert stream.decode() == TEXT + content * is_read
+
+
+@pytest.mark.parametrize(
+    "names", [("a.json",), ("a.jsonl",), ("a.json", "b.ndjson"), ("a.txt", "b.json")]
+)
 def test_a_folder_of_json_is_refused_as_its_files_are(
     names: tuple[str, ...], tmp_path: Path
 ) -> None:
@@ -263,6 +302,10 @@ def words(vocab_size: int, count: int = 5000) -> Any:
     return vocab_size ** draw.random(count) - 1
 
 
+def alternating(one: Any, other: Any) -> Any:
+    return np.stack(np.broadcast_arrays(one, other), axis=1).ravel()
+
+
 VALID_IDS = {
     **{f"words of {size}": words(size) for size in (2, 4, 16, 200, 300, 8192, 50_257, 65_536)},
     **{f"few words of {size}": words(size, 400) for size in (200, 50_257, 65_536)},
@@ -276,6 +319,26 @@ VALID_IDS = {
     "one id": np.full(5000, 50_256),
     "end of text": np.full(5000, 256),
     "padded": np.concatenate([IDS, np.zeros(20_000)]),
+    "digits and spaces": np.frombuffer(b"1 2 7 4 " * 800, np.uint8),
+    "any digits and spaces": alternating(IDS % 10 + 48, 32),
+    "digits and ends of lines": alternating(IDS % 10 + 48, 10),
+    "a digit and ends of lines": np.frombuffer(b"1\n2\n" * 800, np.uint8),
+    "ends of lines first": np.roll(alternating(IDS % 10 + 48, 10), 1),
+    "b and a": np.arange(1, 5001) % 2,
+    "words and a large id": alternating(IDS, 16_000),
+    "words and a small id": alternating(IDS, 1),
+    "a large id and words": alternating(50_000, IDS),
+    "an id that is printable": np.full(5000, 24_929),
+    "few ids, padded with the largest": np.where(IDS % 9, IDS * 7919 % 10, 65_535),
+    "two vocabularies": alternating(IDS % 12_000, IDS * 7919 % 8000 + 12_000),
+    "zeros and words": alternating(0, IDS),
+    "even": IDS * 7919 % 32_000 * 2,
+    "multiples of three": IDS * 7919 % 20_000 * 3,
+    "odd": IDS * 7919 % 32_000 * 2 + 1,
+    **{
+        f"{bits} bits, left-justified": (IDS * 7919 % 2**bits) << (16 - bits)
+        for bits in (4, 6, 7, 9, 10, 12, 14)
+    },
 }
 
 
@@ -284,8 +347,9 @@ def test_uint16_ids_of_any_vocabulary(kind: str, tmp_path: Path) -> None:
     values = VALID_IDS[kind].astype("<u2")
     values.tofile(tmp_path / "ids.bin")
     corpus = load_corpus(tmp_path / "ids.bin", 16)
-    assert corpus.train.tolist() == values[: len(corpus.train)].tolist()
-    assert len(corpus.train) > 16
+    held_out = len(values) // 20
+    assert corpus.train.tolist() == values[:-held_out].tolist()
+    assert corpus.validation.tolist() == values[-held_out:].tolist()
 
 
 def test_entropy_takes_little_memory() -> None:
