@@ -24,10 +24,10 @@ PR_SET_PDEATHSIG = 1
 def end_with_torchrun() -> None:
     """Make Linux kill this process when its parent has died, now or earlier.
 
-    The parent is torchrun, or a wrapper that it has started. Under launch/start.py, which tells its
-    pid, a death at any time is noticed; otherwise one after this call began, so it comes first.
-    Until `StopSignals` handles it, SIGINT ends the process without a traceback. Does nothing in a
-    process that torchrun has not started.
+    The parent is torchrun, or a wrapper that it has started. launch/start.py passes on its pid, so
+    that a death at any time is noticed. Without it, a death before this call is missed, so scripts
+    call this before they import anything slow. Until `StopSignals` handles it, SIGINT ends the
+    process without a traceback. Does nothing in a process that torchrun has not started.
     """
     parent = int(os.environ.get("FLASH_MOE_LAUNCHER_PID") or os.getppid())
     if sys.platform != "linux" or "TORCHELASTIC_RUN_ID" not in os.environ:
