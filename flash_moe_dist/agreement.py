@@ -84,15 +84,15 @@ def gather_objects(mine: Any, group: dist.ProcessGroup | None) -> list[Any]:
     return everyone
 
 
-class Place(NamedTuple):
+class RankAndSize(NamedTuple):
     """Rank of this process, and how many ranks there are."""
 
     rank: int
     world_size: int
 
 
-def place_in_world() -> Place:
-    """Return the place of this process; that of the only rank if there is no process group."""
+def rank_and_size() -> RankAndSize:
+    """Return this process's rank and the number of ranks; 0 and 1 without a process group."""
     if not dist.is_initialized():
-        return Place(rank=0, world_size=1)
-    return Place(dist.get_rank(), dist.get_world_size())
+        return RankAndSize(rank=0, world_size=1)
+    return RankAndSize(dist.get_rank(), dist.get_world_size())

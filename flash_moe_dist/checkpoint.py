@@ -32,11 +32,11 @@ from torch.optim import Optimizer
 from flash_moe.arguments import check_type, checked_int, checked_path
 from flash_moe_dist.agreement import (
     gather_objects,
-    place_in_world,
     raise_same_error,
+    rank_and_size,
     same_error_on_all_ranks,
 )
-from flash_moe_dist.checkpoint_folders import StepFolders, partial_of
+from flash_moe_dist.checkpoint_folders import StepFolders
 from flash_moe_dist.checkpoint_integrity import (
     PROGRESS,
     check_data,
@@ -98,8 +98,7 @@ class Checkpointer:
             self.folder = checked_path("folder", folder)
             self._folders = StepFolders(self.folder, checked_int("keep", keep, 1))
             check_type("asynchronous", asynchronous, bool)
-        place = place_in_world()
-        self._rank, self._world_size = place.rank, place.world_size
+        self._rank, self._world_size = rank_and_size()
         self._is_first = self._rank == 0
         self._thread = ThreadPoolExecutor(1, "checkpoint") if asynchronous else None
         self._writing: Future[None] | None = None
@@ -124,7 +123,8 @@ class Checkpointer:
 
         Raises:
             ValueError: on every rank, if `step` is negative or has already been saved, `progress`
-                has "step", or the optimizer has a parameter that is not one of the model.
+                has "step" or refers to itself, or the optimizer has a parameter that is not one of
+                the model.
             TypeError: on every rank, if an argument has a wrong type, `progress` cannot be
                 serialized, or a dict in the optimizer has a key that is no str.
             RuntimeError: on every rank, if this checkpoint or the previous one cannot be written,
@@ -133,8 +133,7 @@ class Checkpointer:
         """
         self.wait()
         with same_error_on_all_ranks(self._group):
-            complete = self._folders.path(step)
-            partial = partial_of(complete)
+            partial = self._folders.partial_path(step)
             _check_model_and_optimizer(model, optimizer)
             progress_file = _progress_file(step, progress)
             state = {
@@ -143,7 +142,7 @@ class Checkpointer:
                 "rng": {f"rank_{self._rank}": _generator_states(_device_of(model))},
             }
             if self._is_first:
-                self._folders.begin(complete)
+                self._folders.begin(step)
         how: dict[str, Any] = {
             "storage_writer": HashingWriter(partial, {PROGRESS: progress_file}),
             "planner": SafeSavePlanner(),
@@ -161,10 +160,10 @@ class Checkpointer:
             )
             written: Any = async_save(state, async_stager=stager, **how)
             written.add_done_callback(lambda _: stager.close())
-            self._writing = self._thread.submit(self._finish, written.result, complete)
+            self._writing = self._thread.submit(self._finish, written.result, step)
             return
         with same_error_on_all_ranks(self._group):
-            self._finish(lambda: save(state, **how), complete)
+            self._finish(lambda: save(state, **how), step)
 
     def wait(self) -> None:
         """Wait until the checkpoint that `save` started is complete.
@@ -331,9 +330,9 @@ class Checkpointer:
                 ) from failure
             raise RuntimeError(causes) from failure
 
-    def _finish(self, write: Callable[[], object], complete: Path) -> None:
+    def _finish(self, write: Callable[[], object], step: int) -> None:
         """Write the checkpoint; the first rank then renames it and removes old ones."""
-        partial = partial_of(complete)
+        complete, partial = self._folders.path(step), self._folders.partial_path(step)
         try:
             write()
         except CheckpointException as failure:
@@ -351,7 +350,7 @@ class Checkpointer:
                 f"checkpoint could not be written to {complete}: files of other ranks are missing; "
                 f"all must see the same {self.folder}: {error}"
             ) from error
-        self._folders.finish(complete)
+        self._folders.finish(step)
 
 
 def _causes(failure: CheckpointException) -> str:
@@ -378,8 +377,9 @@ def _progress_file(step: int, progress: Mapping[str, Any] | None) -> bytes:
         raise ValueError('progress must not have "step", which is stored with it')
     try:
         return (json.dumps({"step": int(step), **values}) + "\n").encode()
-    except TypeError as error:
-        raise TypeError(f"progress must be serializable as JSON: {error}") from error
+    except (TypeError, ValueError, RecursionError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"progress must be serializable as JSON: {error}") from error
 
 
 def _with_opaque_extra_state(state: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Folders of checkpoints, one for each saved step: their names, and which are removed when.
+"""Names and removal of checkpoint folders, one for each saved step.
 
 parent/step-00000200/           complete
 parent/step-00000300.partial/   being written, or left by a run that was killed while writing
@@ -33,6 +33,11 @@ class StepFolders:
         """
         return self.parent / f"step-{checked_int('step', step, 0):08d}"
 
+    def partial_path(self, step: int) -> Path:
+        """Path under which the folder of a step is written before it is complete; see `path`."""
+        complete = self.path(step)
+        return complete.with_name(complete.name + ".partial")
+
     def steps(self) -> list[int]:
         """Steps of which there are folders, in ascending order."""
         if not os.path.lexists(self.parent):
@@ -40,8 +45,13 @@ class StepFolders:
         names = (COMPLETE.fullmatch(path.name) for path in self.parent.iterdir())
         return sorted(int(name[1]) for name in names if name)
 
-    def begin(self, complete: Path) -> None:
-        """Remove what killed runs left, and create the folder in which `complete` is written."""
+    def begin(self, step: int) -> None:
+        """Remove what killed runs left, and create the folder in which a step is written.
+
+        Raises:
+            ValueError: the step has been saved.
+        """
+        complete = self.path(step)
         # A link that leads nowhere is taken, too.
         if os.path.lexists(complete):
             raise ValueError(f"step must be one that is not saved yet, found {complete}")
@@ -49,22 +59,18 @@ class StepFolders:
         for left in self.parent.iterdir():
             if left.suffix in UNFINISHED and COMPLETE.fullmatch(left.stem):
                 remove(left)
-        partial_of(complete).mkdir()
+        self.partial_path(step).mkdir()
 
-    def finish(self, complete: Path) -> None:
+    def finish(self, step: int) -> None:
         """Give a folder that has been written its name, then remove the oldest."""
-        partial_of(complete).rename(complete)
+        complete = self.path(step)
+        self.partial_path(step).rename(complete)
         paths = (self.path(step) for step in self.steps())
         # What has lost its metadata is no checkpoint that could stand in for an older one.
         others = [path for path in paths if path != complete and (path / METADATA).is_file()]
         for path in others[: len(others) - self.keep + 1]:
             # Renamed first, so that a half-removed folder is never taken for a checkpoint.
             remove(path.rename(path.with_name(path.name + ".removed")))
-
-
-def partial_of(complete: Path) -> Path:
-    """Path under which a folder is written before it is complete."""
-    return complete.with_name(complete.name + ".partial")
 
 
 def remove(path: Path) -> None:

@@ -103,7 +103,8 @@ def _explained(path: Path) -> Iterator[None]:
     except NotADirectoryError as error:
         raise ValueError(f"{path} is no checkpoint: it is not a folder") from error
     except FileNotFoundError as error:
-        raise ValueError(f"{path} is an incomplete checkpoint: it has no {error}") from error
+        missing = Path(error.filename).name
+        raise ValueError(f"{path} is an incomplete checkpoint: it has no file {missing}") from error
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
     # A truncated pickle can raise nearly anything.
@@ -119,7 +120,12 @@ def _file_in(path: Path, name: str) -> Path:
         UnsafeError: it is a link to elsewhere.
         AlteredError: it is no regular file.
     """
-    found = (path / name).resolve(strict=True)
+    try:
+        found = (path / name).resolve(strict=True)
+    except FileNotFoundError as error:
+        # Not where a link leads.
+        error.filename = str(path / name)
+        raise
     if not found.is_relative_to(path.resolve()):
         raise UnsafeError(f"{name} is not a file in the folder, but {found}")
     if not found.is_file():

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from flash_moe.arguments import checked_path
-from flash_moe_dist.agreement import place_in_world, same_error_on_all_ranks
+from flash_moe_dist.agreement import rank_and_size, same_error_on_all_ranks
 from flash_moe_dist.same_tensors import check_same_tensors
 
 try:
@@ -63,14 +63,14 @@ def export_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor]) 
             "__metadata__", which the format keeps for {"format": "pt"}.
         RuntimeError: on every rank, if the file cannot be written; an existing one is unchanged.
     """
-    place = place_in_world()
+    rank, world_size = rank_and_size()
     with same_error_on_all_ranks():
         path = checked_path("path", path)
         partial = path.with_name(path.name + ".partial")
         header, begins = _layout(tensors)
     try:
         with same_error_on_all_ranks():
-            if place.rank == 0:
+            if rank == 0:
                 tensor_bytes = sum(one.numel() * one.itemsize for one in tensors.values())
                 # Removed first, as it may be a link, which would be followed.
                 partial.unlink(missing_ok=True)
@@ -81,16 +81,16 @@ def export_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor]) 
                     # kill the process.
                     os.posix_fallocate(file.fileno(), 0, len(header) + tensor_bytes)
         # In turn: when two machines write to the same page of a shared file, one may be lost.
-        for writing in range(place.world_size):
+        for writing in range(world_size):
             with same_error_on_all_ranks():
-                if writing == place.rank:
+                if writing == rank:
                     for name, tensor in tensors.items():
                         _write(partial, len(header) + begins[name], tensor)
         with same_error_on_all_ranks():
-            if place.rank == 0:
+            if rank == 0:
                 partial.rename(path)
     except (TypeError, ValueError, RuntimeError):
-        if place.rank == 0:
+        if rank == 0:
             partial.unlink(missing_ok=True)
         raise
 
@@ -227,7 +227,7 @@ def _local_shard(tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:
 def _writes(tensor: Tensor) -> bool:
     """Whether this rank writes its shard: of the ranks with equal shards, exactly one does."""
     if not isinstance(tensor, DTensor):
-        return place_in_world().rank == 0
+        return rank_and_size().rank == 0
     coordinate = tensor.device_mesh.get_coordinate()
     if coordinate is None:
         return False

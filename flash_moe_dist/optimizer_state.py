@@ -12,7 +12,6 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint._nested_dict import unflatten_state_dict
@@ -245,7 +244,8 @@ def _storable(value: Any, name: str) -> Any:
         return {key: _storable(one, f"{name}.{key}") for key, one in value.items()}
     if isinstance(value, list):
         return [_storable(one, f"{name}.{number}") for number, one in enumerate(value)]
-    if isinstance(value, np.generic):
+    # A number of NumPy, which PyTorch does without.
+    if getattr(value, "ndim", None) == 0:
         return value.item()
     return value
 

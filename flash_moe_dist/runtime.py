@@ -27,8 +27,8 @@ DEFAULT_TIMEOUT = timedelta(minutes=10)
 MAX_SECONDS_FOR_GLOO_THREADS = 10
 # Constant of linux/prctl.h.
 PR_SET_PDEATHSIG = 1
-# torchrun, or a wrapper that it has started; by the pid of this process, as a fork has another.
-PARENT_AT_IMPORT = {os.getpid(): os.getppid()}
+# The parent is torchrun, or a wrapper that it has started; that of a fork is another.
+PID_AT_IMPORT, PARENT_AT_IMPORT = os.getpid(), os.getppid()
 
 
 @dataclass(frozen=True)
@@ -259,7 +259,7 @@ def _end_with_torchrun() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         parent = os.getppid()
         # The signal does not come if the parent has died before it was asked for.
-        before = PARENT_AT_IMPORT.get(os.getpid(), parent)
+        before = PARENT_AT_IMPORT if os.getpid() == PID_AT_IMPORT else parent
         if parent != before or (parent == 1 and not _is_python(1)):
             os.kill(os.getpid(), signal.SIGKILL)
 

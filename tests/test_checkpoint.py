@@ -312,7 +312,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "one byte less": (lambda path: cut(path / "__0_0.distcp", 0.9999), r"truncated files: __0_0"),
     "one file gone": (
         lambda path: (path / "__1_0.distcp").unlink(),
-        "is an incomplete checkpoint.*__1_0",
+        r"step-00000002 is an incomplete checkpoint: it has no file __1_0\.distcp$",
     ),
     "half of the metadata": (
         lambda path: cut(path / ".metadata", 0.5),
@@ -326,7 +326,10 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda path: (path / ".metadata").write_bytes(b"\x80\x04N."),
         r"is a damaged checkpoint: \.metadata has SHA-256 sum",
     ),
-    "no metadata": (lambda path: (path / ".metadata").unlink(), "is an incomplete checkpoint"),
+    "no metadata": (
+        lambda path: (path / ".metadata").unlink(),
+        r"step-00000002 is an incomplete checkpoint: it has no file \.metadata$",
+    ),
     "a bit of the data": (
         lambda path: flip(path / "__1_0.distcp"),
         r"is a damaged checkpoint: __1_0\.distcp has SHA-256 sum",
@@ -369,7 +372,10 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda path: replace_by_folder(path / "__1_0.distcp"),
         r"is a damaged checkpoint: __1_0\.distcp is a folder in place of a file",
     ),
-    "no progress": (lambda path: (path / "progress.json").unlink(), "is an incomplete checkpoint"),
+    "no progress": (
+        lambda path: (path / "progress.json").unlink(),
+        r"step-00000002 is an incomplete checkpoint: it has no file progress\.json$",
+    ),
     "half of the progress": (
         lambda path: cut(path / "progress.json", 0.5),
         r"is a damaged checkpoint: progress\.json has SHA-256 sum",
@@ -394,7 +400,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda path: (
             path.rename(path.with_name("moved")).with_name(path.name).symlink_to("nowhere")
         ),
-        "is an incomplete checkpoint",
+        r"is an incomplete checkpoint: it has no file progress\.json$",
     ),
 }
 

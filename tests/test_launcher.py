@@ -332,7 +332,7 @@ def test_ranks_of_ones_own_script_whose_parent_has_died(
     monkeypatch.setattr(runtime, "_is_python", lambda _: False)
     if parent == "init":
         # It was the parent by the time of the import.
-        monkeypatch.setitem(runtime.PARENT_AT_IMPORT, os.getpid(), 1)
+        monkeypatch.setattr(runtime, "PARENT_AT_IMPORT", 1)
     runtime._end_with_torchrun()
     assert bool(sent) == killed
 

@@ -1,6 +1,8 @@
-"""Imports point one way, launch to flash_moe_dist to flash_moe, and never in a cycle."""
+"""Imports point one way, launch to flash_moe_dist to flash_moe, in no cycle, and are declared."""
 
 import ast
+import re
+import sys
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -161,3 +163,28 @@ def test_a_planted_import_of_torch_distributed_is_found(line: str, planted: Path
     with (planted / "flash_moe" / "op.py").open("a") as file:
         file.write(line + "\n")
     assert imports_of_torch_distributed(planted) == ["flash_moe.op"]
+
+
+def undeclared_imports(repository: Path) -> list[str]:
+    """Imports of the packages, but of what an extra is for, that are no declared dependency."""
+    (declared,) = re.findall(
+        r"^dependencies = \[\n(.*?)^\]", (REPOSITORY / "pyproject.toml").read_text(), re.S | re.M
+    )
+    known = {*re.findall(r'"([a-z]+)', declared), *LAYERS, *sys.stdlib_module_names, "_typeshed"}
+    return sorted(
+        f"{module} imports {name}"
+        for module, path in modules_in(repository).items()
+        if layer_of(path, repository) < LAYERS.index("launch")
+        and not f"{module}.".startswith(("flash_moe.bench.", "flash_moe_dist.export."))
+        for name in {name.split(".")[0] for name in names_imported_by(path)} - known
+    )
+
+
+def test_packages_import_declared_dependencies_only() -> None:
+    assert undeclared_imports(REPOSITORY) == []
+
+
+def test_a_planted_undeclared_import_is_found(planted: Path) -> None:
+    with (planted / "flash_moe" / "op.py").open("a") as file:
+        file.write("import numpy as np\n")
+    assert undeclared_imports(planted) == ["flash_moe.op imports numpy"]
