@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ParallelStyle
 from torch.utils.weak import WeakIdKeyDictionary
 
+from flash_moe.arguments import is_plain
 from flash_moe.ops.dtypes import accumulator_dtype
 from flash_moe.ops.environment import switch
 from flash_moe.ops.expert_math import NeedsGrad
@@ -321,7 +322,7 @@ class ExpertParallelFunc:
         if self.dispatcher != "auto":
             return self.dispatcher
         inputs = (hidden_TH, indices_TK, weights_TK)
-        if not all(isinstance(one, Tensor) and one.ndim == 2 for one in inputs):
+        if not all(is_plain(one) and one.ndim == 2 for one in inputs):
             # Wrong input, which every dispatcher refuses.
             return "all_to_all"
         sizes = ElementSizes(

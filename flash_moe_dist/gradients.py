@@ -9,8 +9,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate
 
-from flash_moe.arguments import check_type, checked_number
-from flash_moe_dist.parameter_groups import tensors_of
+from flash_moe.arguments import check_type, checked_number, tensors_of
 
 # Mesh and placements of a DTensor; None for a plain tensor.
 Layout = tuple[DeviceMesh, tuple[Placement, ...]] | None
@@ -18,14 +17,15 @@ Layout = tuple[DeviceMesh, tuple[Placement, ...]] | None
 
 def clip_grad_norm_(
     parameters: Tensor | Iterable[Tensor],
-    max_norm: float,
+    max_norm: float | Tensor,
     pp_group: dist.ProcessGroup | None = None,
 ) -> Tensor:
     """Scale all gradients so that their total 2-norm is at most `max_norm`; return the norm.
 
     Gradients may be plain tensors and DTensors on any meshes, with any placements. The norm counts
     every element of the model once and is the same on every rank. Collective over the meshes of
-    the parameters and over `pp_group`; no host sync.
+    the parameters and over `pp_group`; no host sync, unless `max_norm` is a tensor on a GPU, which
+    the host reads, as in torch.nn.utils.clip_grad_norm_.
 
     Replicated gradients must already be equal on all ranks that hold them: average plain
     gradients over all ranks first, and apply `fully_shard` over the efsdp axis to tables that
@@ -33,7 +33,7 @@ def clip_grad_norm_(
 
     Args:
         parameters: one, or several; those without a gradient are skipped, repeated ones count once.
-        max_norm: largest norm after scaling.
+        max_norm: largest norm after scaling, a number or a tensor of shape ().
         pp_group: this rank and its counterparts in the other pipeline stages, whose parameters
             count too; a parameter that two stages hold counts twice. None without pipeline stages.
 

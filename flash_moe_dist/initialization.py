@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from flash_moe.arguments import check_type, checked_number
+from flash_moe.arguments import check_type, checked_device, checked_number
 from flash_moe.layers import normal_rows
 
 
@@ -35,12 +35,11 @@ def materialize(model: nn.Module, device: torch.device | str) -> None:
 
     Raises:
         TypeError: `model` is no module, or `device` no device.
-        ValueError: `device` is meta, or a module has parameters or buffers of its own but no
-            `reset_parameters`.
+        ValueError: `device` is meta or none that PyTorch knows, or a module has parameters or
+            buffers of its own but no `reset_parameters`.
     """
     check_type("model", model, nn.Module)
-    check_type("device", device, torch.device, str)
-    if torch.device(device).type == "meta":
+    if checked_device("device", device).type == "meta":
         raise ValueError(f"device must be one that holds values, got {device}")
     for name, module in model.named_modules():
         own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from flash_moe.arguments import tensors_of
+
 
 def parameter_groups(parameters: Iterable[nn.Parameter]) -> list[dict[str, Any]]:
     """Group parameters by device mesh, so that each group can be updated in one fused call.
@@ -44,17 +46,3 @@ def parameter_groups(parameters: Iterable[nn.Parameter]) -> list[dict[str, Any]]
         mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
         by_mesh.setdefault(mesh, []).append(parameter)
     return [{"params": group} for group in by_mesh.values()]
-
-
-def tensors_of(parameters: Tensor | Iterable[Tensor]) -> list[Tensor]:
-    """List one tensor or several; raise TypeError for anything else."""
-    expected = "parameters must be tensors, as model.parameters() gives them"
-    if isinstance(parameters, Tensor):
-        return [parameters]
-    if not isinstance(parameters, Iterable):
-        raise TypeError(f"{expected}, got {type(parameters).__name__}")
-    tensors = list(parameters)
-    for one in tensors:
-        if not isinstance(one, Tensor):
-            raise TypeError(f"{expected}, got {type(one).__name__} among them")
-    return tensors

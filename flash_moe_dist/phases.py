@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.autograd import profiler
 
-from flash_moe.arguments import check_type
+from flash_moe.arguments import checked_device
 
 # In the order of a forward pass; names in a backward pass end in _backward.
 PHASES = ("dispatch", "experts", "combine", "communication")
@@ -66,13 +66,14 @@ def time_phases(device: torch.device | str) -> Iterator[dict[str, float]]:
 
     Raises:
         TypeError: `device` is no device.
+        ValueError: PyTorch knows no device of that name.
         RuntimeError: the block is within another `time_phases` block.
     """
     global _timer
-    check_type("device", device, torch.device, str)
+    device = checked_device("device", device)
     if _timer is not None:
         raise RuntimeError("time_phases blocks cannot be nested")
-    timer = _timer = _Timer(torch.device(device))
+    timer = _timer = _Timer(device)
     seconds: dict[str, float] = {}
     try:
         yield seconds

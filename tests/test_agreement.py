@@ -22,6 +22,11 @@ from flash_moe_dist.expert_parallel import ExpertParallelFunc
 NUM_EXPERTS, HIDDEN_SIZE, SLOTS = 23, 12, 14
 
 
+def nested(tensor: Tensor) -> Tensor:
+    """The parts of `tensor` along dim 0, as a nested tensor whose shape cannot be read."""
+    return torch.nested.nested_tensor(list(tensor.detach()))
+
+
 def bad_input(spoil: str, dispatcher: str) -> None:
     """Rank 1 spoils its input; every rank must hear of it, and go on to work."""
     tables = make_case(1, HIDDEN_SIZE, NUM_EXPERTS, 1)
@@ -50,6 +55,10 @@ SPOILED: dict[str, Callable[[Tensor, Tensor, Tensor], list[Tensor]]] = {
     "device": lambda x, i, w: [x, i.to("meta"), w],
     "no tensor": lambda x, i, w: [x, None, w],  # type: ignore[list-item]
     "leading dimensions": lambda x, i, w: [x.view(2, 3, -1), i.view(3, 2, -1), w.view(2, 3, -1)],
+    "nested": lambda x, i, w: [nested(x.view(2, 3, -1)), i.view(2, 3, -1), w.view(2, 3, -1)],
+    "nested rows": lambda x, i, w: [nested(x), i, w],
+    "nested indices": lambda x, i, w: [x, nested(i), w],
+    "sparse": lambda x, i, w: [x.view(2, 3, -1).to_sparse(), i.view(2, 3, -1), w.view(2, 3, -1)],
 }
 MESSAGES = {
     "index out of range": r"rank 1: indices must lie in [-1, 23)",
@@ -66,8 +75,14 @@ MESSAGES = {
     "device": "rank 1: indices must be on cpu, where the tables are, got meta",
     "no tensor": "rank 1: indices must be a torch.Tensor, got NoneType",
     "leading dimensions": "rank 1: hidden_states must have shape (num_tokens, hidden_size)",
+    "nested": "rank 1: hidden_states must be a dense tensor, got a nested tensor",
+    "nested rows": "rank 1: hidden_states must be a dense tensor, got a nested tensor",
+    "nested indices": "rank 1: indices must be a dense tensor, got a nested tensor",
+    "sparse": "rank 1: hidden_states must be a dense tensor, got layout torch.sparse_coo",
 }
-KINDS = {"dtype of indices": "TypeError", "no tensor": "TypeError"}
+TYPE_ERRORS = (
+    *("dtype of indices", "no tensor", "nested", "nested rows", "nested indices", "sparse"),
+)
 
 
 @pytest.mark.parametrize("dispatcher", ["auto", "all_to_all", "all_gather"])
@@ -78,7 +93,7 @@ def test_bad_input_on_one_rank_is_the_same_error_on_all(
     outcomes = rank_pools.outcomes(3, bad_input, spoil, dispatcher)
     for outcome in outcomes:
         assert isinstance(outcome, Failure)
-        assert outcome.kind == KINDS.get(spoil, "ValueError")
+        assert outcome.kind == ("TypeError" if spoil in TYPE_ERRORS else "ValueError")
         assert MESSAGES[spoil] in outcome.message
     assert len({outcome.message for outcome in outcomes}) == 1
 
@@ -95,6 +110,12 @@ BAD_ROWS: dict[str, tuple[Callable[[Tensor], Any], str, str]] = {
         "rank 1: hidden_states must have the dtype of the layer's parameters, torch.float32",
     ),
     "no tensor": (lambda x: None, "TypeError", "rank 1: hidden_states must be a torch.Tensor"),
+    "nested": (nested, "TypeError", "rank 1: hidden_states must be a dense tensor, got a nested"),
+    "sparse": (
+        lambda x: x.to_sparse(),
+        "TypeError",
+        "rank 1: hidden_states must be a dense tensor, got layout torch.sparse_coo",
+    ),
 }
 
 
@@ -122,6 +143,26 @@ def test_bad_rows_of_a_whole_layer(spoil: str, rank_pools: RankPools) -> None:
         assert outcome.kind == kind
         assert message in outcome.message
     assert len({outcome.message for outcome in outcomes}) == 1
+
+
+def shared_mlp_of_another_dtype() -> None:
+    layer = FlashMoE(HIDDEN_SIZE, 4, NUM_EXPERTS + 2, SLOTS)
+    parallelize_module(layer, rank_runtime().ep_mesh, {"experts": ExpertParallel()})
+    x_TH = torch.randn(6, HIDDEN_SIZE)
+    if dist.get_rank() == 1:
+        layer.shared_mlp.double()
+    try:
+        layer(x_TH)
+    finally:
+        layer.shared_mlp.float()
+        layer(x_TH).sum().backward()
+
+
+def test_shared_mlp_of_another_dtype_on_one_rank(rank_pools: RankPools) -> None:
+    message = "rank 1: hidden_states must have the dtype of the layer's parameters, torch.float64"
+    for outcome in rank_pools.outcomes(2, shared_mlp_of_another_dtype):
+        assert outcome.kind == "TypeError"
+        assert message in outcome.message
 
 
 def spoiled_tables_on_one_rank(which: str) -> None:

@@ -13,6 +13,7 @@ from ranks import RankPools
 from torch import nn
 
 from flash_moe import FlashExperts, FlashMoE, ProductKeyRouter
+from flash_moe.layers.moe import SharedMLP
 from flash_moe_dist import (
     Checkpointer,
     ExpertParallel,
@@ -46,6 +47,12 @@ def entered(manager: Any, *args: Any) -> None:
 
 
 sparse, complex_grad = torch.eye(2).to_sparse(), torch.eye(2, dtype=torch.complex64)
+shared_mlp: Any = SharedMLP(8, 6)
+circular: list[Any] = []
+circular.append(circular)
+deep: list[Any] = []
+for _ in range(100_000):
+    deep = [deep]
 
 
 @pytest.mark.parametrize(
@@ -69,6 +76,27 @@ sparse, complex_grad = torch.eye(2).to_sparse(), torch.eye(2, dtype=torch.comple
             TypeError,
             "key_grid must be .*3.0",
         ),
+        (
+            wrong(ProductKeyRouter, 8, 529, 2, key_grid=(-1000, 5)),
+            ValueError,
+            r"key_grid must be two numbers with a product of num_experts = 529, got \(-1000, 5\)",
+        ),
+        (
+            wrong(ProductKeyRouter, 8, 9, 2, key_grid=(-3, -3)),
+            ValueError,
+            r"key_grid must be two numbers .* got \(-3, -3\)",
+        ),
+        (wrong(FlashMoE, 8, 6, 9, 2, device="gpu"), ValueError, "device must .* got 'gpu'"),
+        (wrong(ProductKeyRouter, 8, 9, 2, device="gpu"), ValueError, "device must .* got 'gpu'"),
+        (wrong(FlashExperts, 9, 8, "cuda:x"), ValueError, "device must .* got 'cuda:x'"),
+        (wrong(FlashExperts, 9, 8, 1.0), TypeError, "device must be of type .* got float"),
+        (wrong(SharedMLP, 8, 6, "gpu"), ValueError, "device must .* got 'gpu'"),
+        (wrong(SharedMLP, 8, 6, dtype=torch.int32), TypeError, "dtype must be .*torch.int32"),
+        (wrong(SharedMLP, 8, 6, dtype="float32"), TypeError, "dtype must be .* 'float32'"),
+        (wrong(shared_mlp, [[0.0] * 8]), TypeError, "hidden_states must be .* got list"),
+        (wrong(shared_mlp, torch.eye(8).to_sparse()), TypeError, "hidden_states .*sparse_coo"),
+        (wrong(shared_mlp, torch.eye(7)), ValueError, r"hidden_states .* got shape \(7, 7\)"),
+        (wrong(shared_mlp, torch.tensor(1.0)), ValueError, r"hidden_states .* got shape \(\)"),
         (wrong(FlashExperts, 9.0, 8), TypeError, "num_experts must be an int, got 9.0"),
         (wrong(FlashExperts, 9, -8), ValueError, "hidden_size must be at least 0, got -8"),
         (wrong(FlashExperts, 9, 8, dtype=torch.int32), TypeError, "dtype must be .*torch.int32"),
@@ -102,6 +130,21 @@ sparse, complex_grad = torch.eye(2).to_sparse(), torch.eye(2, dtype=torch.comple
             "max_norm must be a number, got '1'",
         ),
         (wrong(clip_grad_norm_, linear.weight, -1.0), ValueError, "max_norm must be at least 0"),
+        (
+            wrong(clip_grad_norm_, linear.weight, torch.tensor(-1.0)),
+            ValueError,
+            "max_norm must be at least 0, got -1.0",
+        ),
+        (
+            wrong(clip_grad_norm_, linear.weight, torch.ones(1)),
+            TypeError,
+            "max_norm must be a number, got tensor",
+        ),
+        (
+            wrong(clip_grad_norm_, linear.weight, torch.tensor(True)),
+            TypeError,
+            "max_norm must be a number, got True",
+        ),
         (wrong(clip_grad_norm_, linear.weight, math.nan), ValueError, "max_norm .* got nan"),
         (
             wrong(clip_grad_norm_, linear.weight, 1.0, "pp"),
@@ -144,6 +187,8 @@ sparse, complex_grad = torch.eye(2).to_sparse(), torch.eye(2, dtype=torch.comple
             TypeError,
             "device must be of type device or str, got No",
         ),
+        (wrong(entered, time_phases, "gpu"), ValueError, "device must be .* got 'gpu'"),
+        (wrong(materialize, linear, "gpu"), ValueError, "device must be .* got 'gpu'"),
         (wrong(materialize, linear, "meta"), ValueError, "device must be one that holds values"),
         (
             wrong(init_normal_rows_, torch.ones(3), 1.0),
@@ -184,9 +229,12 @@ def test_a_wrong_argument_is_named(call: Any, error: type[Exception], message: s
         ("save", (1, linear.state_dict(), None), "model must be of type Module, got OrderedDict"),
         ("save", (True, linear, None), "step must be an int, got True"),
         ("save", (1.0, linear, None), "step must be an int, got 1.0"),
+        ("save", (-1, linear, None), "step must be at least 0, got -1"),
         ("load", (1, linear, {}), "optimizer must be of type Optimizer, got dict"),
         ("load", (None, linear, None), "step must be an int, got None"),
         ("progress", ("1",), "step must be an int, got '1'"),
+        ("progress", (-1,), "step must be at least 0, got -1"),
+        ("load", (7, linear, None), "there is no checkpoint of step 7 in .*, steps saved: 1$"),
     ],
 )
 def test_a_wrong_argument_of_a_checkpointer_is_named(
@@ -195,15 +243,18 @@ def test_a_wrong_argument_of_a_checkpointer_is_named(
     optimizer = torch.optim.SGD(linear.parameters())
     checkpoints = Checkpointer(tmp_path)
     checkpoints.save(1, linear, optimizer)
-    with pytest.raises(TypeError, match=message):
+    with pytest.raises(ValueError if -1 in args or 7 in args else TypeError, match=message):
         getattr(checkpoints, method)(*args)
-    for progress, complaint in (
-        ([1], "progress must be of type Mapping, got list"),
-        ({1: 2}, "progress must have strings as names, got 1"),
-        ({"a": sparse}, "progress must be serializable as JSON: .* Tensor"),
+    for error, progress, complaint in (
+        (TypeError, [1], "progress must be of type Mapping, got list"),
+        (TypeError, {1: 2}, "progress must have strings as names, got 1"),
+        (TypeError, {"a": sparse}, "progress must be serializable as JSON: .* Tensor"),
+        (ValueError, {"step": 1}, 'progress must not have "step"'),
+        (ValueError, {"a": circular}, "progress must be serializable as JSON: Circular"),
+        (ValueError, {"a": deep}, "progress must be serializable as JSON: .*recursion"),
     ):
         wrong_progress: Any = progress
-        with pytest.raises(TypeError, match=complaint):
+        with pytest.raises(error, match=complaint):
             checkpoints.save(2, linear, optimizer, wrong_progress)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
 

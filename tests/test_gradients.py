@@ -260,5 +260,14 @@ def test_one_tensor_and_one_tensor_twice() -> None:
         torch.testing.assert_close(one.grad, torch.tensor([0.6, 0.8]))
 
 
+def test_a_tensor_as_max_norm() -> None:
+    for max_norm in (torch.tensor(0.5), torch.tensor(1, dtype=torch.int32)):
+        by_tensor, by_number = (nn.Parameter(torch.zeros(5)) for _ in range(2))
+        by_tensor.grad, by_number.grad = torch.arange(5.0), torch.arange(5.0)
+        clip_grad_norm_(by_tensor, max_norm)
+        clip_grad_norm_(by_number, max_norm.item())
+        assert torch.equal(by_tensor.grad, by_number.grad)
+
+
 def test_no_gradients() -> None:
     assert clip_grad_norm_([nn.Parameter(torch.zeros(2))], 1.0) == 0

@@ -6,7 +6,13 @@ from typing import NoReturn
 import torch
 from torch import Tensor, nn
 
-from flash_moe.arguments import check_parameter_dtype, checked_int, checked_number
+from flash_moe.arguments import (
+    check_parameter_device,
+    check_parameter_dtype,
+    checked_int,
+    checked_number,
+    is_plain,
+)
 from flash_moe.layers.normal_rows import normal_rows_
 from flash_moe.ops.flash_expert import triton_flash_expert_func
 
@@ -27,8 +33,9 @@ class FlashExperts(nn.Module):
         up_std: standard deviation of the up table's initial values.
 
     Raises:
-        TypeError: a size is no integer, up_std no number, or dtype no float dtype of the op.
-        ValueError: a size or up_std is negative.
+        TypeError: a size is no integer, up_std no number, device no device, or dtype no float
+            dtype of the op.
+        ValueError: a size or up_std is negative, or PyTorch knows no device of that name.
     """
 
     expert_func: ExpertFunc = staticmethod(triton_flash_expert_func)
@@ -43,6 +50,7 @@ class FlashExperts(nn.Module):
         up_std: float = 1.0,
     ) -> None:
         super().__init__()
+        check_parameter_device(device)
         check_parameter_dtype(dtype)
         self.num_experts = checked_int("num_experts", num_experts, 0)
         self.hidden_size = checked_int("hidden_size", hidden_size, 0)
@@ -78,8 +86,8 @@ class FlashExperts(nn.Module):
         """
         rows = [hidden_states, indices, routing_weights]
         # Other arguments are passed on as they are: the op raises, on all ranks if sharded.
-        tensors = all(isinstance(one, Tensor) and one.ndim not in (0, 2) for one in rows)
-        if tensors and all(one.shape[:-1] == hidden_states.shape[:-1] for one in rows):
+        can_flatten = all(is_plain(one) and one.ndim not in (0, 2) for one in rows)
+        if can_flatten and all(one.shape[:-1] == hidden_states.shape[:-1] for one in rows):
             rows = [one.unsqueeze(0).flatten(0, -2) for one in rows]
         out = self.expert_func(rows[0], self.down_weights, self.up_weights, rows[1], rows[2])
         # As a view, an in-place operation of the caller's would lose hooks on it, such as FSDP's.

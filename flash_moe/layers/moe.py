@@ -8,14 +8,15 @@ from random import Random
 import torch
 from torch import Tensor, nn
 
-from flash_moe.arguments import checked_int
-from flash_moe.layers.experts import FlashExperts
-from flash_moe.layers.router import (
-    ProductKeyRouter,
-    candidate_ranks,
+from flash_moe.arguments import (
+    check_dense,
     check_fits,
-    squarest_grid,
+    check_parameter_device,
+    check_parameter_dtype,
+    checked_int,
 )
+from flash_moe.layers.experts import FlashExperts
+from flash_moe.layers.router import ProductKeyRouter, candidate_ranks, squarest_grid
 
 # E[silu(b)^2] for b ~ N(0, 1), and E[silu(a)^2] for a ~ N(0, 1/3).
 MEAN_SQUARE_SILU, MEAN_SQUARE_SILU_THIRD = 0.3557755, 0.0997717
@@ -34,8 +35,8 @@ class SharedMLP(nn.Module):
         device, dtype: where the parameters live, and their type.
 
     Raises:
-        TypeError: a size is no integer.
-        ValueError: a size is negative.
+        TypeError: a size is no integer, device no device, or dtype no float dtype of the op.
+        ValueError: a size is negative, or PyTorch knows no device of that name.
     """
 
     def __init__(
@@ -46,8 +47,11 @@ class SharedMLP(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_parameter_device(device)
+        check_parameter_dtype(dtype)
         hidden_size = checked_int("hidden_size", hidden_size, 0)
         intermediate_size = checked_int("intermediate_size", intermediate_size, 0)
+        self.hidden_size = hidden_size
         self.gate_proj = nn.Linear(
             hidden_size, intermediate_size, bias=False, device=device, dtype=dtype
         )
@@ -62,12 +66,27 @@ class SharedMLP(nn.Module):
         """Map (..., H) to (..., H).
 
         Raises:
-            TypeError: `hidden_states` has another dtype than the parameters outside of autocast.
-            ValueError: it is on another device.
+            TypeError, ValueError: see `check_input`.
         """
-        check_fits(hidden_states, self.gate_proj)
+        self.check_input(hidden_states)
         gated = nn.functional.silu(self.gate_proj(hidden_states)) * self.up_proj(hidden_states)
         return self.down_proj(gated)
+
+    def check_input(self, hidden_states: Tensor) -> None:
+        """Raise unless a forward pass can take `hidden_states`.
+
+        Raises:
+            TypeError: it is no dense tensor, or has another dtype than the parameters outside of
+                autocast.
+            ValueError: its last dimension is not H, or it is on another device.
+        """
+        check_dense("hidden_states", hidden_states)
+        if hidden_states.shape[-1:] != (self.hidden_size,):
+            raise ValueError(
+                f"hidden_states must have rows of hidden_size = {self.hidden_size}, "
+                f"got shape {tuple(hidden_states.shape)}"
+            )
+        check_fits(hidden_states, self.gate_proj)
 
 
 class FlashMoE(nn.Module):
@@ -121,9 +140,13 @@ class FlashMoE(nn.Module):
         Raises:
             TypeError, ValueError: see `ProductKeyRouter`, `FlashExperts` and `SharedMLP`.
 
-        If experts are sharded and one rank raises an error of the first two, all ranks do.
+        If experts are sharded and one rank raises such an error, all ranks do.
         """
         try:
+            check_dense("hidden_states", hidden_states)
+            # With a hook, such as FSDP's, the MLP gets other parameters or hidden states than now.
+            if isinstance(self.shared_mlp, SharedMLP) and not self.shared_mlp._forward_pre_hooks:
+                self.shared_mlp.check_input(hidden_states)
             indices, routing_weights = self.router(hidden_states)
         except (TypeError, ValueError, RuntimeError) as error:
             # Ranks that share the experts would wait for this one.

@@ -8,7 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flash_moe.arguments import check_parameter_dtype, checked_int
+from flash_moe.arguments import (
+    check_fits,
+    check_parameter_device,
+    check_parameter_dtype,
+    checked_int,
+)
 
 
 class ProductKeyRouter(nn.Module):
@@ -38,8 +43,9 @@ class ProductKeyRouter(nn.Module):
     Raises:
         TypeError: a size is no integer, norm_topk_prob no bool, or dtype no float dtype of the op.
         ValueError: H is negative; E is less than 1; K is not in [1, E]; the product of key_grid is
-            not E; or no key_grid was given and E has no two factors near each other (a large
-            prime, say), so that there would be nearly as many keys as experts.
+            not E; PyTorch knows no device of that name; or no key_grid was given and E has no two
+            factors near each other (a large prime, say), so that there would be nearly as many
+            keys as experts.
     """
 
     candidates_first: Tensor
@@ -57,6 +63,7 @@ class ProductKeyRouter(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_parameter_device(device)
         check_parameter_dtype(dtype)
         if not isinstance(norm_topk_prob, bool):
             raise TypeError(f"norm_topk_prob must be True or False, got {norm_topk_prob!r}")
@@ -175,42 +182,15 @@ def _add_missing_grid(
             )
 
 
-def check_fits(hidden_states: Tensor, layer: nn.Module) -> None:
-    """Raise unless `layer`, if it is linear, can multiply `hidden_states`.
-
-    Raises:
-        TypeError: their dtypes differ, and torch.autocast does not cast both to one.
-        ValueError: they are on different devices.
-    """
-    if not isinstance(layer, nn.Linear):
-        return
-    weight = layer.weight
-    if hidden_states.device != weight.device:
-        raise ValueError(
-            f"hidden_states must be on {weight.device}, where the layer's parameters are, "
-            f"got {hidden_states.device}"
-        )
-    dtypes = (hidden_states.dtype, weight.dtype)
-    is_cast = torch.is_autocast_enabled(hidden_states.device.type) and all(
-        dtype.is_floating_point and dtype != torch.float64 for dtype in dtypes
-    )
-    if hidden_states.dtype != weight.dtype and not is_cast:
-        raise TypeError(
-            f"hidden_states must have the dtype of the layer's parameters, {weight.dtype}, "
-            "unless torch.autocast casts both (it casts all floats but float64), "
-            f"got {hidden_states.dtype}"
-        )
-
-
 def _checked_grid(key_grid: Any, num_experts: int) -> tuple[int, int]:
     """Return `key_grid` as a tuple of two ints; raise unless their product is `num_experts`."""
     expected = f"key_grid must be two numbers with a product of num_experts = {num_experts}"
     try:
-        grid = tuple(checked_int("key_grid", one, -num_experts) for one in key_grid)
-    except TypeError as error:
-        raise TypeError(f"{expected}, got {key_grid!r}") from error
-    if len(grid) != 2 or math.prod(grid) != num_experts or min(grid) < 1:
-        raise ValueError(f"{expected}, got {key_grid}")
+        grid = tuple(checked_int("key_grid", one, 1) for one in key_grid)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{expected}, got {key_grid!r}") from error
+    if len(grid) != 2 or math.prod(grid) != num_experts:
+        raise ValueError(f"{expected}, got {key_grid!r}")
     return grid
 
 
