@@ -197,7 +197,7 @@ def test_readme_is_short() -> None:
 
 
 def listed_tree() -> set[str]:
-    """Files and folders of the tree in README.md; `name(_kernels).py` is two files."""
+    """Files and folders of the tree in README.md, where `name(_kernels)` is two files."""
     (tree,) = re.findall(r"^```\n(flash_moe/.*?)^```$", text_of("README.md"), re.DOTALL | re.M)
     listed, folder = set(), ""
     for line in tree.splitlines():
@@ -206,7 +206,7 @@ def listed_tree() -> set[str]:
             folder = name
             listed.add(folder)
             continue
-        file = folder + name.strip()
+        file = folder + name.strip() + ("" if "." in name else ".py")
         listed |= {file.replace("(_kernels)", ""), file.replace("(_kernels)", "_kernels")}
     return listed
 
