@@ -140,7 +140,8 @@ class FlashMoE(nn.Module):
         Raises:
             TypeError, ValueError: see `ProductKeyRouter`, `FlashExperts` and `SharedMLP`.
 
-        If experts are sharded and one rank raises such an error, all ranks do.
+        If experts are sharded and one rank raises such an error, all ranks do; not if a shared MLP
+        with hooks of its own, such as FSDP's, raises it.
         """
         try:
             check_dense("hidden_states", hidden_states)
