@@ -156,6 +156,12 @@ def test_hidden_states_of_another_dtype(autocast: bool) -> None:
                 layer(torch.randn(3, 4))
 
 
+def test_a_hook_may_cast_what_the_shared_mlp_gets() -> None:
+    layer = FlashMoE(4, 8, num_experts=9, num_experts_per_tok=2)
+    layer.shared_mlp.double().register_forward_pre_hook(lambda _, args: (args[0].double(),))
+    assert layer(torch.randn(3, 4)).dtype == torch.float64
+
+
 def test_output_is_no_view() -> None:
     """In-place operations on a view would lose the hooks of FSDP."""
     experts = FlashExperts(5, 4)
