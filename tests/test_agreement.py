@@ -80,8 +80,9 @@ MESSAGES = {
     "nested indices": "rank 1: indices must be a dense tensor, got a nested tensor",
     "sparse": "rank 1: hidden_states must be a dense tensor, got layout torch.sparse_coo",
 }
-TYPE_ERRORS = (
-    *("dtype of indices", "no tensor", "nested", "nested rows", "nested indices", "sparse"),
+KINDS = dict.fromkeys(
+    ("dtype of indices", "no tensor", "nested", "nested rows", "nested indices", "sparse"),
+    "TypeError",
 )
 
 
@@ -93,7 +94,7 @@ def test_bad_input_on_one_rank_is_the_same_error_on_all(
     outcomes = rank_pools.outcomes(3, bad_input, spoil, dispatcher)
     for outcome in outcomes:
         assert isinstance(outcome, Failure)
-        assert outcome.kind == ("TypeError" if spoil in TYPE_ERRORS else "ValueError")
+        assert outcome.kind == KINDS.get(spoil, "ValueError")
         assert MESSAGES[spoil] in outcome.message
     assert len({outcome.message for outcome in outcomes}) == 1
 
