@@ -66,13 +66,15 @@ def check_type(name: str, value: object, *types: type) -> None:
 
 
 def checked_device(name: str, value: object) -> torch.device:
-    """Return a device, or the name of one, as a torch.device.
+    """Return a device, its name, or the number of a GPU as a torch.device.
 
     Raises:
-        TypeError: `value` is neither.
+        TypeError: `value` is none of these.
         ValueError: PyTorch knows no device of that name.
     """
-    check_type(name, value, torch.device, str)
+    if isinstance(value, bool):
+        raise TypeError(f"{name} must be a device, got {value}")
+    check_type(name, value, torch.device, str, int)
     try:
         return torch.device(value)  # type: ignore[call-overload]
     except RuntimeError as error:
