@@ -35,6 +35,8 @@ def speed_up() -> None:
     _broadcast_only_other_shapes()
     patched_tl: Any = tl
     patched_tl.sort = functools.partial(_sort, patched.TensorHandle)
+    patched_tl.topk = functools.partial(_topk, patched.TensorHandle)
+    patched.ScanOps.generic_scan = _scan
 
 
 def _call_directly(owner: Any, name: str, member: Any, builder: Any, scope: Any) -> None:
@@ -92,6 +94,36 @@ def _broadcast_only_other_shapes() -> None:
     patched.broadcast_impl_value = broadcast_impl_value
 
 
-def _sort(handle_of: Any, x: Any) -> Any:
-    """Sort a 1D block in ascending order; the original interprets a network of comparisons."""
-    return tl.tensor(handle_of(np.sort(x.handle.data), x.handle.dtype), x.type)
+def _sort(handle_of: Any, x: Any, dim: Any = None, descending: bool = False) -> Any:
+    """Sort the last dimension; the original interprets a network of comparisons."""
+    data = np.sort(x.handle.data, axis=-1)
+    if descending:
+        data = np.flip(data, axis=-1)
+    return tl.tensor(handle_of(data, x.handle.dtype), x.type)
+
+
+def _topk(handle_of: Any, x: Any, k: int) -> Any:
+    """Largest `k` of the last dimension, largest first."""
+    data = np.flip(np.sort(x.handle.data, axis=-1), axis=-1)[..., :k]
+    return tl.tensor(handle_of(data, x.handle.dtype), tl.block_type(x.dtype, list(data.shape)))
+
+
+def _scan(self: Any, inputs: Any) -> list[Any]:
+    """Scan along an axis in its order, all other indices at a time; the original one by one."""
+    axis = self.axis
+    arrays = [np.moveaxis(one.handle.data, axis, 0) for one in inputs]
+    dtypes = [one.dtype for one in inputs]
+    scanned = [np.zeros_like(array) for array in arrays]
+    before: tuple[Any, ...] = ()
+    for place in range(len(arrays[0])):
+        found = tuple(
+            self.to_tensor(array[place], dtype) for array, dtype in zip(arrays, dtypes, strict=True)
+        )
+        if before:
+            found = self.combine_fn.fn(*before, *found)
+            found = found if isinstance(found, tuple) else (found,)
+        before = found
+        for array, one in zip(scanned, found, strict=True):
+            array[place] = one.handle.data.reshape(array[place].shape)
+    results = zip(scanned, dtypes, strict=True)
+    return [self.to_tensor(np.moveaxis(array, 0, axis), dtype) for array, dtype in results]

@@ -46,11 +46,6 @@ def test_leading_dimensions_are_kept() -> None:
     assert indices.dtype == torch.int64
 
 
-def test_number_of_candidates_is_k_log_k() -> None:
-    router = ProductKeyRouter(8, 512 * 512, 512)
-    assert len(router.candidates_first) == sum(512 // (i + 1) for i in range(512))
-
-
 def test_squarest_grid() -> None:
     assert squarest_grid(102_400) == (320, 320)
     assert squarest_grid(48) == (6, 8)

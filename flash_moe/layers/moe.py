@@ -16,7 +16,8 @@ from flash_moe.arguments import (
     checked_int,
 )
 from flash_moe.layers.experts import FlashExperts
-from flash_moe.layers.router import ProductKeyRouter, candidate_ranks, squarest_grid
+from flash_moe.layers.router import ProductKeyRouter, squarest_grid
+from flash_moe.ops.product_keys import candidate_ranks
 
 # E[silu(b)^2] for b ~ N(0, 1), and E[silu(a)^2] for a ~ N(0, 1/3).
 MEAN_SQUARE_SILU, MEAN_SQUARE_SILU_THIRD = 0.3557755, 0.0997717
@@ -184,7 +185,7 @@ def mean_square_weights(num_experts: int, num_experts_per_tok: int) -> float:
     the mean of random draws: always the same ones, which leave all other generators as they are.
     """
     grid = squarest_grid(num_experts)
-    candidates = candidate_ranks(num_experts_per_tok, grid)
+    candidates = candidate_ranks(num_experts_per_tok, *grid)
     random, deviation = Random(0), math.sqrt(1 / 3)
     draws = max(1, min(MAX_DRAWS, MAX_NUMBERS // (sum(grid) + len(candidates))))
     total = 0.0

@@ -2,7 +2,6 @@
 
 import math
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,18 +13,17 @@ from flash_moe.arguments import (
     check_parameter_dtype,
     checked_int,
 )
+from flash_moe.ops.product_keys import product_key_topk
 
 
 class ProductKeyRouter(nn.Module):
     """Scores an expert (i, j) of a key grid by the sum of two log-probabilities.
 
     Expert i * grid[1] + j has log-probability log_softmax(x A)_i + log_softmax(x B)_j, so the
-    probabilities of all experts sum to one. The K best sums are found without computing all
-    of them: with both lists of keys sorted, at least (i + 1)(j + 1) - 1 pairs are no worse than
-    the pair at ranks (i, j), counted from 0, so only pairs with (i + 1)(j + 1) <= K can be among
-    the K best, about K ln K of them. Memory is O(T (K ln K + grid[0] + grid[1])) for T tokens.
-    Probabilities are computed in float32 at least. (Product keys: Lample et al. 2019,
-    arXiv:1907.05242.)
+    probabilities of all experts sum to one. The K best sums are found without computing all of
+    them (`flash_moe.ops.product_keys`); of equal ones the expert with the lowest index is better.
+    Memory is O(T (K + grid[0] + grid[1])) for T tokens on a GPU. Probabilities are computed in
+    float32 at least. (Product keys: Lample et al. 2019, arXiv:1907.05242.)
 
     The grid is part of the state dict, as the shape of `grid`, (*key_grid, 0): the same keys on
     another grid choose other experts, and loading them fails. Without `grid`, a state dict made
@@ -48,8 +46,6 @@ class ProductKeyRouter(nn.Module):
             keys as experts.
     """
 
-    candidates_first: Tensor
-    candidates_second: Tensor
     grid: Tensor
 
     def __init__(
@@ -96,26 +92,6 @@ class ProductKeyRouter(nn.Module):
         grid = torch.empty(*self.key_grid, 0, dtype=torch.int64, device=self.keys.weight.device)
         self.register_buffer("grid", grid)
         self.register_load_state_dict_pre_hook(_add_missing_grid)
-        for name, values in self._candidates().items():
-            self.register_buffer(name, values.to(self.keys.weight.device), persistent=False)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ProductKeyRouter":
-        super()._apply(fn, recurse)
-        # `to_empty` leaves the candidates undefined, and no state dict holds them.
-        self.reset_parameters()
-        return self
-
-    def reset_parameters(self) -> None:
-        """Restore the candidates; the keys are reset by their own module."""
-        if not self.candidates_first.is_meta:
-            for name, values in self._candidates().items():
-                self.get_buffer(name).copy_(values)
-
-    def _candidates(self) -> dict[str, Tensor]:
-        """Ranks of the candidates in both lists, (C,) each, by the name of their buffer."""
-        ranks = candidate_ranks(self.num_experts_per_tok, self.key_grid)
-        first, second = torch.tensor(ranks, device="cpu").unbind(1)
-        return {"candidates_first": first, "candidates_second": second}
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         """Choose experts.
@@ -143,24 +119,16 @@ class ProductKeyRouter(nn.Module):
             )
         check_fits(hidden_states, self.keys)
         key_scores = self.keys(hidden_states)
-        wide = torch.promote_types(key_scores.dtype, torch.float32)
-        log_probs = (
-            scores.log_softmax(dim=-1, dtype=wide)
-            for scores in key_scores.split(self.key_grid, dim=-1)
-        )
-        (best_first, first_keys), (best_second, second_keys) = (
-            axis.topk(min(self.num_experts_per_tok, axis.shape[-1]), dim=-1) for axis in log_probs
-        )
-        candidates = (
-            best_first[..., self.candidates_first] + best_second[..., self.candidates_second]
-        )
-        scores, chosen = candidates.topk(self.num_experts_per_tok, dim=-1)
-        first = first_keys.gather(-1, self.candidates_first[chosen])
-        second = second_keys.gather(-1, self.candidates_second[chosen])
-        indices = first * self.key_grid[1] + second
-        # A softmax over the K scores normalises them without underflow if all are tiny.
-        weights = scores.softmax(dim=-1) if self.norm_topk_prob else scores.exp()
-        return indices, weights.to(key_scores.dtype)
+        shape = (*key_scores.shape[:-1], self.num_experts_per_tok)
+        first, second = key_scores.reshape(-1, sum(self.key_grid)).split(self.key_grid, dim=-1)
+        indices, scores = product_key_topk(first, second, self.num_experts_per_tok)
+        if self.norm_topk_prob:
+            weights = scores.softmax(dim=-1)
+        else:
+            wide = scores.dtype
+            total = first.to(wide).logsumexp(-1) + second.to(wide).logsumexp(-1)
+            weights = (scores - total.unsqueeze(-1)).exp()
+        return indices.view(shape), weights.to(key_scores.dtype).view(shape)
 
     def extra_repr(self) -> str:
         return (
@@ -198,15 +166,3 @@ def squarest_grid(num_experts: int) -> tuple[int, int]:
     """Return the two factors (a, b) of `num_experts`, a <= b, that are closest to each other."""
     smaller = next(a for a in range(math.isqrt(num_experts), 0, -1) if num_experts % a == 0)
     return smaller, num_experts // smaller
-
-
-def candidate_ranks(count: int, key_grid: tuple[int, int]) -> list[tuple[int, int]]:
-    """List all ranks (i, j) in two sorted lists with (i + 1)(j + 1) <= count.
-
-    With count 3 and a large grid: (0, 0), (0, 1), (0, 2), (1, 0), (2, 0).
-    """
-    return [
-        (i, j)
-        for i in range(min(count, key_grid[0]))
-        for j in range(min(count // (i + 1), key_grid[1]))
-    ]

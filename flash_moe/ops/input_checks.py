@@ -38,11 +38,11 @@ def check_expert_inputs(
 
 def check_routing(hidden_states: Tensor, indices: Tensor, routing_weights: Tensor) -> None:
     """Raise as `check_expert_inputs` unless tokens, ids and routing weights fit together."""
-    _check_dtype("hidden_states", hidden_states, FLOAT_DTYPES)
-    _check_dtype("indices", indices, INDEX_DTYPES)
-    _check_dtype("routing_weights", routing_weights, FLOAT_DTYPES)
-    _check_ndim("hidden_states", hidden_states, 2, "(num_tokens, hidden_size)")
-    _check_ndim("indices", indices, 2, "(num_tokens, num_experts_per_tok)")
+    check_dtype("hidden_states", hidden_states, FLOAT_DTYPES)
+    check_dtype("indices", indices, INDEX_DTYPES)
+    check_dtype("routing_weights", routing_weights, FLOAT_DTYPES)
+    check_ndim("hidden_states", hidden_states, 2, "(num_tokens, hidden_size)")
+    check_ndim("indices", indices, 2, "(num_tokens, num_experts_per_tok)")
     num_tokens = hidden_states.shape[0]
     if indices.shape[0] != num_tokens:
         raise ValueError(
@@ -66,10 +66,10 @@ def check_ragged_inputs(
 ) -> None:
     """Raise as `check_expert_inputs` unless the arguments of `ragged_flash_expert_func` fit."""
     _check_tables(hidden_states, down_weights, up_weights)
-    _check_dtype("row_offsets", row_offsets, INDEX_DTYPES)
-    _check_dtype("expert_ids", expert_ids, INDEX_DTYPES)
-    _check_dtype("routing_weights", routing_weights, FLOAT_DTYPES)
-    _check_ndim("expert_ids", expert_ids, 1, "(num_pairs,)")
+    check_dtype("row_offsets", row_offsets, INDEX_DTYPES)
+    check_dtype("expert_ids", expert_ids, INDEX_DTYPES)
+    check_dtype("routing_weights", routing_weights, FLOAT_DTYPES)
+    check_ndim("expert_ids", expert_ids, 1, "(num_pairs,)")
     num_tokens = hidden_states.shape[0]
     if tuple(row_offsets.shape) != (num_tokens + 1,):
         raise ValueError(
@@ -94,11 +94,11 @@ def check_ragged_inputs(
 
 
 def _check_tables(hidden_states: Tensor, down_weights: Tensor, up_weights: Tensor) -> None:
-    _check_dtype("hidden_states", hidden_states, FLOAT_DTYPES)
-    _check_dtype("down_weights", down_weights, FLOAT_DTYPES)
-    _check_dtype("up_weights", up_weights, FLOAT_DTYPES)
-    _check_ndim("hidden_states", hidden_states, 2, "(num_tokens, hidden_size)")
-    _check_ndim("down_weights", down_weights, 2, "(num_experts, hidden_size)")
+    check_dtype("hidden_states", hidden_states, FLOAT_DTYPES)
+    check_dtype("down_weights", down_weights, FLOAT_DTYPES)
+    check_dtype("up_weights", up_weights, FLOAT_DTYPES)
+    check_ndim("hidden_states", hidden_states, 2, "(num_tokens, hidden_size)")
+    check_ndim("down_weights", down_weights, 2, "(num_experts, hidden_size)")
     hidden_size = hidden_states.shape[1]
     if down_weights.shape[1] != hidden_size:
         raise ValueError(
@@ -116,7 +116,7 @@ def _check_tables(hidden_states: Tensor, down_weights: Tensor, up_weights: Tenso
         )
 
 
-def _check_dtype(name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...]) -> None:
+def check_dtype(name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...]) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
     # By name, since this package does not import torch.distributed.
@@ -135,7 +135,7 @@ def _check_dtype(name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...]) ->
         )
 
 
-def _check_ndim(name: str, tensor: Tensor, ndim: int, shape: str) -> None:
+def check_ndim(name: str, tensor: Tensor, ndim: int, shape: str) -> None:
     if tensor.ndim != ndim:
         raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
 

@@ -1,0 +1,429 @@
+"""The K best of all sums of two keys' scores, without computing all sums: a custom op.
+
+T tokens, A and B keys of the two axes, K sums chosen. With the scores of both axes sorted, at least
+(i + 1)(j + 1) - 1 sums are no worse than that of ranks (i, j), counted from 0, so only ranks with
+(i + 1)(j + 1) <= K can be among the K best: C of them, about K ln K. (Product keys: Lample et al.
+2019, arXiv:1907.05242.)
+"""
+
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from flash_moe.arguments import FLOAT_DTYPES, checked_int
+from flash_moe.ops.backend_choice import default_backend, uses_triton
+from flash_moe.ops.dtypes import accumulator_dtype
+from flash_moe.ops.input_checks import check_dtype, check_ndim
+from flash_moe.ops.triton_launch import cdiv, launch, next_power_of_2
+
+# Of an id below a packed score.
+ID_BITS = 0x7FFFFFFF
+# Numbers in a block of a kernel, and the most that fit into its registers.
+BLOCK_NUMBERS, MAX_BLOCK = 256, 2**16
+# Candidates of all tokens that are held at a time where no kernel chooses.
+MAX_CANDIDATES_HELD = 2**24
+
+
+class ChosenKeys(NamedTuple):
+    """The best sums of each token, best first: indices (T, K) int64 and scores (T, K)."""
+
+    indices: Tensor
+    scores: Tensor
+
+
+def product_key_topk(
+    first_scores: Tensor,
+    second_scores: Tensor,
+    k: int,
+    *,
+    first_bias: Tensor | None = None,
+    second_bias: Tensor | None = None,
+) -> ChosenKeys:
+    """Choose, for each token, the k best of all sums of a first and a second score.
+
+    Sums are compared in float32 (float64 if the scores are), biases included; of equal sums the
+    lowest index is better. Results are bitwise repeatable.
+
+    Args:
+        first_scores: (T, A), a float dtype.
+        second_scores: (T, B) in the same dtype.
+        k: number of sums, in [1, A B].
+        first_bias, second_bias: (A,) and (B,), a float dtype; added to the scores for the choice
+            and the order only. They get no gradient.
+
+    Returns:
+        `ChosenKeys`: indices i * B + j of the chosen sums, best first, and scores, the sums without
+        the biases in float32 (float64 if the scores are). Gradients of the scores flow to both axes
+        in their dtype, summed in that of the scores.
+
+    Raises:
+        TypeError: an argument has another type or dtype.
+        ValueError: a shape or device does not fit, k is out of range, or A B exceeds 2^31 - 1.
+        RuntimeError: a second derivative was requested.
+    """
+    k = _check(first_scores, second_scores, k, first_bias, second_bias)
+    scores, indices = _topk_op(first_scores, second_scores, k, first_bias, second_bias)
+    return ChosenKeys(indices, scores)
+
+
+@cache
+def candidate_ranks(k: int, num_first: int, num_second: int) -> list[tuple[int, int]]:
+    """List all ranks (i, j) in two sorted lists with (i + 1)(j + 1) <= k.
+
+    With k = 3 and long lists: (0, 0), (0, 1), (0, 2), (1, 0), (2, 0).
+    """
+    return [(i, j) for i in range(min(k, num_first)) for j in range(min(k // (i + 1), num_second))]
+
+
+@cache
+def _candidates(k: int, num_first: int, num_second: int, device: torch.device) -> Tensor:
+    """Candidate ranks, (2, C) int32."""
+    ranks = torch.tensor(candidate_ranks(k, num_first, num_second), dtype=torch.int32, device="cpu")
+    return ranks.t().contiguous().to(device)
+
+
+@torch.library.custom_op("flash_moe::product_key_topk", mutates_args=())
+def _topk_op(
+    first_TA: Tensor,
+    second_TB: Tensor,
+    k: int,
+    first_bias_A: Tensor | None,
+    second_bias_B: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Return scores and indices of `ChosenKeys`: PyTorch's opcheck takes no int tensor first."""
+    with torch.no_grad():
+        if _has_kernels(first_TA) and _fits_kernels(first_TA.shape[1], second_TB.shape[1], k):
+            return _choose_in_kernels(first_TA, second_TB, k, first_bias_A, second_bias_B)
+        biased = (_biased(first_TA, first_bias_A), _biased(second_TB, second_bias_B))
+        indices_TK = _choose(*biased, k)
+        first_TK = indices_TK // second_TB.shape[1]
+        second_TK = indices_TK % second_TB.shape[1]
+        wide = accumulator_dtype(first_TA.dtype)
+        scores_TK = first_TA.gather(1, first_TK).to(wide) + second_TB.gather(1, second_TK).to(wide)
+        return scores_TK, indices_TK
+
+
+@_topk_op.register_fake
+def _(
+    first_TA: Tensor,
+    second_TB: Tensor,
+    k: int,
+    first_bias_A: Tensor | None,
+    second_bias_B: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    shape = (first_TA.shape[0], k)
+    scores_TK = first_TA.new_empty(shape, dtype=accumulator_dtype(first_TA.dtype))
+    return scores_TK, first_TA.new_empty(shape, dtype=torch.int64)
+
+
+@torch.library.custom_op("flash_moe::product_key_topk_backward", mutates_args=())
+def _backward_op(
+    score_grads_TK: Tensor,
+    indices_TK: Tensor,
+    num_first: int,
+    num_second: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients (T, A) and (T, B) of the scores of both axes, in `dtype`."""
+    num_tokens, k = indices_TK.shape
+    sizes = {True: num_first, False: num_second}
+    if not uses_triton(default_backend(indices_TK.device)):
+        grads = []
+        for is_first, size in sizes.items():
+            keys_TK = indices_TK // num_second if is_first else indices_TK % num_second
+            sums = score_grads_TK.new_zeros(num_tokens, size)
+            grads.append(sums.scatter_add_(1, keys_TK, score_grads_TK).to(dtype))
+        return grads[0], grads[1]
+    import triton.language as tl
+
+    from flash_moe.ops.product_keys_kernels import axis_grads_kernel
+
+    score_grads_TK = score_grads_TK.contiguous()
+    block = _Block.of(k, num_tokens, indices_TK.device)
+    grads = []
+    for is_first, size in sizes.items():
+        grads.append(score_grads_TK.new_zeros(num_tokens, size, dtype=dtype))
+        if num_tokens == 0:
+            continue
+        launch(
+            axis_grads_kernel,
+            (cdiv(num_tokens, block.tokens),),
+            score_grads_TK,
+            indices_TK,
+            grads[-1],
+            num_tokens,
+            size,
+            num_second,
+            k,
+            IS_FIRST=is_first,
+            PACKED=tl.int32 if size < 2**15 else tl.int64,
+            BLOCK_T=block.tokens,
+            BLOCK_K=block.numbers,
+            num_warps=block.warps,
+        )
+    return grads[0], grads[1]
+
+
+@_backward_op.register_fake
+def _(
+    score_grads_TK: Tensor,
+    indices_TK: Tensor,
+    num_first: int,
+    num_second: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    num_tokens = indices_TK.shape[0]
+    return (
+        score_grads_TK.new_empty(num_tokens, num_first, dtype=dtype),
+        score_grads_TK.new_empty(num_tokens, num_second, dtype=dtype),
+    )
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    first_TA, second_TB, *_ = inputs
+    _, indices_TK = output
+    ctx.mark_non_differentiable(indices_TK)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(indices_TK)
+    ctx.sizes, ctx.dtype = (first_TA.shape[1], second_TB.shape[1]), first_TA.dtype
+
+
+def _backward(ctx: Any, score_grads_TK: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    if score_grads_TK is None:
+        return (None,) * 5
+    (indices_TK,) = ctx.saved_tensors
+    return (*_backward_op(score_grads_TK, indices_TK, *ctx.sizes, ctx.dtype), None, None, None)
+
+
+def _refuse(ctx: Any, *grads: Tensor) -> None:
+    raise RuntimeError(
+        "product_key_topk has no second derivative: its gradient was differentiated "
+        "(create_graph=True, then backward again)"
+    )
+
+
+_topk_op.register_autograd(_backward, setup_context=_save_for_backward)
+_backward_op.register_autograd(_refuse)
+
+
+def _has_kernels(scores: Tensor) -> bool:
+    return uses_triton(default_backend(scores.device)) and scores.dtype != torch.float64
+
+
+def _fits_kernels(num_first: int, num_second: int, k: int) -> bool:
+    """Whether candidates and sorted keys fit into the registers of a program."""
+    num_candidates = len(candidate_ranks(k, num_first, num_second))
+    return max(num_first, num_second, num_candidates) <= MAX_BLOCK
+
+
+class _Block(NamedTuple):
+    """Tokens and numbers of each in a block of a kernel, and warps for it."""
+
+    tokens: int
+    numbers: int
+    warps: int
+
+    @classmethod
+    def of(cls, numbers: int, tokens: int, device: torch.device) -> "_Block":
+        numbers = next_power_of_2(numbers)
+        # Triton's interpreter takes as long for a program whatever its size.
+        block = BLOCK_NUMBERS if device.type == "cuda" else MAX_BLOCK
+        # Sorting and counting within a warp exchange no shared memory.
+        warps = 1 if numbers <= 1024 else min(32, numbers // 512)
+        return cls(min(next_power_of_2(tokens), max(1, block // numbers)), numbers, warps)
+
+
+def _choose_in_kernels(
+    first_TA: Tensor,
+    second_TB: Tensor,
+    k: int,
+    first_bias_A: Tensor | None,
+    second_bias_B: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    from flash_moe.ops import product_keys_kernels as kernels
+
+    num_tokens, device = first_TA.shape[0], first_TA.device
+    indices_TK = torch.empty(num_tokens, k, dtype=torch.int64, device=device)
+    scores_TK = torch.empty(num_tokens, k, dtype=torch.float32, device=device)
+    if num_tokens == 0:
+        return scores_TK, indices_TK
+    sorted_axes: list[Tensor] = []
+    axes = [_with_dense_rows(axis) for axis in (first_TA, second_TB)]
+    for axis, bias in zip(axes, (first_bias_A, second_bias_B), strict=True):
+        size = axis.shape[1]
+        num_best = min(k, size)
+        best_scores = torch.empty(num_tokens, num_best, dtype=torch.float32, device=device)
+        best_keys = torch.empty(num_tokens, num_best, dtype=torch.int32, device=device)
+        block = _Block.of(size, num_tokens, device)
+        launch(
+            kernels.best_keys_kernel,
+            (cdiv(num_tokens, block.tokens),),
+            axis,
+            axis if bias is None else bias.contiguous(),
+            best_scores,
+            best_keys,
+            num_tokens,
+            axis.stride(0),
+            size,
+            num_best,
+            HAS_BIAS=bias is not None,
+            BLOCK_T=block.tokens,
+            BLOCK_KEYS=block.numbers,
+            BLOCK_BEST=next_power_of_2(num_best),
+            num_warps=block.warps,
+        )
+        sorted_axes += [best_scores, best_keys]
+    candidates = _candidates(k, first_TA.shape[1], second_TB.shape[1], device)
+    block = _Block.of(candidates.shape[1], num_tokens, device)
+    launch(
+        kernels.choose_kernel,
+        (cdiv(num_tokens, block.tokens),),
+        indices_TK,
+        *sorted_axes,
+        candidates,
+        num_tokens,
+        sorted_axes[0].shape[1],
+        sorted_axes[2].shape[1],
+        candidates.shape[1],
+        second_TB.shape[1],
+        k,
+        BLOCK_T=block.tokens,
+        BLOCK_CANDIDATES=block.numbers,
+        num_warps=block.warps,
+    )
+    block = _Block.of(k, num_tokens, device)
+    launch(
+        kernels.order_kernel,
+        (cdiv(num_tokens, block.tokens),),
+        indices_TK,
+        *axes,
+        scores_TK,
+        num_tokens,
+        axes[0].stride(0),
+        axes[1].stride(0),
+        second_TB.shape[1],
+        k,
+        BLOCK_T=block.tokens,
+        BLOCK_K=block.numbers,
+        num_warps=block.warps,
+    )
+    return scores_TK, indices_TK
+
+
+def _with_dense_rows(scores: Tensor) -> Tensor:
+    return scores if scores.stride(1) == 1 else scores.contiguous()
+
+
+def _biased(scores: Tensor, bias: Tensor | None) -> Tensor:
+    wide = scores.to(accumulator_dtype(scores.dtype))
+    return wide if bias is None else wide + bias
+
+
+def _choose(first_TA: Tensor, second_TB: Tensor, k: int) -> Tensor:
+    """Indices (T, K) of the best sums, best first, in operations of PyTorch."""
+    ranks = _candidates(k, first_TA.shape[1], second_TB.shape[1], first_TA.device)
+    rows = max(1, MAX_CANDIDATES_HELD // ranks.shape[1])
+    chunks = zip(first_TA.split(rows), second_TB.split(rows), strict=True)
+    chosen = [_choose_among(first, second, ranks, k) for first, second in chunks]
+    return torch.cat(chosen) if len(chosen) != 1 else chosen[0]
+
+
+def _choose_among(first_TA: Tensor, second_TB: Tensor, ranks: Tensor, k: int) -> Tensor:
+    first_ranks, second_ranks = ranks
+    first, second = (
+        _Best.of(axis, torch.arange(axis.shape[1], device=axis.device), min(k, axis.shape[1]))
+        for axis in (first_TA, second_TB)
+    )
+    sums_TC = first.values.index_select(1, first_ranks)
+    sums_TC += second.values.index_select(1, second_ranks)
+    ids_TC = first.ids.index_select(1, first_ranks) * second_TB.shape[1]
+    ids_TC += second.ids.index_select(1, second_ranks)
+    return _Best.of(sums_TC, ids_TC, k).ids
+
+
+class _Best(NamedTuple):
+    """The best values of each row, best first, and their ids; of equal values the lowest id.
+
+    values, ids: (T, L).
+    """
+
+    values: Tensor
+    ids: Tensor
+
+    @classmethod
+    def of(cls, values: Tensor, ids: Tensor, count: int) -> "_Best":
+        """Choose `count` of values (T, N) with ids (N,) or (T, N).
+
+        On the CPU by `topk`, which takes any of equal values; rows with equal ones are sorted.
+        """
+        ids = ids.expand_as(values)
+        if not values.is_cpu:
+            return cls.by_sorting(values, ids, count)
+        # One more shows whether the last is equal to one that is left out.
+        found, places = values.topk(min(count + 1, values.shape[1]), dim=1)
+        best = cls(found[:, :count], ids.gather(1, places[:, :count]))
+        rows = (found[:, 1:] == found[:, :-1]).any(1).nonzero().squeeze(1)
+        if len(rows) == len(values):
+            return cls.by_sorting(values, ids, count)
+        if len(rows) > 0:
+            by_sorting = cls.by_sorting(values[rows], ids[rows], count)
+            best.values[rows], best.ids[rows] = by_sorting
+        return best
+
+    @classmethod
+    def by_sorting(cls, values: Tensor, ids: Tensor, count: int) -> "_Best":
+        ids, order = ids.sort(dim=1)
+        values, order = values.gather(1, order).sort(dim=1, descending=True, stable=True)
+        return cls(values[:, :count], ids.gather(1, order[:, :count]))
+
+
+def _check(
+    first_scores: Tensor,
+    second_scores: Tensor,
+    k: int,
+    first_bias: Tensor | None,
+    second_bias: Tensor | None,
+) -> int:
+    named = {"first_scores": first_scores, "second_scores": second_scores}
+    biases = {"first_bias": first_bias, "second_bias": second_bias}
+    for name, scores in named.items():
+        check_dtype(name, scores, FLOAT_DTYPES)
+        check_ndim(name, scores, 2, "(num_tokens, number of keys)")
+    if second_scores.dtype != first_scores.dtype:
+        raise TypeError(
+            f"second_scores must have the dtype of first_scores, {first_scores.dtype}, got "
+            f"{second_scores.dtype}"
+        )
+    if second_scores.shape[0] != first_scores.shape[0]:
+        raise ValueError(
+            f"second_scores must have one row for each of the {first_scores.shape[0]} rows of "
+            f"first_scores, got shape {tuple(second_scores.shape)}"
+        )
+    for (name, bias), scores in zip(biases.items(), named.values(), strict=True):
+        if bias is None:
+            continue
+        check_dtype(name, bias, FLOAT_DTYPES)
+        if bias.shape != scores.shape[1:]:
+            raise ValueError(
+                f"{name} must have shape ({scores.shape[1]},), one number for each key, got "
+                f"{tuple(bias.shape)}"
+            )
+    given = named | {name: bias for name, bias in biases.items() if bias is not None}
+    for name, tensor in given.items():
+        if tensor.device != first_scores.device:
+            raise ValueError(
+                f"{name} must be on {first_scores.device}, where first_scores is, got "
+                f"{tensor.device}"
+            )
+    num_sums = first_scores.shape[1] * second_scores.shape[1]
+    if num_sums > ID_BITS:
+        raise ValueError(
+            f"first_scores and second_scores must have at most {ID_BITS} sums, got "
+            f"{first_scores.shape[1]} x {second_scores.shape[1]}"
+        )
+    k = checked_int("k", k, 1)
+    if k > num_sums:
+        raise ValueError(f"k must be at most the number of sums, {num_sums}, got {k}")
+    return k
