@@ -128,42 +128,41 @@ def _backward_op(
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients (T, A) and (T, B) of the scores of both axes, in `dtype`."""
     num_tokens, k = indices_TK.shape
-    sizes = {True: num_first, False: num_second}
     if not uses_triton(default_backend(indices_TK.device)):
-        grads = []
-        for is_first, size in sizes.items():
-            keys_TK = indices_TK // num_second if is_first else indices_TK % num_second
-            sums = score_grads_TK.new_zeros(num_tokens, size)
-            grads.append(sums.scatter_add_(1, keys_TK, score_grads_TK).to(dtype))
-        return grads[0], grads[1]
+        first_TK, second_TK = indices_TK // num_second, indices_TK % num_second
+        sums_TA = score_grads_TK.new_zeros(num_tokens, num_first)
+        sums_TB = score_grads_TK.new_zeros(num_tokens, num_second)
+        sums_TA.scatter_add_(1, first_TK, score_grads_TK)
+        sums_TB.scatter_add_(1, second_TK, score_grads_TK)
+        return sums_TA.to(dtype), sums_TB.to(dtype)
     import triton.language as tl
 
     from flash_moe.ops.product_keys_kernels import axis_grads_kernel
 
-    score_grads_TK = score_grads_TK.contiguous()
+    first_TA = score_grads_TK.new_empty(num_tokens, num_first, dtype=dtype)
+    second_TB = score_grads_TK.new_empty(num_tokens, num_second, dtype=dtype)
+    if num_tokens == 0:
+        return first_TA, second_TB
+    most_keys = max(num_first, num_second)
     block = _Block.of(k, num_tokens, indices_TK.device)
-    grads = []
-    for is_first, size in sizes.items():
-        grads.append(score_grads_TK.new_zeros(num_tokens, size, dtype=dtype))
-        if num_tokens == 0:
-            continue
-        launch(
-            axis_grads_kernel,
-            (cdiv(num_tokens, block.tokens),),
-            score_grads_TK,
-            indices_TK,
-            grads[-1],
-            num_tokens,
-            size,
-            num_second,
-            k,
-            IS_FIRST=is_first,
-            PACKED=tl.int32 if size < 2**15 else tl.int64,
-            BLOCK_T=block.tokens,
-            BLOCK_K=block.numbers,
-            num_warps=block.warps,
-        )
-    return grads[0], grads[1]
+    launch(
+        axis_grads_kernel,
+        (cdiv(num_tokens, block.tokens), 2),
+        score_grads_TK.contiguous(),
+        indices_TK,
+        first_TA,
+        second_TB,
+        num_tokens,
+        num_first,
+        num_second,
+        k,
+        PACKED=tl.int32 if most_keys < 2**15 else tl.int64,
+        BLOCK_T=block.tokens,
+        BLOCK_K=block.numbers,
+        BLOCK_KEYS=next_power_of_2(most_keys),
+        num_warps=block.warps,
+    )
+    return first_TA, second_TB
 
 
 @_backward_op.register_fake
@@ -249,45 +248,51 @@ def _choose_in_kernels(
     scores_TK = torch.empty(num_tokens, k, dtype=torch.float32, device=device)
     if num_tokens == 0:
         return scores_TK, indices_TK
-    sorted_axes: list[Tensor] = []
-    axes = [_with_dense_rows(axis) for axis in (first_TA, second_TB)]
-    for axis, bias in zip(axes, (first_bias_A, second_bias_B), strict=True):
-        size = axis.shape[1]
-        num_best = min(k, size)
-        best_scores = torch.empty(num_tokens, num_best, dtype=torch.float32, device=device)
-        best_keys = torch.empty(num_tokens, num_best, dtype=torch.int32, device=device)
-        block = _Block.of(size, num_tokens, device)
-        launch(
-            kernels.best_keys_kernel,
-            (cdiv(num_tokens, block.tokens),),
-            axis,
-            axis if bias is None else bias.contiguous(),
-            best_scores,
-            best_keys,
-            num_tokens,
-            axis.stride(0),
-            size,
-            num_best,
-            HAS_BIAS=bias is not None,
-            BLOCK_T=block.tokens,
-            BLOCK_KEYS=block.numbers,
-            BLOCK_BEST=next_power_of_2(num_best),
-            num_warps=block.warps,
-        )
-        sorted_axes += [best_scores, best_keys]
-    candidates = _candidates(k, first_TA.shape[1], second_TB.shape[1], device)
+    first, second = (_with_dense_rows(axis) for axis in (first_TA, second_TB))
+    first_size, second_size = first.shape[1], second.shape[1]
+    num_first, num_second = min(k, first_size), min(k, second_size)
+    shape = (num_tokens, num_first + num_second)
+    best_scores = torch.empty(shape, dtype=torch.float32, device=device)
+    best_keys = torch.empty(shape, dtype=torch.int32, device=device)
+    block = _Block.of(max(first_size, second_size), num_tokens, device)
+    launch(
+        kernels.best_keys_kernel,
+        (cdiv(num_tokens, block.tokens), 2),
+        first,
+        second,
+        # Not read without a bias.
+        first if first_bias_A is None else first_bias_A.contiguous(),
+        second if second_bias_B is None else second_bias_B.contiguous(),
+        best_scores,
+        best_keys,
+        num_tokens,
+        first.stride(0),
+        second.stride(0),
+        first_size,
+        second_size,
+        num_first,
+        num_second,
+        HAS_FIRST_BIAS=first_bias_A is not None,
+        HAS_SECOND_BIAS=second_bias_B is not None,
+        BLOCK_T=block.tokens,
+        BLOCK_KEYS=block.numbers,
+        BLOCK_BEST=next_power_of_2(max(num_first, num_second)),
+        num_warps=block.warps,
+    )
+    candidates = _candidates(k, first_size, second_size, device)
     block = _Block.of(candidates.shape[1], num_tokens, device)
     launch(
         kernels.choose_kernel,
         (cdiv(num_tokens, block.tokens),),
         indices_TK,
-        *sorted_axes,
+        best_scores,
+        best_keys,
         candidates,
         num_tokens,
-        sorted_axes[0].shape[1],
-        sorted_axes[2].shape[1],
+        num_first,
+        num_second,
         candidates.shape[1],
-        second_TB.shape[1],
+        second_size,
         k,
         BLOCK_T=block.tokens,
         BLOCK_CANDIDATES=block.numbers,
@@ -298,12 +303,13 @@ def _choose_in_kernels(
         kernels.order_kernel,
         (cdiv(num_tokens, block.tokens),),
         indices_TK,
-        *axes,
+        first,
+        second,
         scores_TK,
         num_tokens,
-        axes[0].stride(0),
-        axes[1].stride(0),
-        second_TB.shape[1],
+        first.stride(0),
+        second.stride(0),
+        second_size,
         k,
         BLOCK_T=block.tokens,
         BLOCK_K=block.numbers,

@@ -35,37 +35,57 @@ def _ids_of(packed):
 
 @triton.jit
 def best_keys_kernel(
-    scores,
-    bias,
+    first_scores,
+    second_scores,
+    first_bias,
+    second_bias,
     best_scores,
     best_keys,
     num_tokens,
-    row_stride,
-    num_keys,
-    num_best,
-    HAS_BIAS: tl.constexpr,
+    first_stride,
+    second_stride,
+    first_size,
+    second_size,
+    num_first,
+    num_second,
+    HAS_FIRST_BIAS: tl.constexpr,
+    HAS_SECOND_BIAS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
     BLOCK_BEST: tl.constexpr,
 ):
-    """Sort the best keys of one axis: biased scores (T, L) float32 and keys (T, L) int32."""
+    """Sort the best keys of both axes. Grid (blocks of tokens, 2).
+
+    best_scores, best_keys: (T, num_first + num_second) float32, biases included, and int32.
+    num_first, num_second: L of the two axes, whose sizes are A and B.
+    """
     tokens = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     keys = tl.arange(0, BLOCK_KEYS)
-    is_key = (keys < num_keys)[None, :]
     is_token = (tokens < num_tokens)[:, None]
-    pointers = scores + tokens[:, None] * row_stride + keys[None, :]
-    found = tl.load(pointers, mask=is_token & is_key, other=0.0).to(tl.float32)
-    if HAS_BIAS:
-        found += tl.load(bias + keys, mask=keys < num_keys, other=0.0).to(tl.float32)[None, :]
+    best_offsets = tokens[:, None] * (num_first + num_second)
+    if tl.program_id(1) == 0:
+        pointers = first_scores + tokens[:, None] * first_stride
+        num_keys, num_best = first_size, num_first
+        bias = tl.zeros([BLOCK_KEYS], tl.float32)
+        if HAS_FIRST_BIAS:
+            bias += tl.load(first_bias + keys, mask=keys < num_keys, other=0.0)
+    else:
+        pointers = second_scores + tokens[:, None] * second_stride
+        num_keys, num_best = second_size, num_second
+        bias = tl.zeros([BLOCK_KEYS], tl.float32)
+        if HAS_SECOND_BIAS:
+            bias += tl.load(second_bias + keys, mask=keys < num_keys, other=0.0)
+        best_offsets += num_first
+    is_key = (keys < num_keys)[None, :]
+    scores = tl.load(pointers + keys[None, :], mask=is_token & is_key, other=0.0).to(tl.float32)
     # -0 becomes 0.
-    packed = _pack(_as_ordered(found + 0.0), keys[None, :])
-    packed = tl.where(is_key, packed, -(2**63))
-    best = tl.topk(packed, BLOCK_BEST)
-    ranks = tl.arange(0, BLOCK_BEST)
-    offsets = tokens[:, None] * num_best + ranks[None, :]
-    in_best = is_token & (ranks < num_best)[None, :]
+    packed = _pack(_as_ordered(scores + bias[None, :] + 0.0), keys[None, :])
+    best = tl.topk(tl.where(is_key, packed, -(2**63)), BLOCK_BEST)
+    ranks = tl.arange(0, BLOCK_BEST)[None, :]
+    in_best = is_token & (ranks < num_best)
     ordered = (best >> 32).to(tl.int32)
     bits = ordered ^ ((ordered >> 31) & 0x7FFFFFFF)
+    offsets = best_offsets + ranks
     tl.store(best_scores + offsets, bits.to(tl.float32, bitcast=True), mask=in_best)
     tl.store(best_keys + offsets, _ids_of(best), mask=in_best)
 
@@ -73,10 +93,8 @@ def best_keys_kernel(
 @triton.jit
 def choose_kernel(
     chosen,
-    first_scores,
-    first_keys,
-    second_scores,
-    second_keys,
+    best_scores,
+    best_keys,
     candidates,
     num_tokens,
     num_first,
@@ -89,7 +107,8 @@ def choose_kernel(
 ):
     """Store the k best candidates of each token, packed and in no order: (T, k) int64.
 
-    num_first, num_second: L of the two axes. second_size: B. candidates: ranks (2, C) int32.
+    best_scores, best_keys, num_first, num_second, second_size: as in `best_keys_kernel`.
+    candidates: ranks (2, C) int32.
     """
     tokens = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     ranks = tl.arange(0, BLOCK_CANDIDATES)
@@ -98,12 +117,13 @@ def choose_kernel(
     second = tl.load(candidates + num_candidates + ranks, mask=is_candidate, other=0)
     is_token = (tokens < num_tokens)[:, None]
     present = is_token & is_candidate[None, :]
-    first_offsets = tokens[:, None] * num_first + first[None, :]
-    second_offsets = tokens[:, None] * num_second + second[None, :]
-    sums = tl.load(first_scores + first_offsets, mask=present, other=0.0)
-    sums += tl.load(second_scores + second_offsets, mask=present, other=0.0)
-    ids = tl.load(first_keys + first_offsets, mask=present, other=0) * second_size
-    ids += tl.load(second_keys + second_offsets, mask=present, other=0)
+    rows = tokens[:, None] * (num_first + num_second)
+    first_offsets = rows + first[None, :]
+    second_offsets = rows + num_first + second[None, :]
+    sums = tl.load(best_scores + first_offsets, mask=present, other=0.0)
+    sums += tl.load(best_scores + second_offsets, mask=present, other=0.0)
+    ids = tl.load(best_keys + first_offsets, mask=present, other=0) * second_size
+    ids += tl.load(best_keys + second_offsets, mask=present, other=0)
     ordered = _as_ordered(sums)
     # The largest `low` at which k candidates are no worse, or any at which exactly k are not.
     low = tl.min(tl.where(is_candidate[None, :], ordered, 0x7FFFFFFF), axis=1).to(tl.int64)
@@ -175,35 +195,47 @@ def _add_same_key(value, key, next_value, next_key):
 def axis_grads_kernel(
     score_grads,
     indices,
-    grads,
+    first_grads,
+    second_grads,
     num_tokens,
-    num_keys,
+    first_size,
     second_size,
     k,
-    IS_FIRST: tl.constexpr,
     PACKED: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
 ):
-    """Write the sum of the gradients (T, k) of each chosen key of one axis into grads (T, keys).
+    """Sum the gradients (T, k) of each key: (T, A) and (T, B). Grid (blocks of tokens, 2).
 
     Sorted by key, and by slot below it, the gradients of a key are a run; its last element in a
     scan of sums within runs is the key's. PACKED: dtype for a key above 16 bits of a slot.
     """
     tokens = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     slots = tl.arange(0, BLOCK_K)
-    is_slot = (tokens < num_tokens)[:, None] & (slots < k)[None, :]
+    is_token = (tokens < num_tokens)[:, None]
+    is_slot = is_token & (slots < k)[None, :]
     rows = tokens[:, None] * k
     ids = tl.load(indices + rows + slots[None, :], mask=is_slot, other=0).to(tl.int32)
-    keys = ids // second_size if IS_FIRST else ids % second_size
-    packed = (keys.to(PACKED) << 16) | slots[None, :]
-    behind_all = (tl.zeros([BLOCK_T, BLOCK_K], PACKED) + num_keys) << 16
-    packed = tl.sort(tl.where(is_slot, packed, behind_all))
+    if tl.program_id(1) == 0:
+        keys = ids // second_size
+        num_keys, grads = first_size, first_grads
+    else:
+        keys = ids % second_size
+        num_keys, grads = second_size, second_grads
+    grads += tokens[:, None] * num_keys
+    every_key = tl.arange(0, BLOCK_KEYS)[None, :]
+    zeros = tl.zeros([BLOCK_T, BLOCK_KEYS], tl.float32)
+    store_rounded(grads + every_key, zeros, is_token & (every_key < num_keys))
+    # Behind all keys.
+    behind = (tl.zeros([BLOCK_T, BLOCK_K], PACKED) + num_keys) << 16
+    packed = tl.sort(tl.where(is_slot, (keys.to(PACKED) << 16) | slots[None, :], behind))
     keys = packed >> 16
     present = keys < num_keys
     values = tl.load(score_grads + rows + (packed & 0xFFFF), mask=present, other=0.0)
     sums, _ = tl.associative_scan((values, keys), 1, _add_same_key)
     ones = tl.full([BLOCK_T, BLOCK_K], 1, tl.int32)
     to_end, _ = tl.associative_scan((ones, keys), 1, _add_same_key, reverse=True)
-    pointers = grads + tokens[:, None] * num_keys + keys
-    store_rounded(pointers, sums, present & (to_end == 1))
+    # All zeros are written before any sum.
+    tl.debug_barrier()
+    store_rounded(grads + keys, sums, present & (to_end == 1))
