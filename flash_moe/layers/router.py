@@ -93,6 +93,9 @@ class ProductKeyRouter(nn.Module):
         self.register_buffer("grid", grid)
         self.register_load_state_dict_pre_hook(_add_missing_grid)
 
+    def reset_parameters(self) -> None:
+        """Do nothing: the keys are reset by their own module, and `grid` holds no values."""
+
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         """Choose experts.
 
