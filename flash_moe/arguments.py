@@ -148,8 +148,11 @@ def check_fits(hidden_states: Tensor, layer: nn.Module) -> None:
             f"got {hidden_states.device}"
         )
     dtypes = (hidden_states.dtype, weight.dtype)
-    is_cast = torch.is_autocast_enabled(hidden_states.device.type) and all(
-        dtype.is_floating_point and dtype != torch.float64 for dtype in dtypes
+    device_type = hidden_states.device.type
+    is_cast = (
+        torch.amp.is_autocast_available(device_type)
+        and torch.is_autocast_enabled(device_type)
+        and all(dtype.is_floating_point and dtype != torch.float64 for dtype in dtypes)
     )
     if hidden_states.dtype != weight.dtype and not is_cast:
         raise TypeError(

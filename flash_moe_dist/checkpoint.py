@@ -32,6 +32,7 @@ from torch.optim import Optimizer
 from flash_moe.arguments import check_type, checked_int, checked_path
 from flash_moe_dist.agreement import (
     gather_objects,
+    raise_differences,
     raise_same_error,
     rank_and_size,
     same_error_on_all_ranks,
@@ -122,7 +123,8 @@ class Checkpointer:
                 without "step", which is added.
 
         Raises:
-            ValueError: on every rank, if `step` is negative or has already been saved, `progress`
+            ValueError: on every rank, if `step` is negative, has already been saved or differs
+                between the ranks, `progress`
                 has "step" or refers to itself, or the optimizer has a parameter that is not one of
                 the model.
             TypeError: on every rank, if an argument has a wrong type, `progress` cannot be
@@ -135,6 +137,8 @@ class Checkpointer:
         with same_error_on_all_ranks(self._group):
             partial = self._folders.partial_path(step)
             _check_model_and_optimizer(model, optimizer)
+        raise_differences({"step": step}, self._group)
+        with same_error_on_all_ranks(self._group):
             progress_file = _progress_file(step, progress)
             state = {
                 "model": _with_opaque_extra_state(get_model_state_dict(model)),

@@ -60,9 +60,9 @@ def load_corpus(path: Path | None, seq_len: int, vocab_size: int | None = None) 
 
     Args:
         path: a UTF-8 text file; a folder, whose text files (.py, .txt, .md and the like, in any
-            encoding of bytes, but no JSON lines) are read in the order of their paths; a .bin file
-            of uint16 token ids; or a folder with train.bin and val.bin. None reads the source of
-            Python's standard library.
+            encoding of bytes, but no JSON lines, and nothing whose name begins with a dot) are read
+            in the order of their paths; a .bin file of uint16 token ids; or a folder with train.bin
+            and val.bin. None reads the source of Python's standard library.
         seq_len: tokens of a training sequence; each stream must have one more, the last target.
         vocab_size: upper bound of the token ids; by default one more than the largest, and 256 for
             text.
@@ -77,6 +77,8 @@ def load_corpus(path: Path | None, seq_len: int, vocab_size: int | None = None) 
         corpus = _text_folder(stdlib, exclude=("site-packages", "dist-packages"), suffixes=(".py",))
     elif not path.exists():
         raise ValueError(f"--data must name a file or a folder, found nothing at {path}")
+    elif not (path.is_dir() or path.is_file()):
+        raise ValueError(f"--data must name a file or a folder, got {path}, which is neither")
     elif path.is_dir():
         corpus = _bin_folder(path) if (path / "train.bin").is_file() else _text_folder(path)
     elif path.suffix.lower() == ".bin":
@@ -117,6 +119,8 @@ def batch_at(
 
 
 def _bin_folder(folder: Path) -> Corpus:
+    if not (folder / "val.bin").exists():
+        raise ValueError(f"--data must hold val.bin beside train.bin, found none in {folder}")
     train, validation = _read_tokens(folder / "train.bin"), _read_tokens(folder / "val.bin")
     return _token_corpus(train, validation, source=str(folder))
 
@@ -131,7 +135,9 @@ def _text_folder(
         for file in sorted(folder.rglob("*"))
         if file.suffix.lower() in (*suffixes, *JSON_LINES_SUFFIXES)
         and file.is_file()
-        and not set(exclude) & set(file.relative_to(folder).parts)
+        and not any(
+            part in exclude or part.startswith(".") for part in file.relative_to(folder).parts
+        )
     ]
     if not files:
         raise ValueError(

@@ -1,14 +1,12 @@
 """Metrics of a run: metrics.jsonl with a line for each step, the loss curve, a summary of speed."""
 
 import json
-import os
 import statistics
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from flash_moe_dist.phases import PHASES
+from out_folder import replacing
 
 Line = dict[str, Any]
 
@@ -25,7 +23,7 @@ class MetricsFile:
 
     def __init__(self, path: Path, last_step: int) -> None:
         self.lines = [line for line in _read(path) if line["step"] <= last_step]
-        with _replacing(path) as file:
+        with replacing(path) as file:
             file.write("".join(json.dumps(line) + "\n" for line in self.lines).encode())
         self._file = path.open("a", buffering=1)
 
@@ -52,7 +50,7 @@ def plot_losses(path: Path, lines: list[Line], single_token_entropy: float) -> N
     axes.axhline(single_token_entropy, color="grey", linestyle="--", label="single-token entropy")
     axes.set(xlabel="step", ylabel="loss, nats per token")
     axes.legend()
-    with _replacing(path) as file:
+    with replacing(path) as file:
         figure.savefig(file, dpi=120, format="png")
 
 
@@ -74,17 +72,6 @@ def speed(lines: list[Line]) -> str:
     medians = [f"{name} {statistics.median(shares[name]):.1%}" for name in PHASES if name in shares]
     text = f"median of {rate:,.0f} tokens/s"
     return f"{text}; phases of expert layers, of a step: {', '.join(medians)}" if medians else text
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[IO[bytes]]:
-    """Open a file beside `path`, which takes its place once it is complete."""
-    partial = path.with_name(path.name + ".partial")
-    # Removed first, as it may be a link, which would be followed.
-    partial.unlink(missing_ok=True)
-    with partial.open("xb") as file:
-        yield file
-    os.replace(partial, path)
 
 
 def _read(path: Path) -> list[Line]:

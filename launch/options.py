@@ -34,7 +34,7 @@ def parse_args(description: str, argv: list[str] | None = None) -> argparse.Name
     add = parser.add_argument
     add(
         "--data",
-        type=Path,
+        type=_path,
         help="text file, folder of text, .bin of uint16 token ids, or folder with train.bin and "
         "val.bin (default: the source of Python's standard library)",
     )
@@ -44,7 +44,7 @@ def parse_args(description: str, argv: list[str] | None = None) -> argparse.Name
         help="number of token ids of the model (default: one more than the largest in the data, "
         "256 for text)",
     )
-    add("--out", type=Path, default=Path("out/train"), help="folder for all results")
+    add("--out", type=_path, default=Path("out/train"), help="folder for all results")
     add("--steps", type=int, default=250, help="optimizer steps")
     add(
         "--batch-size",
@@ -130,3 +130,9 @@ def parse_args(description: str, argv: list[str] | None = None) -> argparse.Name
         if not 0 <= value < MAX_OPTION:
             parser.error(f"--{name.replace('_', '-')} must not be negative, got {value}")
     return args
+
+
+def _path(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("must be a path, got an empty one")
+    return Path(text)

@@ -1,10 +1,13 @@
-"""The folder of a run's results: made once the run is accepted, and held by one run at a time."""
+"""The folder of a run's results: made once the run is accepted, held by one run at a time, and
+written to in whole files."""
 
 import fcntl
 import os
 import socket
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -51,6 +54,17 @@ def hold_folder(folder: Path, create: bool) -> IO[str] | None:
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
     return file
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """Open a file beside `path`, which takes its place once it is complete."""
+    partial = path.with_name(path.name + ".partial")
+    # Removed first, as it may be a link, which would be followed.
+    partial.unlink(missing_ok=True)
+    with partial.open("xb") as file:
+        yield file
+    os.replace(partial, path)
 
 
 def _create_unless_link(path: str, flags: int) -> int:

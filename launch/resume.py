@@ -1,16 +1,47 @@
-"""Options that a resumed run takes over from its checkpoint, and what differs from then."""
+"""Options that a resumed run takes over from its checkpoint or its start, and what differs."""
 
 import argparse
+import json
 import sysconfig
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from out_folder import replacing
 
 # Options of one call. The batch size and the vocabulary are recorded as they came to be.
 NOT_REMEMBERED = {
     *("out", "data", "vocab_size", "batch_size", "keep", "async_checkpoint", "resume"),
     *("timeout", "grace", "time_phases", "given"),
 }
+
+
+# In the folder of results: the progress of a run before its first step.
+START = "start.json"
+
+
+def write_start(folder: Path, progress: Mapping[str, Any]) -> None:
+    """Record what a run begins with, for one that is resumed before the first checkpoint."""
+    with replacing(folder / START) as file:
+        file.write(json.dumps(progress).encode())
+
+
+def read_start(folder: Path) -> dict[str, Any]:
+    """Read what `write_start` has written there; empty if it has not.
+
+    Raises:
+        ValueError: the file is damaged or cannot be read.
+    """
+    path = folder / START
+    try:
+        progress = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--out must be free of damaged files, got {path}: {error}") from error
+    if not isinstance(progress, dict):
+        raise ValueError(f"--out must be free of damaged files, got {path}: it is no dictionary")
+    return progress
 
 
 def options_to_remember(args: argparse.Namespace) -> dict[str, Any]:

@@ -56,7 +56,7 @@ from metrics import Line, MetricsFile, plot_losses, speed
 from model import ModelConfig, Transformer
 from options import DESCRIPTION, SCRIPT, parse_args
 from out_folder import hold_folder
-from resume import changes, options_to_remember, recall
+from resume import changes, options_to_remember, read_start, recall, write_start
 
 MAX_GRAD_NORM = 1.0
 DEFAULT_BATCH_SIZE = 16
@@ -92,14 +92,21 @@ def progress_to_resume(args: argparse.Namespace, checkpoints: Checkpointer) -> d
     Sets options that were not given to what they were then.
 
     Returns:
-        What `Run.progress` gave, with "step" and "run_id"; empty to start a new run.
+        What `Run.progress` gave, with "step" and "run_id"; without a checkpoint what it gave at
+        the start of the run that is resumed, and empty for a new run.
 
     Raises:
         ValueError: --out holds a checkpoint that the options do not allow to resume from.
     """
     newest = checkpoints.newest()
     if newest is None:
-        return {}
+        if not args.resume:
+            return {}
+        with same_error_on_all_ranks():
+            start = read_start(args.out) if dist.get_rank() == 0 else {}
+        start = gather_objects(start, None)[0]
+        recall(args, start, dist.get_world_size())
+        return start
     saved = checkpoints.progress(newest)
     restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
     # A machine that rejoins starts counting from 0.
@@ -539,8 +546,13 @@ def main() -> None:
             if last_step >= args.steps:
                 resumed += ": nothing to do, a larger --steps continues"
             print_on_main_rank(runtime, resumed)
-            for line in changes(saved, run.progress()):
-                print_on_main_rank(runtime, line)
+        elif args.resume:
+            start = "from the start, as it was given then" if saved else "a new run"
+            print_on_main_rank(runtime, f"no checkpoint in {args.out}: {start}")
+        for line in changes(saved, run.progress()):
+            print_on_main_rank(runtime, line)
+        if runtime.is_main and not last_step:
+            write_start(args.out, run.progress())
         metrics = MetricsFile(args.out / METRICS, last_step) if runtime.is_main else None
         if metrics is not None:
             # Imports matplotlib, for which the other ranks would wait at the first validation.

@@ -491,6 +491,8 @@ def save_where_not_all_see_the_same(data: str, folders: list[str]) -> str:
 
     checkpoints = Checkpointer(Path(folders[torch.distributed.get_rank()]))
     run = run_of(data)
+    with pytest.raises(ValueError, match=r"ranks must agree on step \(rank 0: 5, rank 1: 6\)"):
+        checkpoints.save(5 + torch.distributed.get_rank(), run.model, run.optimizer)
     with pytest.raises(RuntimeError) as raised:
         checkpoints.save(1, run.model, run.optimizer)
     assert checkpoints.newest() is None

@@ -4,6 +4,7 @@ import bz2
 import gzip
 import io
 import json
+import os
 import pickle
 import sys
 import tarfile
@@ -94,6 +95,8 @@ BAD_DATA = {
     "short.txt": r"at least --seq-len \+ 1 = 17 tokens for training, got 9",
     "odd.bin": "must hold uint16 token ids, got 33 bytes",
     "no_text": r"must hold text files .* found none in",
+    "no_val": "must hold val.bin beside train.bin, found none in",
+    "pipe": "must name a file or a folder, got .*pipe, which is neither",
 }
 
 
@@ -105,7 +108,12 @@ def test_bad_data(name: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "one_byte.bin").write_bytes(b"1")
     (tmp_path / "empty.bin").touch()
     (tmp_path / "odd.bin").write_bytes(b"1" * 33)
-    (tmp_path / "no_text").mkdir()
+    # Of files that have a name with a dot in front there is no text.
+    (tmp_path / "no_text" / ".venv").mkdir(parents=True)
+    (tmp_path / "no_text" / ".venv" / "a.txt").write_text(TEXT)
+    (tmp_path / "no_val").mkdir()
+    (tmp_path / "no_val" / "train.bin").write_bytes(b"12" * 500)
+    os.mkfifo(tmp_path / "pipe")
     with pytest.raises(ValueError, match=message):
         load_corpus(tmp_path / name, 16)
 

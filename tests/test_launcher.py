@@ -45,6 +45,7 @@ def run_train(*options: str, **variables: str) -> subprocess.CompletedProcess[st
     [
         (["--steps", "0"], {}, "train.sh: error: --steps must be positive, got 0"),
         (["--stepz", "1"], {}, "train.sh: error: unrecognized arguments: --stepz 1"),
+        (["--data", ""], {}, "train.sh: error: argument --data: must be a path, got an empty one"),
         ([], {"SKIP_INSTALL": "yes"}, "error: SKIP_INSTALL must be 0 or 1, got yes"),
     ],
 )

@@ -184,6 +184,12 @@ def test_default_device_is_not_used(dtype: torch.dtype, monkeypatch: pytest.Monk
         assert torch.equal(one, other)
 
 
+def test_on_meta() -> None:
+    layer = FlashMoE(8, 6, 9, 2, device="meta")
+    out = layer(torch.empty(2, 3, 8, device="meta"))
+    assert (out.device.type, out.shape) == ("meta", (2, 3, 8))
+
+
 def test_version() -> None:
     assert flash_moe.__version__ == flash_moe_dist.__version__
     assert flash_moe.__version__ >= "0.2.0"

@@ -8,7 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from ranks import RankPools
 from small_run import SMALL
+
+from flash_moe_dist.checkpoint import Checkpointer
 
 GIVEN = ("--lr", "0.5", "--precision", "bfloat16", "--seed", "3", "--on-nonfinite", "skip")
 
@@ -137,3 +141,47 @@ def test_only_options_of_a_run_are_taken_over() -> None:
     assert vars(args) == before
     with pytest.raises(ValueError, match="records 'x' for --steps, which must be of type int"):
         recall(args, {"options": {"steps": "x"}}, 2)
+
+
+def resumed_without_checkpoint(data: str, out: str, given: list[str]) -> Any:
+    """Options and progress of a run that is resumed before its first checkpoint."""
+    from options import parse_args
+    from resume import write_start
+    from train import progress_to_resume
+
+    first = prepared([*SMALL, *GIVEN, "--data", data], {})
+    if dist.get_rank() == 0:
+        write_start(Path(out), progress_of(first))
+    checkpoints = Checkpointer(Path(out) / "checkpoints", 1)
+    args = parse_args("", [*given, "--out", out])
+    saved = progress_to_resume(args, checkpoints)
+    names = ("data", "hidden_size", "lr", "precision")
+    return saved, first.args, {name: getattr(args, name) for name in names}
+
+
+def test_resumed_before_the_first_checkpoint(
+    text: str, tmp_path: Path, rank_pools: RankPools
+) -> None:
+    for saved, first, taken in rank_pools.run(
+        2, resumed_without_checkpoint, text, str(tmp_path), ["--resume", "--lr", "0.25"]
+    ):
+        assert saved["training_tokens"] > 0
+        assert taken == {
+            "data": Path(text),
+            "hidden_size": first.hidden_size,
+            "lr": 0.25,
+            "precision": "bfloat16",
+        }
+    for saved, _, taken in rank_pools.run(2, resumed_without_checkpoint, text, str(tmp_path), []):
+        assert saved == {}
+        assert taken["data"] is None
+
+
+def test_start_that_is_missing_or_damaged(tmp_path: Path) -> None:
+    from resume import read_start
+
+    assert read_start(tmp_path) == {}
+    for content in ("[]", "{", "\x00"):
+        (tmp_path / "start.json").write_text(content)
+        with pytest.raises(ValueError, match="must be free of damaged files, got "):
+            read_start(tmp_path)
