@@ -173,7 +173,7 @@ for _ in range(100_000):
         (wrong(entered, distributed, timedelta(0)), ValueError, "timeout must be positive, got 0"),
         (wrong(entered, count_load, [linear]), TypeError, "model must be of type Module, got list"),
         (
-            wrong(entered, time_phases, 0),
+            wrong(entered, time_phases, 0.5),
             TypeError,
             "device must be of type .* got float",
         ),
