@@ -3,10 +3,10 @@
 #
 #   launch/test.sh [--quick] [options of pytest]
 #
-# --quick runs a part of the tests, for a first answer in minutes. It leaves out the tests marked slow (runs that are
-# killed, stalled, restarted, spread over agents, long or of default size, and the examples of the
-# READMEs), and of each other test all parameters but the first: further backends, dtypes, shapes,
-# routings, numbers of ranks, bad options and damaged files.
+# --quick runs a part of the tests, for an answer in three minutes. It leaves out the tests marked slow (whole runs of
+# scripts, of the benchmark and of the READMEs' examples on several ranks; runs that are killed, stalled or restarted),
+# and of each other test all parameters but the first: further backends, dtypes, shapes, routings, numbers of ranks, bad
+# options and damaged files.
 #
 # Without a GPU, the Triton kernels run under Triton's interpreter, tests of GPUs are skipped and say
 # so, and two tests run at a time: -n 1 in the options runs one. The environment variables of launch/setup.sh apply too.

@@ -324,6 +324,7 @@ def test_hot_cold_roofline_time() -> None:
     assert roofline_time(loads, 1, 1024, 2, H200)["forward"].skewed == 2 * 2 * 1024 * 2 / 4.27e12
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("on_the_cpu")
 def test_json_and_plot(tmp_path: Path) -> None:
     options = ["--tokens=5", "--hidden-size=8", "--num-experts=9", "--num-experts-per-tok=2"]

@@ -134,6 +134,7 @@ def test_saved_and_loaded_with_nccl(text: str, tmp_path: Path, rank_pools: RankP
                 assert next_losses == pytest.approx(losses, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_an_asynchronous_save_holds_the_step_it_was_called_at(
     text: str, tmp_path: Path, rank_pools: RankPools
 ) -> None:

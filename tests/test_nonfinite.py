@@ -50,6 +50,7 @@ def assert_stopped_before(step: int, out: Path) -> None:
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-00000006"]
 
 
+@pytest.mark.slow
 def test_the_run_stops_and_says_which(options: tuple[str, ...], tmp_path: Path) -> None:
     fault = {"what": "nan", "where": "after dispatch", "rank": 1, "step": 8}
     fault["mark"] = str(tmp_path / "mark")

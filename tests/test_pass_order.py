@@ -202,6 +202,7 @@ PASSES_OF_RANKS = {
 }
 
 
+@pytest.mark.slow
 def test_ranks_that_would_wait_in_different_passes_say_so() -> None:
     pools = RankPools()
     try:
@@ -230,6 +231,7 @@ def waits_for_a_late_rank() -> None:
     check_backward_passes(group)
 
 
+@pytest.mark.slow
 def test_a_late_rank_is_waited_for(rank_pools: RankPools) -> None:
     rank_pools.run(2, waits_for_a_late_rank)
 

@@ -116,6 +116,7 @@ def test_example_of_a_module_of_ones_own(rank_pools: RankPools) -> None:
         torch.testing.assert_close(out, module(x))
 
 
+@pytest.mark.slow
 def test_examples_of_two_ranks(tmp_path: Path) -> None:
     op = write_example(tmp_path, OP, "print(x.grad.shape, down.grad.shape)\n")
     write_example(tmp_path, LAYER, "print(y.shape)\n")
@@ -134,6 +135,7 @@ def test_examples_of_two_ranks(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_example_of_four_ranks(tmp_path: Path) -> None:
     ranks = torch.cuda.device_count() if torch.cuda.is_available() else 4
     if ranks < 4:

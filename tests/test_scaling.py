@@ -62,6 +62,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 def test_all_variants_have_times_on_all_numbers_of_ranks(files: dict[str, Any]) -> None:
     problems = files["json"]["problems"]
     assert [(one["problem"]["scaling"], one["problem"]["routing"]) for one in problems] == [
@@ -90,6 +91,7 @@ def test_all_variants_have_times_on_all_numbers_of_ranks(files: dict[str, Any]) 
             assert list(point["predictions"]) == DISPATCHERS
 
 
+@pytest.mark.slow
 def test_efficiencies_are_against_one_rank(files: dict[str, Any]) -> None:
     for problem in files["json"]["problems"]:
         alone = problem["points"][0]["results"]["one rank"]["seconds"]
@@ -101,6 +103,7 @@ def test_efficiencies_are_against_one_rank(files: dict[str, Any]) -> None:
             assert point["efficiencies"]["all_to_all"]["loop"] == pytest.approx(expected)
 
 
+@pytest.mark.slow
 def test_more_ranks_are_predicted_and_marked_so(files: dict[str, Any]) -> None:
     for problem in files["json"]["problems"]:
         # Of 12 tokens in all, 64 ranks have none.
@@ -117,6 +120,7 @@ def test_more_ranks_are_predicted_and_marked_so(files: dict[str, Any]) -> None:
     assert sum("(auto)" in line for line in lines) == len(lines) / 2
 
 
+@pytest.mark.slow
 def test_where_and_progress_and_plot(files: dict[str, Any]) -> None:
     assert torch.__version__ in files["out"].splitlines()[0]
     total = 4 * (1 + 3 + 3) * rounds(2)
@@ -131,6 +135,7 @@ def test_where_and_progress_and_plot(files: dict[str, Any]) -> None:
     assert "50 GB/s between hosts at most" in files["out"]
 
 
+@pytest.mark.slow
 def test_skew_is_predicted_for_more_ranks(files: dict[str, Any]) -> None:
     """Skew lengthens the time of experts: if all use one, its owner has the pairs of all ranks."""
     for problem in files["json"]["problems"]:
@@ -144,6 +149,7 @@ def test_skew_is_predicted_for_more_ranks(files: dict[str, Any]) -> None:
             assert shared <= experts < 4 * shared
 
 
+@pytest.mark.slow
 def test_ranks_that_are_left_out_wait() -> None:
     alone = bench(*SMALL, "--scaling", "weak", "--ranks", "1", ranks=2)
     assert alone.returncode == 0, alone.stderr
@@ -216,6 +222,7 @@ def test_what_is_measured() -> None:
     assert len(problems_of(args)) == 2
 
 
+@pytest.mark.slow
 def test_bad_options_end_every_rank_with_one_message() -> None:
     ended = bench("--ranks", "3")
     assert ended.returncode != 0

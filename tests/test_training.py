@@ -123,6 +123,7 @@ REFUSED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("options", "message"), REFUSED, ids=["every rank", "rank 0"])
 def test_bad_options_end_every_rank_with_one_message(
     options: list[str], message: str, tmp_path: Path
