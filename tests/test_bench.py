@@ -91,6 +91,7 @@ def test_failing_op_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
         main(OPTIONS)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("on_the_cpu")
 def test_failing_baselines_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
     failing = [f"--against=test_bench:{name}" for name in ("wrong", "raising", "exhausting")]
@@ -351,6 +352,7 @@ def test_json_and_plot(tmp_path: Path) -> None:
         assert result["extra_bytes"]["forward"] >= 0
 
 
+@pytest.mark.slow
 def test_cpu_path_takes_under_a_tenth_of_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FLASH_MOE_BACKEND", "torch_sparse")
     inputs = make_inputs(Case("", 1024, 512, 16384, 64, "float32"), CPU)

@@ -189,6 +189,7 @@ def draws_around_a_checkpoint(data: str, folder: str) -> tuple[Tensor, Tensor]:
     return drawn, torch.rand(3)
 
 
+@pytest.mark.slow
 def test_random_number_generators_go_on_rank_by_rank(
     text: str, tmp_path: Path, rank_pools: RankPools
 ) -> None:

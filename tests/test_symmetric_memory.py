@@ -157,6 +157,7 @@ def tables_only_of_two_sizes() -> None:
                 assert all(map(torch.equal, found, expected))
 
 
+@pytest.mark.slow
 def test_rows_are_not_written_over_while_others_read(rank_pools: RankPools) -> None:
     rank_pools.run(2, tables_only_of_two_sizes, backend=KERNELS)
 
@@ -286,6 +287,7 @@ def views_kept() -> int:
         return len(buffers_of(experts)._views)
 
 
+@pytest.mark.slow
 def test_views_do_not_become_ever_more(rank_pools: RankPools) -> None:
     for kept in rank_pools.run(2, views_kept, backend=KERNELS):
         assert 0 < kept <= 10

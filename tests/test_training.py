@@ -46,6 +46,7 @@ def test_same_losses_and_parameters_on_any_number_of_ranks(
         assert_same_training(alone, rank_result)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ep_size", [1, 2])
 def test_same_training_with_tables_cut_twice(
     ep_size: int, text: str, rank_pools: RankPools
