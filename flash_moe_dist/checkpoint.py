@@ -124,9 +124,8 @@ class Checkpointer:
 
         Raises:
             ValueError: on every rank, if `step` is negative, has already been saved or differs
-                between the ranks, `progress`
-                has "step" or refers to itself, or the optimizer has a parameter that is not one of
-                the model.
+                between the ranks, `progress` has "step" or refers to itself, or the optimizer has a
+                parameter that is not one of the model.
             TypeError: on every rank, if an argument has a wrong type, `progress` cannot be
                 serialized, or a dict in the optimizer has a key that is no str.
             RuntimeError: on every rank, if this checkpoint or the previous one cannot be written,

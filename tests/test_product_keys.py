@@ -210,6 +210,13 @@ def test_wrong_arguments(name: str, value: Any, kind: type[Exception], message: 
         product_key_topk(**GOOD | {name: value})
 
 
+def test_backend_that_does_not_take_the_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLASH_MOE_BACKEND", "gather")
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(ValueError, match="backend 'gather' takes CUDA tensors"):
+        product_key_topk(torch.zeros(2, 3), torch.zeros(2, 4), 5)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     "shape",

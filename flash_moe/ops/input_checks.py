@@ -6,7 +6,7 @@ Whether ids and offsets are in range depends on the data: `flash_moe.ops.indices
 import torch
 from torch import Tensor
 
-from flash_moe.arguments import FLOAT_DTYPES, dtype_names
+from flash_moe.arguments import FLOAT_DTYPES, check_dense, dtype_names
 
 INDEX_DTYPES = (torch.int32, torch.int64)
 MAX_EXPERTS = 2**31 - 1
@@ -117,8 +117,7 @@ def _check_tables(hidden_states: Tensor, down_weights: Tensor, up_weights: Tenso
 
 
 def check_dtype(name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...]) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    check_dense(name, tensor)
     # By name, since this package does not import torch.distributed.
     if type(tensor).__name__ == "DTensor":
         raise TypeError(
@@ -126,9 +125,6 @@ def check_dtype(name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...]) -> 
             "flash_moe_dist.ExpertParallel has sharded, or pass full_tensor(); to_local() would "
             "be this rank's rows alone"
         )
-    if tensor.layout != torch.strided or tensor.is_nested:
-        found = "a nested tensor" if tensor.is_nested else f"layout {tensor.layout}"
-        raise TypeError(f"{name} must be a dense tensor, got {found}")
     if tensor.dtype not in allowed:
         raise TypeError(
             f"{name} must have one of the dtypes {dtype_names(allowed)}, got {tensor.dtype}"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from flash_moe.arguments import FLOAT_DTYPES, checked_int
-from flash_moe.ops.backend_choice import default_backend, uses_triton
+from flash_moe.ops.backend_choice import check_backend, default_backend, uses_triton
 from flash_moe.ops.dtypes import accumulator_dtype
 from flash_moe.ops.input_checks import check_dtype, check_ndim
 from flash_moe.ops.triton_launch import cdiv, launch, next_power_of_2
@@ -60,7 +60,8 @@ def product_key_topk(
 
     Raises:
         TypeError: an argument has another type or dtype.
-        ValueError: a shape or device does not fit, k is out of range, or A B exceeds 2^31 - 1.
+        ValueError: a shape or device does not fit, k is out of range, A B exceeds 2^31 - 1, or the
+            backend in FLASH_MOE_BACKEND does not take these tensors.
         RuntimeError: a second derivative was requested.
     """
     k = _check(first_scores, second_scores, k, first_bias, second_bias)
@@ -423,6 +424,7 @@ def _check(
                 f"{name} must be on {first_scores.device}, where first_scores is, got "
                 f"{tensor.device}"
             )
+    check_backend(default_backend(first_scores.device), first_scores.device)
     num_sums = first_scores.shape[1] * second_scores.shape[1]
     if num_sums > ID_BITS:
         raise ValueError(
