@@ -97,14 +97,14 @@ class GroupPasses:
         Raises:
             ValueError: another rank is in another pass.
         """
-        own = self._write_and_read(group)
-        if len(set(own.values())) == 1:
+        names = self._write_and_read(group)
+        if len(set(names.values())) == 1:
             return
         end = time.monotonic() + MAX_SECONDS_FOR_ALL_NAMES
-        while len(own) < dist.get_world_size(group) and time.monotonic() < end:
+        while len(names) < dist.get_world_size(group) and time.monotonic() < end:
             time.sleep(SECONDS_BETWEEN_COMPARISONS)
-            own = self._write_and_read(group)
-        listed = ", ".join(f"rank {rank}: {name}" for rank, name in own.items())
+            names = self._write_and_read(group)
+        listed = ", ".join(f"rank {rank}: {name}" for rank, name in names.items())
         raise ValueError(f"ranks must agree on the pass that they make ({listed})")
 
     def _write_and_read(self, group: dist.ProcessGroup) -> dict[int, str]:
