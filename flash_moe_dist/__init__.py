@@ -4,6 +4,7 @@ What a training script imports, in the order in which it needs it:
 
     distributed, Runtime   join torchrun's process group; rank, device and meshes
     ExpertParallel         parallel style that shards the experts of a layer over a mesh
+    sync_routers           give routers the ranks over which they add up their statistics
     materialize            allocate and initialize a model that was built on the meta device
     init_normal_rows_      initialize a sharded table of a module of your own
     parameter_groups       group parameters by mesh for a fused optimizer
@@ -23,6 +24,7 @@ from flash_moe.deprecated import register
 from flash_moe_dist import deprecated
 from flash_moe_dist.agreement import same_error_on_all_ranks
 from flash_moe_dist.checkpoint import Checkpointer, PartialLoadError
+from flash_moe_dist.data_parallel_sums import sync_routers
 from flash_moe_dist.expert_parallel import ExpertParallel
 from flash_moe_dist.gradients import clip_grad_norm_
 from flash_moe_dist.initialization import init_normal_rows_, materialize
@@ -45,6 +47,7 @@ __all__ = [
     "materialize",
     "parameter_groups",
     "same_error_on_all_ranks",
+    "sync_routers",
     "time_phases",
 ]
 

@@ -26,6 +26,7 @@ from flash_moe_dist.agreement import (
     raise_differences,
     same_error_on_all_ranks,
 )
+from flash_moe_dist.data_parallel_sums import sum_over_mesh
 from flash_moe_dist.dispatch.autograd import ShardedExperts
 from flash_moe_dist.dispatch.capacity import DispatchStats, LayerDispatch, Transport
 from flash_moe_dist.dispatch.comm_volume import DispatcherName, ElementSizes, cheaper_dispatcher
@@ -221,6 +222,7 @@ class ExpertParallelFunc:
         self.ep_mesh, self.ep_size, self.layer = ep_mesh, ep_mesh.size(), layer
         self.dispatcher, self.transport, self.capacity = dispatcher, transport, capacity
         self.counters: list[Callable[[Tensor], None]] = []
+        self._token_mesh: DeviceMesh | None = None
 
     @cached_property
     def _layer(self) -> LayerDispatch:
@@ -257,6 +259,15 @@ class ExpertParallelFunc:
         if self.ep_size > 1:
             self._layer.fail(error, torch.device(self.ep_mesh.device_type))
         raise error
+
+    @torch.compiler.disable
+    def sum_over_ranks(self, sums: Tensor, table: Tensor) -> None:
+        """Add up a tensor, in place, over all ranks of the mesh that `table` is sharded over."""
+        mesh = table.device_mesh if isinstance(table, DTensor) else self.ep_mesh
+        # With fully_shard, tables that were gathered for a pass are on the ep axis alone.
+        if self._token_mesh is None or mesh.ndim > self._token_mesh.ndim:
+            self._token_mesh = mesh
+        sum_over_mesh(sums, self._token_mesh)
 
     # The host reads the counts of each pass, so compiled graphs end before and begin after it.
     @torch.compiler.disable

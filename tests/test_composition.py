@@ -80,8 +80,8 @@ def fsdp_parity(ep_size: int, dispatcher: str) -> None:
     optimizers = [torch.optim.SGD(model.parameters(), lr=0.5) for model in (alone, sharded)]
     for step in range(2):
         for batch in (2 * step, 2 * step + 1):
-            for rank in range(runtime.world_size):
-                (loss_of(alone, tokens_of(rank, batch)) / runtime.world_size).backward()
+            everyone = [tokens_of(rank, batch) for rank in range(runtime.world_size)]
+            (loss_of(alone, torch.cat(everyone)) / runtime.world_size).backward()
             sharded.set_requires_gradient_sync(batch % 2 == 1)
             loss_of(sharded, tokens_of(runtime.rank, batch)).backward()
         expected_norm = torch.nn.utils.clip_grad_norm_(alone.parameters(), 0.1)

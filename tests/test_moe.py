@@ -1,6 +1,7 @@
 """The layers over the op."""
 
 import math
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -39,6 +40,7 @@ def test_flash_moe_is_shared_mlp_plus_routed_experts() -> None:
         weights.flatten(0, 1),
     )
     torch.testing.assert_close(layer(hidden_states), shared + routed.view_as(shared))
+    layer.eval()
     torch.testing.assert_close(layer(hidden_states[0, 0]), layer(hidden_states)[0, 0])
 
 
@@ -56,20 +58,40 @@ def test_routed_and_shared_parts_begin_at_the_same_size(
     num_experts: int, slots: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FLASH_MOE_BACKEND", "reference")
-    torch.manual_seed(0)
     hidden_size = 256 if num_experts < 100 else 32
-    hidden_states = nn.functional.rms_norm(torch.randn(128, hidden_size), (hidden_size,))
+    check_initial_sizes(num_experts, slots, hidden_size, tokens=128, score_norm=None)
+
+
+@pytest.mark.parametrize(("num_experts", "slots"), [(4, 2), (64, 8), (1022, 64), (1024, 32)])
+def test_they_do_with_normalized_scores(
+    num_experts: int, slots: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FLASH_MOE_BACKEND", "reference")
+    # Normalized scores are nearly normal where there are many inputs and tokens.
+    check_initial_sizes(num_experts, slots, hidden_size=256, tokens=512, score_norm="batch")
+
+
+def check_initial_sizes(
+    num_experts: int,
+    slots: int,
+    hidden_size: int,
+    tokens: int,
+    score_norm: Literal["batch"] | None,
+) -> None:
+    torch.manual_seed(0)
+    hidden_states = nn.functional.rms_norm(torch.randn(tokens, hidden_size), (hidden_size,))
     routed = shared = squares = 0.0
     # Tables of few rows differ much from each other.
     layers = 40 if num_experts < 100 else 10 if num_experts < 10_000 else 1
     for _ in range(layers):
-        layer = FlashMoE(hidden_size, 512, num_experts, slots)
+        layer = FlashMoE(hidden_size, 512, num_experts, slots, score_norm=score_norm)
         with torch.no_grad():
             indices, weights = layer.router(hidden_states)
             squares += weights.square().sum(-1).mean().item() / layers
             routed += layer.experts(hidden_states, indices, weights).var().item()
             shared += layer.shared_mlp(hidden_states).var().item()
-    assert squares == pytest.approx(mean_square_weights(num_experts, slots), rel=0.03)
+    expected = mean_square_weights(num_experts, slots, 1 if score_norm else 1 / 3)
+    assert squares == pytest.approx(expected, rel=0.03)
     assert math.sqrt(routed / shared) == pytest.approx(1, abs=0.04)
 
 
@@ -85,7 +107,7 @@ def test_initial_values_without_normalised_weights() -> None:
     """Not normalising was the default before version 0.2.0; initial values stay as they were."""
     for norm_topk_prob, std in ((True, initial_up_std(1024, 8)), (False, 1.0)):
         torch.manual_seed(0)
-        layer = FlashMoE(16, 24, 1024, 8, norm_topk_prob=norm_topk_prob)
+        layer = FlashMoE(16, 24, 1024, 8, norm_topk_prob=norm_topk_prob, score_norm=None)
         assert layer.experts.up_weights.std().item() == pytest.approx(std, rel=0.02)
     assert initial_up_std(1024, 8) == pytest.approx(0.5, abs=0.05)
 

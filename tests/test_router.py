@@ -20,7 +20,9 @@ from flash_moe.layers.router import squarest_grid
 def test_best_of_all_sums(grid: tuple[int, int], count: int, norm_topk_prob: bool) -> None:
     torch.manual_seed(0)
     num_experts = grid[0] * grid[1]
-    router = ProductKeyRouter(16, num_experts, count, norm_topk_prob, key_grid=grid).double()
+    router = ProductKeyRouter(
+        16, num_experts, count, norm_topk_prob, key_grid=grid, score_norm=None
+    ).double()
     hidden_states = torch.randn(50, 16, dtype=torch.float64, requires_grad=True)
     indices, weights = router(hidden_states)
 
@@ -70,7 +72,7 @@ def test_bad_settings() -> None:
 
 def test_probabilities_in_half_precision_are_rounded_once() -> None:
     torch.manual_seed(0)
-    router = ProductKeyRouter(16, 10_000, 8, norm_topk_prob=True, dtype=torch.bfloat16)
+    router = ProductKeyRouter(16, 10_000, 8, dtype=torch.bfloat16, score_norm=None)
     hidden_states = torch.randn(64, 16, dtype=torch.bfloat16)
     indices, weights = router(hidden_states)
     assert weights.dtype == torch.bfloat16
@@ -81,7 +83,7 @@ def test_probabilities_in_half_precision_are_rounded_once() -> None:
 
 
 def test_ties() -> None:
-    router = ProductKeyRouter(4, 12 * 12, 30, norm_topk_prob=False)
+    router = ProductKeyRouter(4, 12 * 12, 30, norm_topk_prob=False, score_norm=None)
     torch.nn.init.zeros_(router.keys.weight)
     indices, weights = router(torch.randn(5, 4))
     assert all(len(set(row.tolist())) == 30 for row in indices)

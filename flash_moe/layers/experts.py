@@ -70,6 +70,12 @@ class FlashExperts(nn.Module):
         fail: Callable[[Exception], NoReturn] = getattr(self.expert_func, "fail", _raised)
         fail(error)
 
+    def sum_over_ranks(self, sums: Tensor) -> None:
+        """Add up a tensor, in place, over all ranks of the mesh of the tables."""
+        add_up = getattr(self.expert_func, "sum_over_ranks", None)
+        if add_up is not None:
+            add_up(sums, self.down_weights)
+
     def forward(self, hidden_states: Tensor, indices: Tensor, routing_weights: Tensor) -> Tensor:
         """Compute the weighted sum of the chosen experts.
 

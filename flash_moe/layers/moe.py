@@ -4,6 +4,7 @@ import math
 from functools import cache
 from heapq import nlargest
 from random import Random
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +17,13 @@ from flash_moe.arguments import (
     checked_int,
 )
 from flash_moe.layers.experts import FlashExperts
-from flash_moe.layers.router import ProductKeyRouter, squarest_grid
+from flash_moe.layers.router import ProductKeyRouter, ScoreNormName, squarest_grid
 from flash_moe.ops.product_keys import candidate_ranks
 
 # E[silu(b)^2] for b ~ N(0, 1), and E[silu(a)^2] for a ~ N(0, 1/3).
 MEAN_SQUARE_SILU, MEAN_SQUARE_SILU_THIRD = 0.3557755, 0.0997717
+# Variance of a key's scores as `nn.Linear` begins, for hidden states ~ N(0, 1).
+SCORE_VARIANCE = 1 / 3
 # Draws in `mean_square_weights`, and numbers drawn or added up in them: the error is then some 2 %.
 MAX_DRAWS, MAX_NUMBERS = 2**12, 2**17
 
@@ -107,6 +110,8 @@ class FlashMoE(nn.Module):
             vanish beside the shared MLP's, and the up table begins with a standard deviation of 1.
             Pass False to load a model that was trained so: its parameters do not tell.
         device, dtype: where the parameters live, and their type.
+        score_norm, aux_loss_coef, z_loss_coef, bias_update_rate, force_load_balance: what keeps the
+            load of the experts even, see `ProductKeyRouter`.
 
     Raises:
         TypeError, ValueError: see `ProductKeyRouter` and `SharedMLP`.
@@ -121,6 +126,12 @@ class FlashMoE(nn.Module):
         norm_topk_prob: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        score_norm: ScoreNormName = "batch",
+        aux_loss_coef: float = 0.0,
+        z_loss_coef: float = 0.0,
+        bias_update_rate: float = 0.0,
+        force_load_balance: bool = False,
     ) -> None:
         super().__init__()
         self.router = ProductKeyRouter(
@@ -130,9 +141,18 @@ class FlashMoE(nn.Module):
             norm_topk_prob,
             device=device,
             dtype=dtype,
+            score_norm=score_norm,
+            aux_loss_coef=aux_loss_coef,
+            z_loss_coef=z_loss_coef,
+            bias_update_rate=bias_update_rate,
+            force_load_balance=force_load_balance,
         )
-        up_std = initial_up_std(num_experts, num_experts_per_tok) if norm_topk_prob else 1.0
+        up_std = 1.0
+        if norm_topk_prob:
+            score_variance = SCORE_VARIANCE if score_norm is None else 1.0
+            up_std = initial_up_std(num_experts, num_experts_per_tok, score_variance)
         self.experts = FlashExperts(num_experts, hidden_size, device, dtype, up_std)
+        self.router.sum_over_ranks = self.experts.sum_over_ranks
         self.shared_mlp = SharedMLP(hidden_size, intermediate_size, device=device, dtype=dtype)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
@@ -151,13 +171,21 @@ class FlashMoE(nn.Module):
                 self.shared_mlp.check_input(hidden_states)
             indices, routing_weights = self.router(hidden_states)
         except (TypeError, ValueError, RuntimeError) as error:
-            # Ranks that share the experts would wait for this one.
-            self.experts.fail(error)
+            self.fail(error)
         routed = self.experts(hidden_states, indices, routing_weights)
         return self.shared_mlp(hidden_states) + routed
 
+    def fail(self, error: Exception) -> NoReturn:
+        """Raise `error` instead of a forward pass, on every rank if the experts are sharded."""
+        # Ranks that share router statistics and experts would wait for this one.
+        if isinstance(self.router, ProductKeyRouter):
+            self.router.stand_in()
+        self.experts.fail(error)
 
-def initial_up_std(num_experts: int, num_experts_per_tok: int) -> float:
+
+def initial_up_std(
+    num_experts: int, num_experts_per_tok: int, score_variance: float = SCORE_VARIANCE
+) -> float:
     """Standard deviation of the up table at which routed and shared outputs begin alike.
 
     For hidden states x ~ N(0, 1), as norms give them, in the initial state:
@@ -169,24 +197,28 @@ def initial_up_std(num_experts: int, num_experts_per_tok: int) -> float:
       being scaled to sum to one (`mean_square_weights`).
 
     Equal variances give std = sqrt(E[silu(a)^2] / (9 E[silu(b)^2] S)).
+
+    Args:
+        score_variance: of a key's scores, over tokens: 1/3 as `nn.Linear` gives them, 1 if they are
+            normalized.
     """
-    weights = mean_square_weights(num_experts, num_experts_per_tok)
+    weights = mean_square_weights(num_experts, num_experts_per_tok, score_variance)
     return math.sqrt(MEAN_SQUARE_SILU_THIRD / (9 * MEAN_SQUARE_SILU * weights))
 
 
 @cache
-def mean_square_weights(num_experts: int, num_experts_per_tok: int) -> float:
+def mean_square_weights(num_experts: int, num_experts_per_tok: int, score_variance: float) -> float:
     """Estimate S, the mean over tokens of the sum of squares of a token's normalised weights.
 
-    The weights are a softmax over the K largest of the sums a_i + b_j of two keys' logits, which
-    at first are a_i, b_j ~ N(0, 1/3). S is 1 for K = 1, and approaches e^(2/3) / K for K = E and
+    The weights are a softmax over the K largest of the sums a_i + b_j of two keys' scores, which
+    at first are a_i, b_j ~ N(0, v). S is 1 for K = 1, and approaches e^(2 v) / K for K = E and
     1 / K for K << E, both as E grows; for E in the thousands it is still up to a tenth from these,
     since sums that share a key depend on each other. There is no closed form for that, so S is
     the mean of random draws: always the same ones, which leave all other generators as they are.
     """
     grid = squarest_grid(num_experts)
     candidates = candidate_ranks(num_experts_per_tok, *grid)
-    random, deviation = Random(0), math.sqrt(1 / 3)
+    random, deviation = Random(0), math.sqrt(score_variance)
     draws = max(1, min(MAX_DRAWS, MAX_NUMBERS // (sum(grid) + len(candidates))))
     total = 0.0
     for _ in range(draws):

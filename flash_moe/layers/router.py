@@ -2,28 +2,44 @@
 
 import math
 import warnings
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from flash_moe.arguments import (
+    check_dense,
     check_fits,
     check_parameter_device,
     check_parameter_dtype,
     checked_int,
+    checked_number,
 )
+from flash_moe.layers.key_bias import KeyBias
+from flash_moe.layers.router_loss import balancing_loss, num_loss_sums
+from flash_moe.layers.score_norm import ScoreNorm
+from flash_moe.layers.statistics import SumOverRanks, UpdatedAfterSteps, is_recomputing
 from flash_moe.ops.product_keys import product_key_topk
 
+ScoreNormName = Literal["batch"] | None
 
-class ProductKeyRouter(nn.Module):
+
+class ProductKeyRouter(UpdatedAfterSteps):
     """Scores an expert (i, j) of a key grid by the sum of two log-probabilities.
 
-    Expert i * grid[1] + j has log-probability log_softmax(x A)_i + log_softmax(x B)_j, so the
-    probabilities of all experts sum to one. The K best sums are found without computing all of
-    them (`flash_moe.ops.product_keys`); of equal ones the expert with the lowest index is better.
-    Memory is O(T (K + grid[0] + grid[1])) for T tokens on a GPU. Probabilities are computed in
-    float32 at least. (Product keys: Lample et al. 2019, arXiv:1907.05242.)
+    Expert i * grid[1] + j has log-probability log_softmax(a)_i + log_softmax(b)_j, where a and b
+    are the token's scores for the keys of the two axes, so the probabilities of all experts sum to
+    one. The K best sums are found without computing all of them (`flash_moe.ops.product_keys`); of
+    equal ones the expert with the lowest index is better. Memory is O(T (K + grid[0] + grid[1]))
+    for T tokens on a GPU. Probabilities are computed in float32 at least. (Product keys: Lample et
+    al. 2019, arXiv:1907.05242.)
+
+    Four options keep the load of the experts even, each by itself. Their sums are over the tokens
+    of all data-parallel ranks: those of the mesh of the experts' tables in a `FlashMoE` to which
+    `flash_moe_dist.ExpertParallel` was applied, else those given to `flash_moe_dist.sync_routers`,
+    else of this process. All of these ranks must then call the router alike, with any number of
+    tokens. Statistics and biases change at the end of an optimizer's step (any optimizer of
+    PyTorch's), and are in the state dict.
 
     The grid is part of the state dict, as the shape of `grid`, (*key_grid, 0): the same keys on
     another grid choose other experts, and loading them fails. Without `grid`, a state dict made
@@ -37,13 +53,26 @@ class ProductKeyRouter(nn.Module):
             before version 0.2.0.
         key_grid: the two numbers of keys, with product E; if None, the two closest factors of E.
         device, dtype: where the parameters live, and their type.
+        score_norm: "batch" normalizes the scores of each key over the tokens
+            (`flash_moe.layers.score_norm`); None leaves them as they are, as versions before 0.3.0
+            did.
+        aux_loss_coef, z_loss_coef: coefficients of the load-balancing loss and of the z-loss, which
+            `flash_moe.router_loss(model)` gives to a training loop (formulas:
+            `flash_moe.layers.router_loss`).
+        bias_update_rate: change of a key's bias for the choice of experts in a step
+            (`flash_moe.layers.key_bias`); 0 for no biases.
+        force_load_balance: choose experts evenly at random, as if the scores were independent
+            normal numbers, with gradients as if they were the router's own: to measure the speed
+            of a model whose router is balanced.
 
     Raises:
-        TypeError: a size is no integer, norm_topk_prob no bool, or dtype no float dtype of the op.
-        ValueError: H is negative; E is less than 1; K is not in [1, E]; the product of key_grid is
-            not E; PyTorch knows no device of that name; or no key_grid was given and E has no two
-            factors near each other (a large prime, say), so that there would be nearly as many
-            keys as experts.
+        TypeError: a size is no integer, a coefficient or rate no number, norm_topk_prob or
+            force_load_balance no bool, or dtype no float dtype of the op.
+        ValueError: score_norm is neither of these; a coefficient or rate is negative; H is
+            negative; E is less than 1; K is not in [1, E]; the product of key_grid is not E;
+            PyTorch knows no device of that name; or no key_grid was given and E has no two factors
+            near each other (a large prime, say), so that there would be nearly as many keys as
+            experts.
     """
 
     grid: Tensor
@@ -57,12 +86,22 @@ class ProductKeyRouter(nn.Module):
         key_grid: tuple[int, int] | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        score_norm: ScoreNormName = "batch",
+        aux_loss_coef: float = 0.0,
+        z_loss_coef: float = 0.0,
+        bias_update_rate: float = 0.0,
+        force_load_balance: bool = False,
     ) -> None:
         super().__init__()
         check_parameter_device(device)
         check_parameter_dtype(dtype)
-        if not isinstance(norm_topk_prob, bool):
-            raise TypeError(f"norm_topk_prob must be True or False, got {norm_topk_prob!r}")
+        switches = {"norm_topk_prob": norm_topk_prob, "force_load_balance": force_load_balance}
+        for name, switch in switches.items():
+            if not isinstance(switch, bool):
+                raise TypeError(f"{name} must be True or False, got {switch!r}")
+        if score_norm not in ("batch", None):
+            raise ValueError(f"score_norm must be 'batch' or None, got {score_norm!r}")
         hidden_size = checked_int("hidden_size", hidden_size, 0)
         num_experts = checked_int("num_experts", num_experts, 1)
         num_experts_per_tok = checked_int("num_experts_per_tok", num_experts_per_tok, 1)
@@ -92,9 +131,20 @@ class ProductKeyRouter(nn.Module):
         grid = torch.empty(*self.key_grid, 0, dtype=torch.int64, device=self.keys.weight.device)
         self.register_buffer("grid", grid)
         self.register_load_state_dict_pre_hook(_add_missing_grid)
+        self.aux_loss_coef = checked_number("aux_loss_coef", aux_loss_coef, 0)
+        self.z_loss_coef = checked_number("z_loss_coef", z_loss_coef, 0)
+        rate = checked_number("bias_update_rate", bias_update_rate, 0)
+        self.force_load_balance = force_load_balance
+        device = self.keys.weight.device
+        self.score_norm = ScoreNorm(sum(self.key_grid), device) if score_norm else None
+        self.key_bias = KeyBias(self.key_grid, rate, device) if rate else None
+        self.sum_over_ranks: SumOverRanks | None = None
+        self._sums_made = 0
+        self._losses: list[Tensor] = []
+        self._has_kept_losses = False
 
     def reset_parameters(self) -> None:
-        """Do nothing: the keys are reset by their own module, and `grid` holds no values."""
+        """Do nothing: modules with values are reset by themselves, and `grid` holds none."""
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         """Choose experts.
@@ -103,40 +153,134 @@ class ProductKeyRouter(nn.Module):
             hidden_states: (..., H).
 
         Returns:
-            indices (..., K) int64, best first, and routing_weights (..., K), the experts'
-            probabilities (scaled to sum to one if `norm_topk_prob`) in the dtype of the key scores.
+            indices (..., K) int64, best first but for biases, and routing_weights (..., K), the
+            experts' probabilities (scaled to sum to one if `norm_topk_prob`) in the dtype of the
+            key scores.
 
         Raises:
-            TypeError: `hidden_states` is not a tensor, or has another dtype than the keys outside
-                of autocast.
+            TypeError: `hidden_states` is no dense tensor, or has another dtype than the keys
+                outside of autocast.
             ValueError: its last dimension is not `hidden_size`, or it is on another device.
+            RuntimeError: it is differentiated under activation checkpointing with
+                `use_reentrant=True`, which loses the router's losses.
         """
-        if not isinstance(hidden_states, Tensor):
-            raise TypeError(
-                f"hidden_states must be a torch.Tensor, got {type(hidden_states).__name__}"
-            )
+        self._sums_made = 0
+        self.check_input(hidden_states)
+        key_scores = self.keys(hidden_states)
+        shape = (*key_scores.shape[:-1], self.num_experts_per_tok)
+        scores = key_scores.reshape(-1, sum(self.key_grid))
+        if self.score_norm is not None:
+            scores = self.score_norm(scores, self.sum_over_ranks)
+            self._sums_made += 1
+        if self.force_load_balance:
+            scores = scores + (torch.randn_like(scores) - scores).detach()
+        first, second = scores.split(self.key_grid, dim=-1)
+        biases = (None, None) if self.key_bias is None else self.key_bias.bias.split(self.key_grid)
+        indices, chosen = product_key_topk(
+            first,
+            second,
+            self.num_experts_per_tok,
+            first_bias=biases[0],
+            second_bias=biases[1],
+        )
+        if self.key_bias is not None and self.training:
+            self.key_bias.count(indices)
+        if self._has_losses():
+            self._add_loss(first, second, indices)
+        self._sums_made = 0
+        if self.norm_topk_prob:
+            weights = chosen.softmax(dim=-1)
+        else:
+            wide = chosen.dtype
+            total = first.to(wide).logsumexp(-1) + second.to(wide).logsumexp(-1)
+            weights = (chosen - total.unsqueeze(-1)).exp()
+        return indices.view(shape), weights.to(key_scores.dtype).view(shape)
+
+    def check_input(self, hidden_states: Tensor) -> None:
+        """Raise unless a forward pass can take `hidden_states`.
+
+        Raises:
+            TypeError, ValueError: see `forward`.
+        """
+        check_dense("hidden_states", hidden_states)
         if hidden_states.ndim == 0 or hidden_states.shape[-1] != self.hidden_size:
             raise ValueError(
                 f"hidden_states must have rows of hidden_size = {self.hidden_size}, "
                 f"got shape {tuple(hidden_states.shape)}"
             )
         check_fits(hidden_states, self.keys)
-        key_scores = self.keys(hidden_states)
-        shape = (*key_scores.shape[:-1], self.num_experts_per_tok)
-        first, second = key_scores.reshape(-1, sum(self.key_grid)).split(self.key_grid, dim=-1)
-        indices, scores = product_key_topk(first, second, self.num_experts_per_tok)
-        if self.norm_topk_prob:
-            weights = scores.softmax(dim=-1)
-        else:
-            wide = scores.dtype
-            total = first.to(wide).logsumexp(-1) + second.to(wide).logsumexp(-1)
-            weights = (scores - total.unsqueeze(-1)).exp()
-        return indices.view(shape), weights.to(key_scores.dtype).view(shape)
+
+    def stand_in(self) -> None:
+        """Add no tokens to the sums over ranks that this rank's failed forward pass did not reach.
+
+        The other ranks would wait for them.
+        """
+        sizes = []
+        if self.training and self.score_norm is not None:
+            sizes.append(self.score_norm.num_sums)
+        if self._has_losses():
+            sizes.append(num_loss_sums(self.key_grid))
+        made, self._sums_made = self._sums_made, 0
+        if self.sum_over_ranks is not None:
+            for size in sizes[made:]:
+                self.sum_over_ranks(torch.zeros(size, dtype=torch.float64, device=self.grid.device))
+
+    def _has_losses(self) -> bool:
+        has_coefficient = self.aux_loss_coef > 0 or self.z_loss_coef > 0
+        return has_coefficient and self.training and torch.is_grad_enabled()
+
+    def _add_loss(self, first: Tensor, second: Tensor, indices: Tensor) -> None:
+        loss = balancing_loss(
+            (first, second), indices, self.aux_loss_coef, self.z_loss_coef, self.sum_over_ranks
+        )
+        self._sums_made += 1
+        if not is_recomputing():
+            self._losses.append(loss)
+            self._has_kept_losses = True
+        elif not self._has_kept_losses:
+            raise RuntimeError(
+                "aux_loss_coef and z_loss_coef need activation checkpointing with "
+                "use_reentrant=False: use_reentrant=True computes a router's losses without "
+                "gradients"
+            )
+
+    def take_losses(self) -> list[Tensor]:
+        """Return the losses of the forward passes since the last call, and forget them."""
+        taken, self._losses = self._losses, []
+        return taken
+
+    def after_optimizer_step(self) -> None:
+        """Update statistics and biases; collective if there are biases and ranks."""
+        if not self.training:
+            return
+        if self.score_norm is not None:
+            self.score_norm.update()
+        if self.key_bias is not None:
+            self.key_bias.update(self.sum_over_ranks)
+        if self.take_losses():
+            warnings.warn(
+                "aux_loss_coef and z_loss_coef have no effect: a router's losses were not taken by "
+                "loss = loss + flash_moe.router_loss(model) before the optimizer's step",
+                stacklevel=2,
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Tensors with a history cannot be copied.
+        return self.__dict__ | {"_losses": []}
+
+    def train(self, mode: bool = True) -> "ProductKeyRouter":
+        """Set the mode; evaluation begins with statistics of all passes in training."""
+        if not mode and self.training and self.score_norm is not None:
+            self.score_norm.update()
+        super().train(mode)
+        return self
 
     def extra_repr(self) -> str:
         return (
             f"num_experts={self.num_experts}, num_experts_per_tok={self.num_experts_per_tok}, "
-            f"key_grid={self.key_grid}, norm_topk_prob={self.norm_topk_prob}"
+            f"key_grid={self.key_grid}, norm_topk_prob={self.norm_topk_prob}, "
+            f"aux_loss_coef={self.aux_loss_coef}, z_loss_coef={self.z_loss_coef}, "
+            f"force_load_balance={self.force_load_balance}"
         )
 
 

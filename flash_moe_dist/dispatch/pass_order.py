@@ -77,6 +77,10 @@ class GroupPasses:
         self._backward.append(name)
         self._begin(f"backward pass of {name}")
 
+    def begin_sums(self) -> None:
+        """Note that a router begins to add up its statistics over the ranks."""
+        self._begin("statistics of a router")
+
     def begin_end(self) -> None:
         """Note that no more passes will be made."""
         self._begin("the end")
