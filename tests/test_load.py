@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from cases import make_case
+from expected_load import Pass, usage_and_unevenness
 from ranks import KERNELS, RankPools
 from sharded import shard_experts
 from torch import Tensor, nn
@@ -20,20 +21,6 @@ from flash_moe_dist.load import LoadCounter
 from flash_moe_dist.runtime import Runtime
 
 NUM_EXPERTS, HIDDEN_SIZE, SLOTS = 11, 6, 3
-Pass = tuple[Tensor, Tensor]
-
-
-def usage_and_unevenness(passes: list[Pass], num_experts: int) -> tuple[float, float]:
-    """By brute force, from the indices and routing weights of all passes of all ranks."""
-    weights = [0.0] * num_experts
-    for indices, routing_weights in passes:
-        slots = zip(indices.flatten().tolist(), routing_weights.flatten().tolist(), strict=True)
-        for expert, weight in slots:
-            if expert >= 0:
-                weights[expert] += abs(weight)
-    shares = [weight / sum(weights) for weight in weights]
-    usage = sum(share > 0 for share in shares) / num_experts
-    return usage, math.log(num_experts) + sum(z * math.log(z) for z in shares if z > 0)
 
 
 def indices_of(rank: int) -> Tensor:
