@@ -601,7 +601,7 @@ def print_summary(run: Run, metrics: MetricsFile, sample: Sample) -> None:
         f"single-token entropy of the validation data {run.single_token_entropy():.4f} nats\n"
         f"sample, after the prompt {sample.prompt!r}:\n{sample.continuation}\n"
         f"{speed(metrics.lines)}{peak_memory(run.runtime.device)}\n"
-        f"metrics, loss curve and checkpoints are in {run.args.out}"
+        f"metrics, plot and checkpoints are in {run.args.out}"
     )
     try:
         print(text, flush=True)
