@@ -72,8 +72,8 @@ def plot_metrics(path: Path, lines: list[Line], single_token_entropy: float) -> 
     for axes, (name, of_layers) in zip(load_axes, panels.items(), strict=True):
         title, label = LOAD_PANELS[name]
         steps, layers = list(of_layers), list(of_layers.values())
-        # A line of its own, for the range of a single validation has no area.
         low, high, color = list(map(min, layers)), list(map(max, layers)), "tab:orange"
+        # With an outline, as the range of a single validation has no area.
         axes.fill_between(
             steps, low, high, color=color, alpha=0.25, linewidth=2, label="range of layers"
         )
