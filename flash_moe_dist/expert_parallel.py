@@ -206,7 +206,7 @@ class ExpertParallelFunc:
             layers of the same name in the same order raise an error.
 
     Attributes:
-        counters: each is called with the local ids of every forward pass
+        counters: each is called with the local ids and the routing weights of every forward pass
             (`flash_moe_dist.count_load`).
     """
 
@@ -221,7 +221,7 @@ class ExpertParallelFunc:
         _check_options(dispatcher, transport, capacity)
         self.ep_mesh, self.ep_size, self.layer = ep_mesh, ep_mesh.size(), layer
         self.dispatcher, self.transport, self.capacity = dispatcher, transport, capacity
-        self.counters: list[Callable[[Tensor], None]] = []
+        self.counters: list[Callable[[Tensor, Tensor], None]] = []
         self._token_mesh: DeviceMesh | None = None
 
     @cached_property
@@ -296,7 +296,7 @@ class ExpertParallelFunc:
         if self.ep_size == 1:
             out = triton_flash_expert_func(hidden_states, down_eH, up_eH, indices, routing_weights)
             for count in self.counters:
-                count(indices)
+                count(indices, routing_weights)
             return out
         inputs = (hidden_states, down_eH, up_eH, routing_weights)
         is_grad_enabled = torch.is_grad_enabled()

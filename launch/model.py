@@ -1,5 +1,7 @@
 """A small decoder-only transformer with FlashMoE feed-forward layers."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -115,6 +117,17 @@ class Transformer(nn.Module):
             following = torch.multinomial(probabilities, 1, generator=draw)
             tokens_S = torch.cat([tokens_S, following.to(tokens_S.device)])
         return tokens_S
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Put a model in evaluation mode within the block, and back in the mode that it was in."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 def rotate(x_BNSD: Tensor) -> Tensor:

@@ -52,8 +52,8 @@ from flash_moe_dist.checkpoint import Checkpointer
 from flash_moe_dist.dispatch.collectives import all_gather_rows
 from flash_moe_dist.dispatch.symmetric_memory import symmetric_memory_bytes
 from flash_moe_dist.runtime import DEFAULT_TIMEOUT, Runtime, distributed, own_device
-from metrics import Line, MetricsFile, plot_losses, speed
-from model import ModelConfig, Transformer
+from metrics import Line, MetricsFile, plot_metrics, speed
+from model import ModelConfig, Transformer, evaluation_mode
 from options import DESCRIPTION, SCRIPT, parse_args
 from out_folder import hold_folder
 from resume import changes, options_to_remember, read_start, recall, write_start
@@ -353,8 +353,11 @@ class Run:
 
     @torch.no_grad()
     def validate(self) -> Validation:
-        """Compute the validation loss and the expert load on batches that are always the same."""
-        with count_load(self.model) as loads:
+        """Compute the validation loss and the expert load on batches that are always the same.
+
+        The model is in evaluation mode, so routers use and keep their running statistics.
+        """
+        with evaluation_mode(self.model), count_load(self.model) as loads:
             losses = [
                 self.loss(self.corpus.validation, batch, VALIDATION_SEED)
                 for batch in range(self.args.validation_batches)
@@ -374,9 +377,12 @@ class Run:
         return F.cross_entropy(logits_BSV.float().flatten(0, 1), targets_N)
 
     def sample(self) -> Sample:
-        """Let the model continue a prompt from the validation data. Collective over all ranks."""
+        """Let the model continue a prompt from the validation data, in evaluation mode.
+
+        Collective over all ranks.
+        """
         prompt = torch.from_numpy(self.corpus.validation[:PROMPT_TOKENS].astype(np.int64))
-        with self.precision():
+        with evaluation_mode(self.model), self.precision():
             tokens = self.model.generate(
                 prompt.to(self.runtime.device),
                 self.args.sample_tokens,
@@ -414,7 +420,7 @@ def train(
 ) -> Ending:
     """Train from `first_step` until all steps are done or some rank was asked to stop.
 
-    Validates, plots the losses and saves checkpoints at their intervals and after the last step.
+    Validates, plots the metrics and saves checkpoints at their intervals and after the last step.
 
     Args:
         metrics: written on the main rank; None on the others.
@@ -462,12 +468,15 @@ def train(
             line["validation_loss"] = validation.loss
             line["expert_load"] = {name: asdict(load) for name, load in loads.items()}
             if runtime.is_main:
-                touched = sum(load.touched for load in loads.values()) / len(loads)
-                uneven = max(load.rank_max_over_mean for load in loads.values())
+                usage = sum(load.usage for load in loads.values()) / len(loads)
+                # Unlike max, NaN if any is.
+                unevenness = np.max([load.unevenness for load in loads.values()])
+                busiest = max(load.rank_max_over_mean for load in loads.values())
                 progress.write(
                     f"step {step}: training loss {report.loss:.4f}, "
                     f"validation loss {validation.loss:.4f}, "
-                    f"{touched:.0%} of experts touched, busiest rank {uneven:.2f} x mean"
+                    f"mean usage {usage:.1%}, largest unevenness {unevenness:.2f} nats, "
+                    f"busiest rank {busiest:.2f} x mean"
                 )
         if metrics is not None:
             metrics.write(line)
@@ -485,11 +494,11 @@ def train(
 
 
 def plot(run: Run, metrics: MetricsFile) -> None:
-    """Plot the losses; a failure is noted, and does not end the run."""
+    """Plot the metrics; a failure is noted, and does not end the run."""
     try:
-        plot_losses(run.args.out / "loss.png", metrics.lines, run.single_token_entropy())
+        plot_metrics(run.args.out / "loss.png", metrics.lines, run.single_token_entropy())
     except Exception as error:
-        print(f"{SCRIPT}: the losses cannot be plotted: {reason_in(error)}", file=sys.stderr)
+        print(f"{SCRIPT}: the metrics cannot be plotted: {reason_in(error)}", file=sys.stderr)
 
 
 def print_on_main_rank(runtime: Runtime, text: str) -> None:
@@ -583,7 +592,7 @@ def finish(run: Run, metrics: MetricsFile | None) -> None:
 
 
 def print_summary(run: Run, metrics: MetricsFile, sample: Sample) -> None:
-    """Plot the losses, and print the last ones, the sample, speed and memory."""
+    """Plot the metrics, and print the last ones, the sample, speed and memory."""
     plot(run, metrics)
     last = metrics.lines[-1] if metrics.lines else {}
     text = (
@@ -592,7 +601,7 @@ def print_summary(run: Run, metrics: MetricsFile, sample: Sample) -> None:
         f"single-token entropy of the validation data {run.single_token_entropy():.4f} nats\n"
         f"sample, after the prompt {sample.prompt!r}:\n{sample.continuation}\n"
         f"{speed(metrics.lines)}{peak_memory(run.runtime.device)}\n"
-        f"metrics, loss curve and checkpoints are in {run.args.out}"
+        f"metrics, plot and checkpoints are in {run.args.out}"
     )
     try:
         print(text, flush=True)

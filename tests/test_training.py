@@ -272,13 +272,13 @@ def test_nothing_after_the_last_step_fails_the_run(
     train.finish(run, None)
     assert "the summary failed: OSError(28" in capsys.readouterr().err
     monkeypatch.setattr(train.Run, "sample", lambda _: train.Sample("a", "b"))
-    monkeypatch.setattr(train, "plot_losses", failing)
+    monkeypatch.setattr(train, "plot_metrics", failing)
     monkeypatch.setattr(train, "peak_memory", failing)
     run.args, run.single_token_entropy = parse_args_of_defaults(), lambda: 1.0
     metrics: Any = type("Metrics", (), {"lines": []})
     train.finish(run, metrics)
     said = capsys.readouterr().err
-    assert "the losses cannot be plotted: [Errno 28]" in said
+    assert "the metrics cannot be plotted: [Errno 28]" in said
     assert "the summary failed: " in said
 
 
@@ -289,7 +289,7 @@ def parse_args_of_defaults() -> Any:
 
 
 def test_links_beside_metrics_and_plot_are_not_followed(tmp_path: Path) -> None:
-    from metrics import MetricsFile, plot_losses
+    from metrics import MetricsFile, plot_metrics
 
     (tmp_path / "file").write_text("content")
     for name in ("metrics.jsonl", "loss.png"):
@@ -297,7 +297,7 @@ def test_links_beside_metrics_and_plot_are_not_followed(tmp_path: Path) -> None:
     metrics = MetricsFile(tmp_path / "metrics.jsonl", 0)
     metrics.write({"step": 1, "loss": 1.0})
     metrics.close()
-    plot_losses(tmp_path / "loss.png", metrics.lines, 1.0)
+    plot_metrics(tmp_path / "loss.png", metrics.lines, 1.0)
     assert (tmp_path / "file").read_text() == "content"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "loss.png", "metrics.jsonl"]
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")

@@ -66,7 +66,7 @@ class ShardedExperts(torch.autograd.Function):
         layer: LayerDispatch,
         dispatcher: DispatcherName,
         settings: LayerSettings,
-        counters: tuple[Callable[[Tensor], None], ...],
+        counters: tuple[Callable[[Tensor, Tensor], None], ...],
     ) -> Tensor:
         tables = ExpertTables(down_eH, up_eH)
         backend = ragged_backend(default_backend(down_eH.device))
@@ -89,13 +89,14 @@ class ShardedExperts(torch.autograd.Function):
         num_pairs = sum(metadata.pairs.received)
         assert completed.saved is not None
         pairs = completed.saved.first(num_pairs)
+        weights_M = received.weights_M[:num_pairs]
         for count in counters:
-            count(pairs.expert_ids)
+            count(pairs.expert_ids, weights_M)
         saved = _SavedTensors(
             rows_RH=received.hidden_RH,
             down_eH=down_eH,
             up_eH=up_eH,
-            weights_M=received.weights_M[:num_pairs],
+            weights_M=weights_M,
             scores_M=pairs.scores,
             expert_ids_M=pairs.expert_ids,
             row_offsets=pairs.row_offsets,
