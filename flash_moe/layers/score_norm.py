@@ -85,7 +85,7 @@ class ScoreNorm(StatisticsModule):
         """Take what was added up since the last update into the running statistics."""
         count, mean, variance = self._statistics(self.moments)
         # One token has no variance.
-        momentum = torch.where(count > 1, MOMENTUM, 0.0)
+        momentum = MOMENTUM * (count > 1).to(count.dtype)
         unbiased = variance * (count / (count - 1).clamp(min=1))
         dtype = self.running_mean.dtype
         self.running_mean.lerp_(mean.to(dtype), momentum.to(dtype))
