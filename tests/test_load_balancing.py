@@ -82,9 +82,10 @@ def test_running_statistics_are_those_of_batch_norm() -> None:
         norm(router.keys(x_TH).detach())
         step(router, router(x_TH)[1].square().sum())
     assert router.score_norm is not None
-    assert_close(router.score_norm.running_mean, norm.running_mean, TIGHT, "mean")
-    assert_close(router.score_norm.running_var, norm.running_var, TIGHT, "variance")
-    router.eval(), norm.eval()
+    assert_close(router.score_norm.running_mean, norm.get_buffer("running_mean"), TIGHT, "mean")
+    assert_close(router.score_norm.running_var, norm.get_buffer("running_var"), TIGHT, "variance")
+    router.eval()
+    norm.eval()
     x_TH = tokens(7, seed=9)
     first, second = norm(router.keys(x_TH)).split(GRID, dim=-1)
     sums = (first.unsqueeze(-1) + second.unsqueeze(-2)).flatten(1)
@@ -217,8 +218,8 @@ def train_on_ranks(options: dict[str, Any], is_sharded: bool) -> None:
             optimizer.step()
             optimizer.zero_grad()
     expected = whole_parameters(alone)
-    for name, parameter in whole_parameters(layer).items():
-        assert_close(parameter, expected[name], TIGHT, name)
+    for name, value in whole_parameters(layer).items():
+        assert_close(value, expected[name], TIGHT, name)
     for name, buffer in alone.named_buffers():
         if buffer.numel() > 0:
             assert_close(layer.get_buffer(name), buffer, TIGHT, name)
@@ -428,20 +429,20 @@ def test_forced_balance_spreads_tokens_evenly_and_keeps_gradients() -> None:
     assert all(len(set(row.tolist())) == 8 for row in indices[:100])
 
 
-@pytest.mark.parametrize("backend", ["aot_eager"])
-def test_compiled_without_a_break(backend: str) -> None:
-    x_TH = tokens(40)
+def test_compiled_without_a_break() -> None:
     states = []
     for is_compiled in (False, True):
         router = new_router(**ALL_ON)
-        forward = torch.compile(router, backend=backend, fullgraph=True) if is_compiled else router
+        forward = (
+            torch.compile(router, backend="aot_eager", fullgraph=True) if is_compiled else router
+        )
         for seed in range(2):
-            indices, weights = forward(tokens(40, seed))
+            _, weights = forward(tokens(40, seed))
             step(router, weights.square().sum() + router_loss(router))
         states.append(router.state_dict())
     for name, value in states[0].items():
-        assert_close(states[1][name], value, TIGHT, name) if value.numel() else None
-    assert x_TH.isfinite().all()
+        if value.numel() > 0:
+            assert_close(states[1][name], value, TIGHT, name)
 
 
 def test_bad_options() -> None:
@@ -452,12 +453,12 @@ def test_bad_options() -> None:
         (
             {"bias_update_rate": math.nan},
             ValueError,
-            "bias_update_rate must be at least 0, got nan",
+            "bias_update_rate must .* 0, got nan",
         ),
         ({"force_load_balance": 1}, TypeError, "force_load_balance must be True or False, got 1"),
     ):
         for build in (new_router, new_layer):
             with pytest.raises(error, match=match):
-                build(**options)  # type: ignore[operator]
+                build(**options)
     with pytest.raises(TypeError, match="mesh must be of type DeviceMesh"):
         sync_routers(new_layer(), None)  # type: ignore[arg-type]
