@@ -205,7 +205,8 @@ def train_on_ranks(options: dict[str, Any], is_sharded: bool) -> None:
         parallelize_module(layer, mesh, {"experts": ExpertParallel()})
     else:
         sync_routers(layer, mesh)
-    optimizer = torch.optim.SGD(layer.parameters(), lr=0.05)
+    # On a GPU, SGD would update plain and sharded parameters in one list, which PyTorch refuses.
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.05, foreach=False)
     for number in range(6):
         loss = layer(tokens_of(dist.get_rank(), number)).square().sum() + router_loss(layer)
         (loss / 2).backward()

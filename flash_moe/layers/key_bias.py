@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
-from flash_moe.layers.statistics import StatisticsModule, SumOverRanks, is_recomputing
+from flash_moe.layers.statistics import StatisticsModule, is_recomputing
 from flash_moe.ops.key_load import count_keys
+from flash_moe.ops.score_norm import SumOverRanks
 
 
 class KeyBias(StatisticsModule):

@@ -18,8 +18,9 @@ from flash_moe.arguments import (
 from flash_moe.layers.key_bias import KeyBias
 from flash_moe.layers.router_loss import balancing_loss, num_loss_sums
 from flash_moe.layers.score_norm import ScoreNorm
-from flash_moe.layers.statistics import SumOverRanks, UpdatedAfterSteps, is_recomputing
+from flash_moe.layers.statistics import UpdatedAfterSteps, is_recomputing
 from flash_moe.ops.product_keys import product_key_topk
+from flash_moe.ops.score_norm import SumOverRanks
 
 ScoreNormName = Literal["batch"] | None
 

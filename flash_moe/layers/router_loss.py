@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from flash_moe.arguments import check_type
-from flash_moe.layers.statistics import SumOverRanks
 from flash_moe.ops.key_load import count_keys
+from flash_moe.ops.score_norm import SumOverRanks
 
 
 @runtime_checkable

@@ -3,14 +3,17 @@
 T tokens of this rank, N keys.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from flash_moe.layers.statistics import StatisticsModule, SumOverRanks, is_recomputing
+from flash_moe.layers.statistics import StatisticsModule, is_recomputing
 from flash_moe.ops.dtypes import accumulator_dtype
+from flash_moe.ops.score_norm import (
+    SumOverRanks,
+    batch_statistics,
+    mean_and_variance,
+    normalize,
+)
 
 EPS = 1e-5
 # Weight of a step in the running statistics, as in torch.nn.BatchNorm1d.
@@ -57,33 +60,18 @@ class ScoreNorm(StatisticsModule):
 
     def forward(self, scores: Tensor, sum_over_ranks: SumOverRanks | None = None) -> Tensor:
         """Normalize scores (T, N); the result is in float32, or float64 if the scores are."""
-        wide = scores.to(accumulator_dtype(scores.dtype))
         if not self.training:
-            mean, scale = self.running_mean, (self.running_var + EPS).rsqrt()
-            return (wide - mean.to(wide.dtype)) * scale.to(wide.dtype)
-        with torch.no_grad():
-            moments = _moments(wide)
-            if sum_over_ranks is not None:
-                sum_over_ranks(moments)
-            if not is_recomputing():
-                self.moments += moments
-            count, mean, variance = self._statistics(moments)
-            scale = (variance + EPS).rsqrt()
-        normalized: Tensor = _Normalize.apply(
-            wide, mean.to(wide.dtype), scale.to(wide.dtype), count, sum_over_ranks
-        )
-        return normalized
-
-    def _statistics(self, moments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return count, mean and variance in float64; of no tokens 0, 0 and 0."""
-        count = moments[0]
-        mean, mean_square = (moments[1:] / count.clamp(min=1)).split(self.num_keys)
-        return count, mean, (mean_square - mean.square()).clamp(min=0)
+            wide = accumulator_dtype(scores.dtype)
+            scale = (self.running_var + EPS).rsqrt()
+            return (scores - self.running_mean.to(wide)) * scale.to(wide)
+        total = None if is_recomputing() else self.moments
+        statistics = batch_statistics(scores.detach(), EPS, sum_over_ranks, total)
+        return normalize(scores, statistics, sum_over_ranks)
 
     @torch.no_grad()
     def update(self) -> None:
         """Take what was added up since the last update into the running statistics."""
-        count, mean, variance = self._statistics(self.moments)
+        count, (mean, variance) = self.moments[0], mean_and_variance(self.moments)
         # One token has no variance.
         momentum = MOMENTUM * (count > 1).to(count.dtype)
         unbiased = variance * (count / (count - 1).clamp(min=1))
@@ -94,45 +82,3 @@ class ScoreNorm(StatisticsModule):
 
     def extra_repr(self) -> str:
         return f"num_keys={self.num_keys}"
-
-
-def _moments(scores: Tensor) -> Tensor:
-    """Number of tokens, and their sums of x and of x^2: (1 + 2 N,) float64."""
-    num_tokens, num_keys = scores.shape
-    if num_tokens == 0:
-        return torch.zeros(1 + 2 * num_keys, dtype=torch.float64, device=scores.device)
-    variance, mean = (one.double() for one in torch.var_mean(scores, dim=0, correction=0))
-    sums = torch.cat([torch.ones_like(mean[:1]), mean, variance + mean.square()])
-    return sums * num_tokens
-
-
-class _Normalize(torch.autograd.Function):
-    """(x - mean) scale, with mean and scale as functions of x of all ranks in the backward pass.
-
-    With y the result, g its gradient and means over the tokens of all ranks, the gradient of x is
-    scale (g - mean(g) - y mean(g y)).
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        scores: Tensor,
-        mean: Tensor,
-        scale: Tensor,
-        count: Tensor,
-        sum_over_ranks: SumOverRanks | None,
-    ) -> Tensor:
-        normalized = (scores - mean) * scale
-        ctx.save_for_backward(normalized, scale, count)
-        ctx.sum_over_ranks = sum_over_ranks
-        return normalized
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        normalized, scale, count = ctx.saved_tensors
-        sums = torch.stack([grad.sum(0), (grad * normalized).sum(0)])
-        if ctx.sum_over_ranks is not None:
-            ctx.sum_over_ranks(sums)
-        mean, slope = sums / count.clamp(min=1).to(sums.dtype)
-        return scale * (grad - mean - normalized * slope), None, None, None, None

@@ -9,9 +9,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-# Sums a tensor over data-parallel ranks, in place.
-SumOverRanks = Callable[[Tensor], None]
-
 
 class StatisticsModule(nn.Module):
     """Module whose buffers are never converted to a narrower dtype, as by `model.bfloat16()`."""
