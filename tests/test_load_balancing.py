@@ -26,14 +26,17 @@ ALL_ON: dict[str, Any] = {"aux_loss_coef": 0.5, "z_loss_coef": 0.25, "bias_updat
 TIGHT = 1e-11
 
 
-def new_router(**options: Any) -> ProductKeyRouter:
+def new_router(bias_update_rate: float = 0, **options: Any) -> ProductKeyRouter:
     torch.manual_seed(1)
-    return ProductKeyRouter(HIDDEN_SIZE, NUM_EXPERTS, SLOTS, **options).double()
+    sizes = HIDDEN_SIZE, NUM_EXPERTS, SLOTS
+    return ProductKeyRouter(*sizes, bias_update_rate=bias_update_rate, **options).double()
 
 
-def new_layer(**options: Any) -> FlashMoE:
+def new_layer(bias_update_rate: float = 0, **options: Any) -> FlashMoE:
     torch.manual_seed(1)
-    return FlashMoE(HIDDEN_SIZE, 8, NUM_EXPERTS, SLOTS, **options).double().to(rank_device())
+    sizes = HIDDEN_SIZE, 8, NUM_EXPERTS, SLOTS
+    layer = FlashMoE(*sizes, bias_update_rate=bias_update_rate, **options)
+    return layer.double().to(rank_device())
 
 
 def tokens(number: int, seed: int = 0) -> Tensor:
@@ -165,15 +168,18 @@ def test_key_biases_against_loads_of_all_experts(score_norm: Any) -> None:
     assert torch.equal(router.key_bias.bias.double(), expected)
 
 
-def test_options_are_off_by_default_but_for_the_normalization() -> None:
-    router = new_router()
-    assert router.score_norm is not None
-    assert router.key_bias is None
-    router(tokens(5))
-    assert router_loss(router).item() == 0
-    assert set(router.state_dict()) == {
-        *("grid", "keys.weight", "score_norm.running_mean", "score_norm.running_var")
+def test_normalization_and_key_biases_are_the_defaults() -> None:
+    layer = FlashMoE(HIDDEN_SIZE, 8, NUM_EXPERTS, SLOTS)
+    layer(tokens(5).float())
+    assert router_loss(layer).item() == 0
+    assert layer.router.key_bias is not None
+    assert layer.router.key_bias.rate == 0.001
+    assert set(layer.router.state_dict()) == {
+        *("grid", "keys.weight", "key_bias.bias"),
+        *("score_norm.running_mean", "score_norm.running_var"),
     }
+    plain = ProductKeyRouter(8, NUM_EXPERTS, SLOTS, score_norm=None, bias_update_rate=0)
+    assert set(plain.state_dict()) == {"grid", "keys.weight"}
 
 
 UNEVEN = (7, 0, 1)

@@ -17,7 +17,12 @@ from flash_moe.arguments import (
     checked_int,
 )
 from flash_moe.layers.experts import FlashExperts
-from flash_moe.layers.router import ProductKeyRouter, ScoreNormName, squarest_grid
+from flash_moe.layers.router import (
+    BIAS_UPDATE_RATE,
+    ProductKeyRouter,
+    ScoreNormName,
+    squarest_grid,
+)
 from flash_moe.ops.product_keys import candidate_ranks
 
 # E[silu(b)^2] for b ~ N(0, 1), and E[silu(a)^2] for a ~ N(0, 1/3).
@@ -130,7 +135,7 @@ class FlashMoE(nn.Module):
         score_norm: ScoreNormName = "batch",
         aux_loss_coef: float = 0.0,
         z_loss_coef: float = 0.0,
-        bias_update_rate: float = 0.0,
+        bias_update_rate: float = BIAS_UPDATE_RATE,
         force_load_balance: bool = False,
     ) -> None:
         super().__init__()

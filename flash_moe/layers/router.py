@@ -23,6 +23,8 @@ from flash_moe.ops.product_keys import product_key_topk
 from flash_moe.ops.score_norm import SumOverRanks
 
 ScoreNormName = Literal["batch"] | None
+# As much as needed for even loads without a loss of quality (findings/router_balance.md).
+BIAS_UPDATE_RATE = 0.001
 
 
 class ProductKeyRouter(UpdatedAfterSteps):
@@ -91,7 +93,7 @@ class ProductKeyRouter(UpdatedAfterSteps):
         score_norm: ScoreNormName = "batch",
         aux_loss_coef: float = 0.0,
         z_loss_coef: float = 0.0,
-        bias_update_rate: float = 0.0,
+        bias_update_rate: float = BIAS_UPDATE_RATE,
         force_load_balance: bool = False,
     ) -> None:
         super().__init__()

@@ -158,6 +158,9 @@ def _moments(scores: Tensor) -> Tensor:
 def _has_kernels(scores: Tensor) -> bool:
     return (
         not torch.compiler.is_compiling()
+        # Fake tensors and those on the meta device have no values.
+        and type(scores) is Tensor
+        and not scores.is_meta
         and scores.dtype != torch.float64
         and uses_triton(default_backend(scores.device))
     )
