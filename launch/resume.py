@@ -14,7 +14,17 @@ NOT_REMEMBERED = {
     *("out", "data", "vocab_size", "batch_size", "keep", "async_checkpoint", "resume"),
     *("timeout", "grace", "time_phases", "given"),
 }
-
+# What runs did before they had these options.
+BEFORE_OPTIONS = {
+    "score_norm": "none",
+    "aux_loss_coef": 0.0,
+    "z_loss_coef": 0.0,
+    "bias_update_rate": 0.0,
+    "force_load_balance": False,
+    "table_lr_scale": 1.0,
+}
+# Options of the model that are part of no tensor, and that a resumed run may change.
+CHANGEABLE = ("aux_loss_coef", "z_loss_coef", "bias_update_rate", "force_load_balance")
 
 # In the folder of results: the progress of a run before its first step.
 START = "start.json"
@@ -61,7 +71,9 @@ def recall(args: argparse.Namespace, saved: Mapping[str, Any], world_size: int) 
         ValueError: a recorded value is not of the option's type.
     """
     old = {name: saved[name] for name in ("seed", "seq_len") if name in saved}
-    options = {**old, **saved.get("model", {}), **saved.get("options", {})}
+    if model := saved.get("model", {}):
+        old |= BEFORE_OPTIONS | model | {"score_norm": model.get("score_norm") or "none"}
+    options = {**old, **saved.get("options", {})}
     if saved.get("world_size") != world_size:
         options.pop("ep_size", None)
     # None reads the standard library without installed packages.
@@ -79,6 +91,17 @@ def recall(args: argparse.Namespace, saved: Mapping[str, Any], world_size: int) 
         setattr(args, name, value)
 
 
+def model_changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Name what keeps a checkpoint from being loaded, given the fields of both `ModelConfig`s."""
+    # A checkpoint from before there were options of routers.
+    saved = {"score_norm": None, **saved}
+    return [
+        f"{name} = {saved[name]}, here {value}"
+        for name, value in now.items()
+        if name not in CHANGEABLE and saved[name] != value
+    ]
+
+
 def changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
     """Yield a line for each option and other value that is not what the checkpoint recorded."""
     for name, value in now.get("options", {}).items():
@@ -86,5 +109,6 @@ def changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
         if before != value:
             yield f"changed: --{name.replace('_', '-')} {before} before, {value} now"
     for name, value in now.items():
-        if name != "options" and saved.get(name, value) != value:
+        # What may differ in the model is among the options.
+        if name not in ("options", "model") and saved.get(name, value) != value:
             yield f"changed: {name} {saved[name]} before, {value} now"

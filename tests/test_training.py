@@ -200,7 +200,7 @@ def test_time_steps_is_a_deprecated_name_of_time_phases(
 
 
 def test_learning_rate_rises_then_falls() -> None:
-    from train import learning_rate_factor
+    from optimizer import learning_rate_factor
 
     factors = [learning_rate_factor(step, 100) for step in range(100)]
     assert factors[:6] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, 1.0])
