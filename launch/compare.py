@@ -16,9 +16,10 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -91,7 +92,7 @@ def cases_left(cases: list[Case], rows: list[Row]) -> list[Case]:
 class Comparison(NamedTuple):
     """What a call is to do: `left` of all cases, with the rows that earlier calls have made.
 
-    held: the lock of --out. shared: see `header`.
+    shared: see `header`.
     """
 
     corpus: Corpus
@@ -99,32 +100,27 @@ class Comparison(NamedTuple):
     left: list[Case]
     rows: list[Row]
     shared: dict[str, Any]
-    held: IO[str] | None
 
 
-def prepare(args: argparse.Namespace) -> Comparison:
-    """Load data, encode it if asked for, and find what is left to train.
+def prepare(args: argparse.Namespace, corpus: Corpus, cases: list[Case]) -> Comparison:
+    """Encode the data if asked for, and find what earlier calls have left to train.
 
     Raises:
-        ValueError: options, data, or results in --out that cannot be used.
+        ValueError: a vocabulary that does not suit the data, or other results in --out.
     """
-    corpus = load_corpus(args.data, args.seq_len)
-    cases = list(cases_of(args, args.bpe_vocab or corpus.vocab_size))
-    # After most of what is refused, which leaves no folder.
-    held = hold_folder(args.out, create=True)
     if args.bpe_vocab is not None:
         folder = args.out / f"bpe-{args.bpe_vocab}"
         corpus = encoded_corpus(corpus, args.bpe_vocab, folder, args.seq_len)
     shared = header(args, corpus)
     rows = read_rows(args.out / JSON, shared)
-    return Comparison(corpus, cases, cases_left(cases, rows), rows, shared, held)
+    return Comparison(corpus, cases, cases_left(cases, rows), rows, shared)
 
 
 def compare(comparison: Comparison, args: argparse.Namespace, deadline: float) -> None:
     """Train the cases that are left until `deadline` (time.monotonic()), and report all rows."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     environment = {"device": device_name(device), "versions": versions(), "commit": commit()}
-    corpus, cases, left, rows, shared, _ = comparison
+    corpus, cases, left, rows, shared = comparison
     print(
         f"{device_name(device)}; {len(corpus.train):,} training tokens from {corpus.source}, "
         f"{corpus.vocab_size:,} token ids; {len(left)} of {len(cases)} cases to train",
@@ -158,8 +154,14 @@ def main() -> None:
         args = parse(__doc__ or "", sys.argv[1:])
         if args.precision is None:
             args.precision = "bfloat16" if torch.cuda.is_available() else "float32"
-        comparison = prepare(args)
-    compare(comparison, args, begin + (args.time_limit or math.inf))
+        corpus = load_corpus(args.data, args.seq_len)
+        cases = list(cases_of(args, args.bpe_vocab or corpus.vocab_size))
+        # Last, so that what is refused so far leaves no folder.
+        held = hold_folder(args.out, create=True)
+    with held or nullcontext():
+        with exit_on_error(SCRIPT, ValueError):
+            comparison = prepare(args, corpus, cases)
+        compare(comparison, args, begin + (args.time_limit or math.inf))
 
 
 if __name__ == "__main__":

@@ -14,8 +14,9 @@ NOT_REMEMBERED = {
     *("out", "data", "vocab_size", "batch_size", "keep", "async_checkpoint", "resume"),
     *("timeout", "grace", "time_phases", "given"),
 }
-# What runs did before they had these options.
+# What runs did that recorded none of these options.
 BEFORE_OPTIONS = {
+    "lr": 2e-3,
     "score_norm": "none",
     "aux_loss_coef": 0.0,
     "z_loss_coef": 0.0,
@@ -104,8 +105,10 @@ def model_changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]
 
 def changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
     """Yield a line for each option and other value that is not what the checkpoint recorded."""
+    recorded = saved.get("options", {})
+    recorded = {**BEFORE_OPTIONS, **recorded} if recorded else {}
     for name, value in now.get("options", {}).items():
-        before = saved.get("options", {}).get(name, value)
+        before = recorded.get(name, value)
         if before != value:
             yield f"changed: --{name.replace('_', '-')} {before} before, {value} now"
     for name, value in now.items():

@@ -14,7 +14,11 @@ from small_run import SMALL
 
 from flash_moe_dist.checkpoint import Checkpointer
 
-GIVEN = ("--lr", "0.5", "--precision", "bfloat16", "--seed", "3", "--on-nonfinite", "skip")
+GIVEN = (
+    *("--lr", "0.5", "--precision", "bfloat16", "--seed", "3", "--on-nonfinite", "skip"),
+    *("--score-norm", "none", "--aux-loss-coef", "0.25", "--z-loss-coef", "0.125"),
+    *("--bias-update-rate", "0.5", "--force-load-balance", "--table-lr-scale", "3"),
+)
 
 
 def prepared(argv: list[str], saved: dict[str, Any], world_size: int = 2) -> Any:
@@ -120,6 +124,37 @@ def test_progress_of_older_runs(data: Path) -> None:
     assert again.config == first.config
     assert (again.args.data, again.args.seed, again.args.seq_len) == (data, 4, 16)
     assert changed(again, saved) == []
+
+
+def test_runs_from_before_there_were_options_of_routers(data: Path) -> None:
+    saved = progress_of(prepared([*SMALL, "--data", data.name, "--lr", "0.5"], {}))
+    routers = ("score_norm", "aux_loss_coef", "z_loss_coef", "bias_update_rate")
+    for name in (*routers, "force_load_balance"):
+        del saved["model"][name], saved["options"][name]
+    del saved["options"]["table_lr_scale"]
+    again = prepared(["--resume"], saved)
+    assert again.config.score_norm is None
+    assert [getattr(again.args, name) for name in routers] == ["none", 0.0, 0.0, 0.0]
+    assert (again.args.lr, again.args.table_lr_scale) == (0.5, 1.0)
+    assert changed(again, saved) == []
+    with pytest.raises(ValueError, match="a model with score_norm = None, here batch"):
+        prepared(["--resume", "--score-norm", "batch"], saved)
+    other = prepared(["--resume", "--aux-loss-coef", "0.5", "--table-lr-scale", "4"], saved)
+    assert changed(other, saved) == [
+        "changed: --table-lr-scale 1.0 before, 4.0 now",
+        "changed: --aux-loss-coef 0.0 before, 0.5 now",
+    ]
+
+
+def test_learning_rate_falls_with_the_hidden_size_unless_recorded(data: Path) -> None:
+    run = prepared([*SMALL, "--data", data.name], {})
+    assert run.args.hidden_size == 16
+    assert run.args.lr == pytest.approx(2e-3 * 8)
+    saved = progress_of(run)
+    assert prepared(["--resume"], saved).args.lr == run.args.lr
+    # As all runs did that recorded no options.
+    del saved["options"]
+    assert prepared(["--resume"], saved).args.lr == 2e-3
 
 
 def test_the_standard_library_stays_without_installed_packages() -> None:

@@ -17,7 +17,9 @@ def table(rows: list[Row]) -> str:
         if not row.finished:
             step = row.curve[-1].step if row.curve else 0
             reason = row.failure or f"ended after step {step}"
-            lines.append(f"not finished: {row.variant}, {_experts(row)} experts, seed {row.seed}: {reason}")
+            lines.append(
+                f"not finished: {row.variant}, {_experts(row)} experts, seed {row.seed}: {reason}"
+            )
     return "\n".join(lines)
 
 
