@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from flash_moe import FlashMoE
 from flash_moe.layers.moe import SharedMLP
+from flash_moe.layers.router import ScoreNormName
 
 ROTARY_BASE = 10_000.0
 
@@ -29,7 +30,7 @@ class ModelConfig:
     num_heads: int
     num_experts: int
     num_experts_per_tok: int
-    score_norm: str | None = "batch"
+    score_norm: ScoreNormName = "batch"
     aux_loss_coef: float = 0.0
     z_loss_coef: float = 0.0
     bias_update_rate: float = 0.0

@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Literal
 
 from option_parser import RaisingParser
 
@@ -22,7 +23,7 @@ POSITIVE = (
 )
 NOT_NEGATIVE = ("sample_tokens", "seed", "aux_loss_coef", "z_loss_coef", "bias_update_rate")
 # What --score-norm stands for.
-SCORE_NORMS = {"batch": "batch", "none": None}
+SCORE_NORMS: dict[str, Literal["batch"] | None] = {"batch": "batch", "none": None}
 
 
 def parse_args(description: str, argv: list[str] | None = None) -> argparse.Namespace:

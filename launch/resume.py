@@ -24,8 +24,8 @@ BEFORE_OPTIONS = {
     "force_load_balance": False,
     "table_lr_scale": 1.0,
 }
-# Options of the model that are part of no tensor, and that a resumed run may change.
-CHANGEABLE = ("aux_loss_coef", "z_loss_coef", "bias_update_rate", "force_load_balance")
+# Options of the model that its tensors do not depend on.
+CHANGEABLE = ("aux_loss_coef", "z_loss_coef", "force_load_balance")
 
 # In the folder of results: the progress of a run before its first step.
 START = "start.json"
@@ -95,12 +95,14 @@ def recall(args: argparse.Namespace, saved: Mapping[str, Any], world_size: int) 
 def model_changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Name what keeps a checkpoint from being loaded, given the fields of both `ModelConfig`s."""
     # A checkpoint from before there were options of routers.
-    saved = {"score_norm": None, **saved}
-    return [
-        f"{name} = {saved[name]}, here {value}"
-        for name, value in now.items()
-        if name not in CHANGEABLE and saved[name] != value
+    saved = {"score_norm": None, "bias_update_rate": 0.0, **saved}
+    # Routers have biases if the rate is not 0.
+    differing = [
+        name
+        for name in now.keys() - set(CHANGEABLE)
+        if saved[name] != now[name] and (name != "bias_update_rate" or not saved[name] * now[name])
     ]
+    return [f"{name} = {saved[name]}, here {now[name]}" for name in now if name in differing]
 
 
 def changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:

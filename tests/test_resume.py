@@ -82,15 +82,18 @@ def test_what_is_given_again_is_used_and_said(data: Path) -> None:
     other = data.with_name("other.txt")
     other.write_bytes(data.read_bytes()[:-40])
     argv = ["--resume", "--lr", "0.002", "--precision", "float32", "--data", "other.txt"]
+    argv += ["--bias-update-rate", "0.25", "--no-force-load-balance"]
     again = prepared(argv, saved)
     assert (again.args.lr, again.args.precision, again.args.data) == (
         0.002,
         "float32",
-        Path(argv[-1]),
+        Path("other.txt"),
     )
     tokens = len(again.corpus.train)
     assert changed(again, saved) == [
         "changed: --lr 0.5 before, 0.002 now",
+        "changed: --bias-update-rate 0.5 before, 0.25 now",
+        "changed: --force-load-balance True before, False now",
         "changed: --precision bfloat16 before, float32 now",
         f"changed: data {data} before, {other} now",
         f"changed: training_tokens {saved['training_tokens']} before, {tokens} now",
@@ -139,6 +142,8 @@ def test_runs_from_before_there_were_options_of_routers(data: Path) -> None:
     assert changed(again, saved) == []
     with pytest.raises(ValueError, match="a model with score_norm = None, here batch"):
         prepared(["--resume", "--score-norm", "batch"], saved)
+    with pytest.raises(ValueError, match=r"a model with bias_update_rate = 0.0, here 0.1"):
+        prepared(["--resume", "--bias-update-rate", "0.1"], saved)
     other = prepared(["--resume", "--aux-loss-coef", "0.5", "--table-lr-scale", "4"], saved)
     assert changed(other, saved) == [
         "changed: --table-lr-scale 1.0 before, 4.0 now",
@@ -147,9 +152,8 @@ def test_runs_from_before_there_were_options_of_routers(data: Path) -> None:
 
 
 def test_learning_rate_falls_with_the_hidden_size_unless_recorded(data: Path) -> None:
-    run = prepared([*SMALL, "--data", data.name], {})
-    assert run.args.hidden_size == 16
-    assert run.args.lr == pytest.approx(2e-3 * 8)
+    run = prepared(["--data", data.name, "--seq-len", "16", "--hidden-size", "1024"], {})
+    assert run.args.lr == 2e-3 / 8
     saved = progress_of(run)
     assert prepared(["--resume"], saved).args.lr == run.args.lr
     # As all runs did that recorded no options.

@@ -1,11 +1,13 @@
 """The training script: equal training on any number of ranks, and invalid options."""
 
+import inspect
 import itertools
 import json
 import os
 import re
 import subprocess
 import time
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -217,6 +219,26 @@ def test_learning_rate_rises_then_falls() -> None:
     assert 0.1 < factors[-1] < 0.12
 
 
+def test_defaults_are_those_of_the_layer() -> None:
+    from flash_moe import FlashMoE
+    from model import ModelConfig, Transformer
+    from options import SCORE_NORMS, parse_args
+
+    defaults, args = ModelConfig(30, 16, 16, 1, 2, 20, 3), parse_args("", [])
+    for name, parameter in inspect.signature(FlashMoE).parameters.items():
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
+            given = getattr(args, name)
+            assert getattr(defaults, name) == parameter.default
+            assert (SCORE_NORMS[given] if name == "score_norm" else given) == parameter.default
+    options = replace(defaults, score_norm=None, aux_loss_coef=0.5, z_loss_coef=0.25)
+    options = replace(options, bias_update_rate=0.125, force_load_balance=True)
+    router: Any = Transformer(options).layers[0].get_submodule("moe.router")
+    assert router.score_norm is None
+    assert (router.aux_loss_coef, router.z_loss_coef) == (0.5, 0.25)
+    assert router.key_bias.rate == 0.125
+    assert router.force_load_balance
+
+
 def step_with_router_loss(data: str) -> list[Any]:
     """Loss and learning rates of a step to which the routers' loss adds, and the keys' gradient."""
     import train
@@ -275,7 +297,8 @@ def test_model_is_causal_and_knows_relative_positions() -> None:
     from model import ModelConfig, Transformer, rotate
 
     torch.manual_seed(0)
-    model = Transformer(ModelConfig(30, 16, 16, 2, 2, 20, 3)).double()
+    # In training, the routers' scores are normalised over all tokens, later ones included.
+    model = Transformer(ModelConfig(30, 16, 16, 2, 2, 20, 3)).double().eval()
     tokens = torch.randint(30, (1, 12))
     changed = tokens.clone()
     changed[0, 8] = (changed[0, 8] + 1) % 30

@@ -17,7 +17,7 @@ from comparison.variants import Case
 from data import VALIDATION_SEED, Corpus, Tokens, batch_at
 from flash_moe import router_loss
 from flash_moe_dist import clip_grad_norm_, count_load, materialize
-from model import Transformer, cross_entropy
+from model import Transformer, cross_entropy, evaluation_mode
 from optimizer import MAX_GRAD_NORM, build_optimizer, learning_rate_factor, set_learning_rate
 
 # Steps that also compile and allocate; each counts as the median of the others.
@@ -86,8 +86,9 @@ class _Training:
             if step % args.validation_interval and step != args.steps:
                 continue
             point = self.validate(step, losses, checksum.hexdigest())
-            if not math.isfinite(point.validation_loss):
-                row.failure = f"validation loss {point.validation_loss} at step {step}"
+            figures = [point.validation_loss, *point.unevenness]
+            if not all(map(math.isfinite, figures)):
+                row.failure = f"validation loss and unevenness {figures} at step {step}"
                 return
             losses = []
             row.curve.append(point)
@@ -123,8 +124,7 @@ class _Training:
 
         losses: training losses of the steps since the validation before.
         """
-        self.model.eval()
-        with count_load(self.model) as loads:
+        with evaluation_mode(self.model), count_load(self.model) as loads:
             validation = [
                 cross_entropy(
                     self.model,
@@ -134,7 +134,6 @@ class _Training:
                 )
                 for number in range(self.args.validation_batches)
             ]
-        self.model.train()
         return Point(
             step=step,
             tokens=step * self.args.batch_size * self.args.seq_len,

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from flash_moe.layers.router import ScoreNormName
 from model import ModelConfig, Transformer
 from options import MAX_OPTION, SCORE_NORMS, default_lr
 
@@ -135,7 +136,7 @@ def _parsers() -> dict[str, Callable[[str], Any]]:
         int: _size,
         float: _not_negative,
         bool: SWITCHES.__getitem__,
-        str | None: SCORE_NORMS.__getitem__,
+        ScoreNormName: SCORE_NORMS.__getitem__,
     }
     found = {field.name: kinds[field.type] for field in fields(ModelConfig)}
     del found["vocab_size"]
