@@ -155,7 +155,7 @@ def main() -> None:
         if args.precision is None:
             args.precision = "bfloat16" if torch.cuda.is_available() else "float32"
         corpus = load_corpus(args.data, args.seq_len)
-        cases = list(cases_of(args, args.bpe_vocab or corpus.vocab_size))
+        cases = cases_of(args, args.bpe_vocab or corpus.vocab_size)
         # Last, so that what is refused so far leaves no folder.
         held = hold_folder(args.out, create=True)
     with held or nullcontext():

@@ -44,7 +44,7 @@ def parse_args(description: str, argv: list[str] | None = None) -> argparse.Name
         help="number of token ids of the model (default: one more than the largest in the data, "
         "256 for text)",
     )
-    add("--out", type=_path, default=Path("out/train"), help="folder for all results")
+    add("--out", type=path, default=Path("out/train"), help="folder for all results")
     add("--steps", type=int, default=250, help="optimizer steps")
     add(
         "--batch-size",
@@ -58,7 +58,7 @@ def parse_args(description: str, argv: list[str] | None = None) -> argparse.Name
         "--score-norm",
         choices=SCORE_NORMS,
         default="batch",
-        help="how routers normalise the logits of each axis of keys: over the batch, or not",
+        help="how routers normalize the scores of keys: each over the tokens of a step, or not",
     )
     add("--aux-loss-coef", type=float, default=0.0, help="weight of the load-balancing loss")
     add("--z-loss-coef", type=float, default=0.0, help="weight of the z-loss of routers")
@@ -66,7 +66,7 @@ def parse_args(description: str, argv: list[str] | None = None) -> argparse.Name
         "--bias-update-rate",
         type=float,
         default=0.0,
-        help="how far a step moves the biases that balance the keys; 0 balances without biases",
+        help="how far a step moves the biases that balance the keys; 0 for no biases",
     )
     add(
         "--force-load-balance",
@@ -138,7 +138,7 @@ def add_shared_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add(
         "--data",
-        type=_path,
+        type=path,
         help="text file, folder of text, .bin of uint16 token ids, or folder with train.bin and "
         "val.bin (default: the source of Python's standard library)",
     )
@@ -150,7 +150,7 @@ def add_shared_options(parser: argparse.ArgumentParser) -> None:
         default=1.0,
         help="learning rate of the experts' tables over that of the other parameters",
     )
-    add("--hidden-size", type=int, default=128, help="H, width of the residual stream")
+    add("--hidden-size", type=int, default=128, help="width H of the residual stream")
     add("--intermediate-size", type=int, default=256, help="width of the shared MLP")
     add("--num-layers", type=int, default=4, help="transformer blocks")
     add("--num-heads", type=int, default=4, help="attention heads of each layer")
@@ -190,7 +190,8 @@ def check_ranges(
                     raise ValueError(f"--{name.replace('_', '-')} must {words}, got {value}")
 
 
-def _path(text: str) -> Path:
+def path(text: str) -> Path:
+    """Parse a path that is not empty."""
     if not text:
         raise argparse.ArgumentTypeError("must be a path, got an empty one")
     return Path(text)

@@ -2,12 +2,15 @@
 
 import json
 import sys
+import weakref
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 import pytest
 import torch
+
+import flash_moe_dist
 
 NAMES = ("compare.json", "compare.md", "compare.png")
 SMALL = (
@@ -106,10 +109,19 @@ def test_finished_rows_are_kept(
     assert results_in(out) == before
 
 
-def test_further_variants_and_seeds(options: tuple[str, ...]) -> None:
+def test_a_further_variant(options: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     out = Path(options[-1])
     before = results_in(out)["rows"]
+    models = []
+
+    def materialize(model: Any, device: torch.device) -> None:
+        models.append(weakref.ref(model))
+        flash_moe_dist.materialize(model, device)
+
+    monkeypatch.setattr("comparison.training.materialize", materialize)
     compare(*options, "--variants", "--variant", "fast:num_experts=16,lr=0.5,table_lr_scale=2")
+    # The next one has its memory.
+    assert [model() for model in models] == [None]
     rows = results_in(out)["rows"]
     assert rows[: len(before)] == before
     (added,) = rows[len(before) :]

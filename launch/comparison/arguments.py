@@ -6,7 +6,7 @@ from pathlib import Path
 from bpe import check_vocab_size
 from comparison.variants import BUILT_IN, parse_variant
 from option_parser import RaisingParser
-from options import add_shared_options, check_ranges
+from options import add_shared_options, check_ranges, path
 
 # In messages and --help.
 SCRIPT = "compare.py"
@@ -26,7 +26,7 @@ def parse(description: str, argv: list[str]) -> argparse.Namespace:
     parser = RaisingParser(SCRIPT, description)
     add = parser.add_argument
     add_shared_options(parser)
-    add("--out", type=Path, default=Path("out/compare"), help="folder for all results")
+    add("--out", type=path, default=Path("out/compare"), help="folder for all results")
     add(
         "--bpe-vocab",
         type=int,
@@ -40,7 +40,7 @@ def parse(description: str, argv: list[str]) -> argparse.Namespace:
         default=list(BUILT_IN),
         help="dense: the shared MLP alone, wider by 2/3 K units, which are as many active "
         "parameters as K experts; plain: routers without any balancing; default: the defaults of "
-        "FlashMoE; batch-norm: score_norm=batch alone",
+        "FlashMoE; batch-norm: score_norm=batch alone (default: all four)",
     )
     add(
         "--variant",
@@ -50,8 +50,20 @@ def parse(description: str, argv: list[str]) -> argparse.Namespace:
         help="a further variant, with settings that differ from the default one: sizes, options "
         "of routers, lr, table_lr_scale; may be given several times",
     )
-    add("--num-experts", type=int, nargs="+", default=[16384], help="experts of each layer")
-    add("--seeds", type=int, nargs="+", default=[0], help="seeds of parameters and batches")
+    add(
+        "--num-experts",
+        type=int,
+        nargs="+",
+        default=[16384],
+        help="experts of each layer (default: 16384)",
+    )
+    add(
+        "--seeds",
+        type=int,
+        nargs="+",
+        default=[0],
+        help="seeds of parameters and batches (default: 0)",
+    )
     add("--steps", type=int, default=200, help="optimizer steps of each variant")
     add("--batch-size", type=int, default=16, help="sequences of a step")
     add("--validation-batches", type=int, default=8, help="batches of a validation")

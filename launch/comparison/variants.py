@@ -1,7 +1,7 @@
 """Variants of a transformer that are compared: which settings each changes."""
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -83,8 +83,8 @@ def parse_variant(text: str) -> tuple[str, dict[str, Any]]:
     return name, settings
 
 
-def cases_of(args: argparse.Namespace, vocab_size: int) -> Iterator[Case]:
-    """Yield what the options ask for: each variant for each seed and each number of experts.
+def cases_of(args: argparse.Namespace, vocab_size: int) -> list[Case]:
+    """List what the options ask for: each variant for each seed and each number of experts.
 
     A variant that sets its number of experts, as the dense one does, is trained once for each seed.
 
@@ -99,13 +99,14 @@ def cases_of(args: argparse.Namespace, vocab_size: int) -> Iterator[Case]:
         if name in variants:
             raise ValueError(f"--variant must have a name of its own, got {name} twice")
         variants[name] = settings
-    for seed in args.seeds:
-        for number, num_experts in enumerate(args.num_experts):
-            for name, settings in variants.items():
-                if "num_experts" not in settings or number == 0:
-                    yield _case(
-                        args, vocab_size, name, seed, {"num_experts": num_experts} | settings
-                    )
+    cases = (
+        _case(args, vocab_size, name, seed, {"num_experts": num_experts, **settings})
+        for seed in args.seeds
+        for num_experts in args.num_experts
+        for name, settings in variants.items()
+    )
+    # Once each, also where a variant sets its number of experts.
+    return list(dict.fromkeys(cases))
 
 
 def _case(
