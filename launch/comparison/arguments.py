@@ -47,8 +47,8 @@ def parse(description: str, argv: list[str]) -> argparse.Namespace:
         action="append",
         default=[],
         metavar="NAME:KEY=VALUE,...",
-        help="a further variant, with settings that differ from the default one: sizes, options "
-        "of routers, lr, table_lr_scale; may be given several times",
+        help="a further variant, by the settings in which it differs from `default`: sizes, "
+        "options of routers, lr, table_lr_scale; may be given several times (default: none)",
     )
     add(
         "--num-experts",
@@ -64,7 +64,7 @@ def parse(description: str, argv: list[str]) -> argparse.Namespace:
         default=[0],
         help="seeds of parameters and batches (default: 0)",
     )
-    add("--steps", type=int, default=200, help="optimizer steps of each variant")
+    add("--steps", type=int, default=150, help="optimizer steps of each variant")
     add("--batch-size", type=int, default=16, help="sequences of a step")
     add("--validation-batches", type=int, default=8, help="batches of a validation")
     add("--validation-interval", type=int, default=50, help="steps between validations")
