@@ -92,9 +92,9 @@ def test_what_is_given_again_is_used_and_said(data: Path) -> None:
     tokens = len(again.corpus.train)
     assert changed(again, saved) == [
         "changed: --lr 0.5 before, 0.002 now",
+        "changed: --precision bfloat16 before, float32 now",
         "changed: --bias-update-rate 0.5 before, 0.25 now",
         "changed: --force-load-balance True before, False now",
-        "changed: --precision bfloat16 before, float32 now",
         f"changed: data {data} before, {other} now",
         f"changed: training_tokens {saved['training_tokens']} before, {tokens} now",
     ]
