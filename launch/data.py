@@ -23,6 +23,8 @@ Tokens: TypeAlias = npt.NDArray[np.integer[Any]]
 
 BYTE_VOCAB = 256
 VALIDATION_SHARE = 0.05
+# Larger than any --seed, so that all runs have the same validation batches.
+VALIDATION_SEED = 2**31
 COUNTED_AT_ONCE = 2**20
 TEXT_SUFFIXES = (".py", ".txt", ".md", ".rst", ".json", ".c", ".h", ".html", ".csv")
 JSON_LINES_SUFFIXES = (".jsonl", ".ndjson")

@@ -1,7 +1,7 @@
 """A small decoder-only transformer with FlashMoE feed-forward layers."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -9,13 +9,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flash_moe import FlashMoE
+from flash_moe.layers.moe import SharedMLP
+from flash_moe.layers.router import ScoreNormName
 
 ROTARY_BASE = 10_000.0
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Sizes of the model; `num_experts` is for each layer."""
+    """Sizes of the model, and options of its routers.
+
+    num_experts: experts of each layer; with 0, feed-forward layers are a shared MLP alone.
+    score_norm and the following: see `flash_moe.layers.router.ProductKeyRouter`.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -24,6 +30,11 @@ class ModelConfig:
     num_heads: int
     num_experts: int
     num_experts_per_tok: int
+    score_norm: ScoreNormName = "batch"
+    aux_loss_coef: float = 0.0
+    z_loss_coef: float = 0.0
+    bias_update_rate: float = 0.0
+    force_load_balance: bool = False
 
     def __post_init__(self) -> None:
         head_size, rest = divmod(self.hidden_size, self.num_heads)
@@ -52,18 +63,27 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm residual block: causal self-attention, then a FlashMoE layer."""
+    """Pre-norm residual block: causal self-attention, then a FlashMoE layer or a gated MLP."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.attention_norm = nn.RMSNorm(config.hidden_size)
         self.attention = Attention(config)
         self.moe_norm = nn.RMSNorm(config.hidden_size)
-        self.moe = FlashMoE(
-            config.hidden_size,
-            config.intermediate_size,
-            config.num_experts,
-            config.num_experts_per_tok,
+        sizes = config.hidden_size, config.intermediate_size
+        self.moe = (
+            FlashMoE(
+                *sizes,
+                config.num_experts,
+                config.num_experts_per_tok,
+                score_norm=config.score_norm,
+                aux_loss_coef=config.aux_loss_coef,
+                z_loss_coef=config.z_loss_coef,
+                bias_update_rate=config.bias_update_rate,
+                force_load_balance=config.force_load_balance,
+            )
+            if config.num_experts
+            else SharedMLP(*sizes)
         )
 
     def forward(self, x_BSH: Tensor) -> Tensor:
@@ -128,6 +148,22 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(was_training)
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
+    """Context in which activations are in `precision`, "float32" or "bfloat16"."""
+    if precision == "float32":
+        return nullcontext()
+    return torch.autocast(device.type, dtype=torch.bfloat16)
+
+
+def cross_entropy(
+    model: nn.Module, inputs_BS: Tensor, targets_BS: Tensor, device: torch.device, precision: str
+) -> Tensor:
+    """Mean cross-entropy of the model's predictions, () float32, in nats per token."""
+    with autocast(device, precision):
+        logits_BSV = model(inputs_BS.to(device))
+    return F.cross_entropy(logits_BSV.float().flatten(0, 1), targets_BS.to(device).flatten())
 
 
 def rotate(x_BNSD: Tensor) -> Tensor:

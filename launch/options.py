@@ -1,9 +1,11 @@
-"""Options of launch/train.py."""
+"""Options of launch/train.py, and those that launch/compare.py shares with it."""
 
 import argparse
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Literal
 
 from option_parser import RaisingParser
 
@@ -17,8 +19,11 @@ POSITIVE = (
     *("steps", "batch_size", "seq_len", "hidden_size", "intermediate_size", "num_layers"),
     *("num_heads", "num_experts", "num_experts_per_tok", "validation_batches"),
     *("validation_interval", "checkpoint_interval", "keep", "vocab_size", "lr", "timeout"),
-    *("ep_size", "grace"),
+    *("ep_size", "grace", "table_lr_scale"),
 )
+NOT_NEGATIVE = ("sample_tokens", "seed", "aux_loss_coef", "z_loss_coef", "bias_update_rate")
+# What --score-norm stands for.
+SCORE_NORMS: dict[str, Literal["batch"] | None] = {"batch": "batch", "none": None}
 
 
 def parse_args(description: str, argv: list[str] | None = None) -> argparse.Namespace:
@@ -32,19 +37,14 @@ def parse_args(description: str, argv: list[str] | None = None) -> argparse.Name
     """
     parser = RaisingParser(SCRIPT, description)
     add = parser.add_argument
-    add(
-        "--data",
-        type=_path,
-        help="text file, folder of text, .bin of uint16 token ids, or folder with train.bin and "
-        "val.bin (default: the source of Python's standard library)",
-    )
+    add_shared_options(parser)
     add(
         "--vocab-size",
         type=int,
         help="number of token ids of the model (default: one more than the largest in the data, "
         "256 for text)",
     )
-    add("--out", type=_path, default=Path("out/train"), help="folder for all results")
+    add("--out", type=path, default=Path("out/train"), help="folder for all results")
     add("--steps", type=int, default=250, help="optimizer steps")
     add(
         "--batch-size",
@@ -52,15 +52,28 @@ def parse_args(description: str, argv: list[str] | None = None) -> argparse.Name
         help="sequences of a step, over all ranks (default: that of the checkpoint, or 16, rounded "
         "up to a multiple of the number of ranks)",
     )
-    add("--seq-len", type=int, default=256, help="tokens of a sequence")
-    add("--lr", type=float, default=2e-3, help="peak learning rate of AdamW")
     add("--seed", type=int, default=0, help="seed of parameters and batches")
-    add("--hidden-size", type=int, default=128, help="width of the residual stream")
-    add("--intermediate-size", type=int, default=256, help="width of the shared MLP")
-    add("--num-layers", type=int, default=4, help="transformer blocks")
-    add("--num-heads", type=int, default=4, help="attention heads of each layer")
     add("--num-experts", type=int, default=16384, help="experts of each layer")
-    add("--num-experts-per-tok", type=int, default=32, help="experts that each token uses")
+    add(
+        "--score-norm",
+        choices=SCORE_NORMS,
+        default="batch",
+        help="how routers normalize the scores of keys: each over the tokens of a step, or not",
+    )
+    add("--aux-loss-coef", type=float, default=0.0, help="weight of the load-balancing loss")
+    add("--z-loss-coef", type=float, default=0.0, help="weight of the z-loss of routers")
+    add(
+        "--bias-update-rate",
+        type=float,
+        default=0.0,
+        help="how far a step moves the biases that balance the keys; 0 for no biases",
+    )
+    add(
+        "--force-load-balance",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="draw experts evenly at random, to measure speed whatever routers have learnt",
+    )
     add(
         "--ep-size",
         type=int,
@@ -89,11 +102,6 @@ def parse_args(description: str, argv: list[str] | None = None) -> argparse.Name
         help="what to do at a step whose loss or gradient is not finite",
     )
     add("--sample-tokens", type=int, default=200, help="tokens to generate at the end")
-    add(
-        "--precision",
-        choices=("float32", "bfloat16"),
-        help="dtype of activations (default: bfloat16 on GPUs, float32 on CPUs)",
-    )
     add("--timeout", type=float, default=600, help="seconds a collective may wait for a rank")
     add(
         "--grace",
@@ -121,18 +129,69 @@ def parse_args(description: str, argv: list[str] | None = None) -> argparse.Name
         # Every rank parses the options; one note is enough.
         if os.environ.get("RANK", "0") == "0":
             print(f"{SCRIPT}: --time-steps is deprecated, use --time-phases", file=sys.stderr)
-    for name in POSITIVE:
-        value = getattr(args, name)
-        if value is not None and not 0 < value < MAX_OPTION:
-            parser.error(f"--{name.replace('_', '-')} must be positive, got {value}")
-    for name in ("sample_tokens", "seed"):
-        value = getattr(args, name)
-        if not 0 <= value < MAX_OPTION:
-            parser.error(f"--{name.replace('_', '-')} must not be negative, got {value}")
+    check_ranges(args, POSITIVE, NOT_NEGATIVE)
     return args
 
 
-def _path(text: str) -> Path:
+def add_shared_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of data, sizes, learning rates and precision."""
+    add = parser.add_argument
+    add(
+        "--data",
+        type=path,
+        help="text file, folder of text, .bin of uint16 token ids, or folder with train.bin and "
+        "val.bin (default: the source of Python's standard library)",
+    )
+    add("--seq-len", type=int, default=256, help="tokens of a sequence")
+    add("--lr", type=float, help="peak learning rate of AdamW (default: 2e-3 * 128 / H)")
+    add(
+        "--table-lr-scale",
+        type=float,
+        default=1.0,
+        help="learning rate of the experts' tables over that of the other parameters",
+    )
+    add("--hidden-size", type=int, default=128, help="width H of the residual stream")
+    add("--intermediate-size", type=int, default=256, help="width of the shared MLP")
+    add("--num-layers", type=int, default=4, help="transformer blocks")
+    add("--num-heads", type=int, default=4, help="attention heads of each layer")
+    add("--num-experts-per-tok", type=int, default=32, help="experts that each token uses")
+    add(
+        "--precision",
+        choices=("float32", "bfloat16"),
+        help="dtype of activations (default: bfloat16 on GPUs, float32 on CPUs)",
+    )
+
+
+def default_lr(hidden_size: int) -> float:
+    """Peak learning rate of AdamW for a hidden size H, if none is given: 2e-3 * 128 / H.
+
+    A step of AdamW changes each weight by about the learning rate, and the H changes that a dot
+    product adds up tend to have one direction; a rate that falls with 1 / H keeps outputs changing
+    as fast at any H (Yang et al. 2022, arXiv:2203.03466).
+    """
+    return 2e-3 * 128 / hidden_size
+
+
+def check_ranges(
+    args: argparse.Namespace, positive: Iterable[str], not_negative: Iterable[str]
+) -> None:
+    """Check the options of these names, where given; each value of those that take several.
+
+    Raises:
+        ValueError: a value is out of range.
+    """
+    for names, words in ((positive, "be positive"), (not_negative, "not be negative")):
+        for name in names:
+            given = getattr(args, name)
+            for value in given if isinstance(given, list) else [given]:
+                if value is None or 0 < value < MAX_OPTION:
+                    continue
+                if words == "be positive" or value != 0:
+                    raise ValueError(f"--{name.replace('_', '-')} must {words}, got {value}")
+
+
+def path(text: str) -> Path:
+    """Parse a path that is not empty."""
     if not text:
         raise argparse.ArgumentTypeError("must be a path, got an empty one")
     return Path(text)

@@ -14,7 +14,18 @@ NOT_REMEMBERED = {
     *("out", "data", "vocab_size", "batch_size", "keep", "async_checkpoint", "resume"),
     *("timeout", "grace", "time_phases", "given"),
 }
-
+# What runs did that recorded none of these options.
+BEFORE_OPTIONS = {
+    "lr": 2e-3,
+    "score_norm": "none",
+    "aux_loss_coef": 0.0,
+    "z_loss_coef": 0.0,
+    "bias_update_rate": 0.0,
+    "force_load_balance": False,
+    "table_lr_scale": 1.0,
+}
+# Options of the model that its tensors do not depend on.
+CHANGEABLE = ("aux_loss_coef", "z_loss_coef", "force_load_balance")
 
 # In the folder of results: the progress of a run before its first step.
 START = "start.json"
@@ -61,7 +72,9 @@ def recall(args: argparse.Namespace, saved: Mapping[str, Any], world_size: int) 
         ValueError: a recorded value is not of the option's type.
     """
     old = {name: saved[name] for name in ("seed", "seq_len") if name in saved}
-    options = {**old, **saved.get("model", {}), **saved.get("options", {})}
+    if model := saved.get("model", {}):
+        old |= BEFORE_OPTIONS | model | {"score_norm": model.get("score_norm") or "none"}
+    options = {**old, **saved.get("options", {})}
     if saved.get("world_size") != world_size:
         options.pop("ep_size", None)
     # None reads the standard library without installed packages.
@@ -79,12 +92,28 @@ def recall(args: argparse.Namespace, saved: Mapping[str, Any], world_size: int) 
         setattr(args, name, value)
 
 
+def model_changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Name what keeps a checkpoint from being loaded, given the fields of both `ModelConfig`s."""
+    # A checkpoint from before there were options of routers.
+    saved = {"score_norm": None, "bias_update_rate": 0.0, **saved}
+    # Routers have biases if the rate is not 0.
+    differing = [
+        name
+        for name in now.keys() - set(CHANGEABLE)
+        if saved[name] != now[name] and (name != "bias_update_rate" or not saved[name] * now[name])
+    ]
+    return [f"{name} = {saved[name]}, here {now[name]}" for name in now if name in differing]
+
+
 def changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
     """Yield a line for each option and other value that is not what the checkpoint recorded."""
+    recorded = saved.get("options", {})
+    recorded = {**BEFORE_OPTIONS, **recorded} if recorded else {}
     for name, value in now.get("options", {}).items():
-        before = saved.get("options", {}).get(name, value)
+        before = recorded.get(name, value)
         if before != value:
             yield f"changed: --{name.replace('_', '-')} {before} before, {value} now"
     for name, value in now.items():
-        if name != "options" and saved.get(name, value) != value:
+        # What may differ in the model is among the options.
+        if name not in ("options", "model") and saved.get(name, value) != value:
             yield f"changed: {name} {saved[name]} before, {value} now"

@@ -16,7 +16,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -27,24 +27,23 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard
 from torch.distributed.tensor.parallel import parallelize_module
-from torch.nn import functional as F
 from tqdm import tqdm
 
-from data import BYTE_VOCAB, Corpus, Tokens, batch_at, load_corpus
+from data import BYTE_VOCAB, VALIDATION_SEED, Corpus, Tokens, batch_at, load_corpus
 from errors import exit_on_error, exit_on_shared_error
 from failure_after_work import note_failure_after_work
+from flash_moe import router_loss
 from flash_moe_dist import (
     ExpertLoad,
     ExpertParallel,
     clip_grad_norm_,
     count_load,
     materialize,
-    parameter_groups,
     time_phases,
 )
 from flash_moe_dist.agreement import gather_objects, reason_in, same_error_on_all_ranks
@@ -53,16 +52,27 @@ from flash_moe_dist.dispatch.collectives import all_gather_rows
 from flash_moe_dist.dispatch.symmetric_memory import symmetric_memory_bytes
 from flash_moe_dist.runtime import DEFAULT_TIMEOUT, Runtime, distributed, own_device
 from metrics import Line, MetricsFile, plot_metrics, speed
-from model import ModelConfig, Transformer, evaluation_mode
-from options import DESCRIPTION, SCRIPT, parse_args
+from model import ModelConfig, Transformer, autocast, cross_entropy, evaluation_mode
+from optimizer import (
+    MAX_GRAD_NORM,
+    build_optimizer,
+    expert_parameters,
+    learning_rate_factor,
+    set_learning_rate,
+)
+from options import DESCRIPTION, SCORE_NORMS, SCRIPT, default_lr, parse_args
 from out_folder import hold_folder
-from resume import changes, options_to_remember, read_start, recall, write_start
+from resume import (
+    changes,
+    model_changes,
+    options_to_remember,
+    read_start,
+    recall,
+    write_start,
+)
 
-MAX_GRAD_NORM = 1.0
 DEFAULT_BATCH_SIZE = 16
 CHECKPOINTS, METRICS = "checkpoints", "metrics.jsonl"
-# Larger than any --seed, so that all runs have the same validation batches.
-VALIDATION_SEED = 2**31
 PROMPT_TOKENS = 32
 
 
@@ -131,7 +141,7 @@ def prepare(
 ) -> tuple[Corpus, ModelConfig]:
     """Check options, data and checkpoint before any work; load the data and configure the model.
 
-    Replaces an `args.batch_size` and an `args.precision` of None by their defaults.
+    Replaces an `args.batch_size`, an `args.precision` and an `args.lr` of None by their defaults.
 
     Args:
         saved: progress of the checkpoint to resume from; empty for a new run.
@@ -142,6 +152,8 @@ def prepare(
     world_size = runtime.world_size
     if args.precision is None:
         args.precision = "bfloat16" if runtime.device.type == "cuda" else "float32"
+    if args.lr is None:
+        args.lr = default_lr(args.hidden_size)
     if args.batch_size is None:
         args.batch_size = saved.get("batch_size", DEFAULT_BATCH_SIZE)
         args.batch_size = -(-args.batch_size // world_size) * world_size
@@ -172,12 +184,13 @@ def prepare(
         args.num_heads,
         args.num_experts,
         args.num_experts_per_tok,
+        SCORE_NORMS[args.score_norm],
+        args.aux_loss_coef,
+        args.z_loss_coef,
+        args.bias_update_rate,
+        args.force_load_balance,
     )
-    differing = [
-        f"{name} = {saved_model[name]}, here {value}"
-        for name, value in asdict(config).items()
-        if saved_model and saved_model[name] != value
-    ]
+    differing = model_changes(saved_model, asdict(config)) if saved_model else []
     if differing:
         raise ValueError(f"the checkpoint in --out is of a model with {'; '.join(differing)}")
     # Lets the layers check the sizes, without memory for their parameters.
@@ -211,35 +224,6 @@ def build_model(config: ModelConfig, seed: int, runtime: Runtime) -> Transformer
             fully_shard(layer, mesh=runtime.dp_mesh, ignored_params=tables)
         fully_shard(model, mesh=runtime.dp_mesh, ignored_params=tables)
     return model
-
-
-def expert_parameters(model: Transformer) -> Iterator[nn.Parameter]:
-    """Yield the tables of all expert layers."""
-    for name, parameter in model.named_parameters():
-        if ".moe.experts." in name:
-            yield parameter
-
-
-def build_optimizer(model: Transformer, lr: float) -> torch.optim.AdamW:
-    """Build AdamW with two parameter groups: dense parameters, then the experts' tables."""
-    return torch.optim.AdamW(
-        parameter_groups(model.parameters()),
-        lr=lr,
-        betas=(0.9, 0.95),
-        weight_decay=0.0,
-        fused=True,
-    )
-
-
-def learning_rate_factor(step: int, steps: int) -> float:
-    """Factor of the peak learning rate at `step`, counted from 0.
-
-    Rises linearly over the first twentieth of the steps, then falls linearly to a tenth.
-    """
-    warmup = max(1, steps // 20)
-    if step < warmup:
-        return (step + 1) / warmup
-    return 1 - 0.9 * (step - warmup) / max(1, steps - warmup)
 
 
 @dataclass(frozen=True)
@@ -320,15 +304,14 @@ class Run:
             stop_asked: called at the end of the step; gives the number of the signal by which this
                 process was asked to stop, 0 if it was not.
         """
-        learning_rate = self.args.lr * learning_rate_factor(step - 1, self.args.steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+        lr = self.args.lr * learning_rate_factor(step - 1, self.args.steps)
+        set_learning_rate(self.optimizer, lr, self.args.table_lr_scale)
         timed: AbstractContextManager[dict[str, float]] = (
             time_phases(self.runtime.device) if self.args.time_phases else nullcontext({})
         )
         with timed as layer_seconds:
             loss = self.loss(self.corpus.train, step, self.args.seed)
-            loss.backward()
+            (loss + router_loss(self.model)).backward()
         norm = clip_grad_norm_(self.model.parameters(), MAX_GRAD_NORM)
         numbers = [loss.detach().float(), norm.float(), torch.tensor(float(stop_asked())).to(norm)]
         assert dist.group.WORLD is not None
@@ -371,10 +354,8 @@ class Run:
         inputs_BS, targets_BS = batch_at(
             stream, step, seed, self.args.batch_size, self.args.seq_len, share
         )
-        with self.precision():
-            logits_BSV = self.model(inputs_BS.to(self.runtime.device))
-        targets_N = targets_BS.to(self.runtime.device).flatten()
-        return F.cross_entropy(logits_BSV.float().flatten(0, 1), targets_N)
+        device, precision = self.runtime.device, self.args.precision
+        return cross_entropy(self.model, inputs_BS, targets_BS, device, precision)
 
     def sample(self) -> Sample:
         """Let the model continue a prompt from the validation data, in evaluation mode.
@@ -382,7 +363,7 @@ class Run:
         Collective over all ranks.
         """
         prompt = torch.from_numpy(self.corpus.validation[:PROMPT_TOKENS].astype(np.int64))
-        with evaluation_mode(self.model), self.precision():
+        with evaluation_mode(self.model), autocast(self.runtime.device, self.args.precision):
             tokens = self.model.generate(
                 prompt.to(self.runtime.device),
                 self.args.sample_tokens,
@@ -397,12 +378,6 @@ class Run:
             characters = (bytes([one]) if one < BYTE_VOCAB else b"\xef\xbf\xbd" for one in tokens)
             return b"".join(characters).decode("utf-8", errors="replace")
         return " ".join(map(str, tokens))
-
-    def precision(self) -> AbstractContextManager[object]:
-        """Autocast context for --precision."""
-        if self.args.precision == "float32":
-            return nullcontext()
-        return torch.autocast(self.runtime.device.type, dtype=torch.bfloat16)
 
     def mean_over_ranks(self, value: Tensor) -> float:
         """Average a scalar over all ranks; collective, waits for the device."""

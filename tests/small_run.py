@@ -19,6 +19,7 @@ SMALL = (
     *("--steps", str(STEPS), "--batch-size", "12", "--seq-len", "16", "--hidden-size", "16"),
     *("--intermediate-size", "16", "--num-layers", "2", "--num-heads", "2"),
     *("--num-experts", "50", "--num-experts-per-tok", "4", "--precision", "float32"),
+    *("--lr", "0.002"),
 )
 # For runs that are interrupted; neither divides the other, so that a restart repeats steps.
 INTERVALS = ("--checkpoint-interval", "6", "--validation-interval", "5", "--sample-tokens", "4")

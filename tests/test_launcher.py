@@ -194,12 +194,14 @@ def test_options_are_not_abbreviated(capsys: pytest.CaptureFixture[str]) -> None
 def test_help_has_a_text_and_a_default_for_every_option(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    from comparison.arguments import parse as parse_comparison
     from flash_moe.bench.__main__ import parse as parse_bench
     from scaling.arguments import parse as parse_scaling
 
     parsers = (
         lambda: parse_args(DESCRIPTION, ["--help"]),
         lambda: parse_scaling("", ["--help"], False, 2),
+        lambda: parse_comparison("", ["--help"]),
         lambda: parse_bench(["--help"]),
     )
     for parse in parsers:

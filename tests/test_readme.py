@@ -156,6 +156,7 @@ def commands() -> Iterator[list[str]]:
 
 def check_command(words: list[str]) -> None:
     """Raise unless the command exists and takes these options."""
+    from comparison.arguments import parse as parse_comparison
     from flash_moe.bench.__main__ import parse as parse_bench
     from options import parse_args
     from scaling.arguments import parse as parse_scaling
@@ -169,6 +170,8 @@ def check_command(words: list[str]) -> None:
             taken = get_args_parser().parse_args(launcher)
             assert taken.training_script == "launch/bench_scaling.py"
             parse_scaling("", taken.training_script_args, False, int(taken.nproc_per_node))
+        case ["python", "launch/compare.py", *options]:
+            parse_comparison("", options)
         case ["launch/train.sh", *options]:
             parse_args("", options)
         case ["sbatch", *options]:

@@ -14,7 +14,11 @@ from small_run import SMALL
 
 from flash_moe_dist.checkpoint import Checkpointer
 
-GIVEN = ("--lr", "0.5", "--precision", "bfloat16", "--seed", "3", "--on-nonfinite", "skip")
+GIVEN = (
+    *("--lr", "0.5", "--precision", "bfloat16", "--seed", "3", "--on-nonfinite", "skip"),
+    *("--score-norm", "none", "--aux-loss-coef", "0.25", "--z-loss-coef", "0.125"),
+    *("--bias-update-rate", "0.5", "--force-load-balance", "--table-lr-scale", "3"),
+)
 
 
 def prepared(argv: list[str], saved: dict[str, Any], world_size: int = 2) -> Any:
@@ -78,16 +82,19 @@ def test_what_is_given_again_is_used_and_said(data: Path) -> None:
     other = data.with_name("other.txt")
     other.write_bytes(data.read_bytes()[:-40])
     argv = ["--resume", "--lr", "0.002", "--precision", "float32", "--data", "other.txt"]
+    argv += ["--bias-update-rate", "0.25", "--no-force-load-balance"]
     again = prepared(argv, saved)
     assert (again.args.lr, again.args.precision, again.args.data) == (
         0.002,
         "float32",
-        Path(argv[-1]),
+        Path("other.txt"),
     )
     tokens = len(again.corpus.train)
     assert changed(again, saved) == [
         "changed: --lr 0.5 before, 0.002 now",
         "changed: --precision bfloat16 before, float32 now",
+        "changed: --bias-update-rate 0.5 before, 0.25 now",
+        "changed: --force-load-balance True before, False now",
         f"changed: data {data} before, {other} now",
         f"changed: training_tokens {saved['training_tokens']} before, {tokens} now",
     ]
@@ -120,6 +127,38 @@ def test_progress_of_older_runs(data: Path) -> None:
     assert again.config == first.config
     assert (again.args.data, again.args.seed, again.args.seq_len) == (data, 4, 16)
     assert changed(again, saved) == []
+
+
+def test_runs_from_before_there_were_options_of_routers(data: Path) -> None:
+    saved = progress_of(prepared([*SMALL, "--data", data.name, "--lr", "0.5"], {}))
+    routers = ("score_norm", "aux_loss_coef", "z_loss_coef", "bias_update_rate")
+    for name in (*routers, "force_load_balance"):
+        del saved["model"][name], saved["options"][name]
+    del saved["options"]["table_lr_scale"]
+    again = prepared(["--resume"], saved)
+    assert again.config.score_norm is None
+    assert [getattr(again.args, name) for name in routers] == ["none", 0.0, 0.0, 0.0]
+    assert (again.args.lr, again.args.table_lr_scale) == (0.5, 1.0)
+    assert changed(again, saved) == []
+    with pytest.raises(ValueError, match="a model with score_norm = None, here batch"):
+        prepared(["--resume", "--score-norm", "batch"], saved)
+    with pytest.raises(ValueError, match=r"a model with bias_update_rate = 0.0, here 0.1"):
+        prepared(["--resume", "--bias-update-rate", "0.1"], saved)
+    other = prepared(["--resume", "--aux-loss-coef", "0.5", "--table-lr-scale", "4"], saved)
+    assert changed(other, saved) == [
+        "changed: --table-lr-scale 1.0 before, 4.0 now",
+        "changed: --aux-loss-coef 0.0 before, 0.5 now",
+    ]
+
+
+def test_learning_rate_falls_with_the_hidden_size_unless_recorded(data: Path) -> None:
+    run = prepared(["--data", data.name, "--seq-len", "16", "--hidden-size", "1024"], {})
+    assert run.args.lr == 2e-3 / 8
+    saved = progress_of(run)
+    assert prepared(["--resume"], saved).args.lr == run.args.lr
+    # As all runs did that recorded no options.
+    del saved["options"]
+    assert prepared(["--resume"], saved).args.lr == 2e-3
 
 
 def test_the_standard_library_stays_without_installed_packages() -> None:

@@ -1,11 +1,13 @@
 """The training script: equal training on any number of ranks, and invalid options."""
 
+import inspect
 import itertools
 import json
 import os
 import re
 import subprocess
 import time
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from ranks import RankPools
-from sharded import whole_parameters
+from sharded import whole, whole_parameters
 from small_run import REPOSITORY, SMALL, STEPS, launch, small_run
 
 TWO_GPUS = torch.cuda.device_count() == 2
@@ -96,6 +98,15 @@ BAD_OPTIONS = {
     ),
     "no steps": (["--steps", "0"], "--steps must be positive, got 0"),
     "learning rate is no number": (["--lr", "nan"], "--lr must be positive, got nan"),
+    "negative coefficient": (
+        ["--aux-loss-coef", "-0.1"],
+        "--aux-loss-coef must not be negative, got -0.1",
+    ),
+    "norm of another kind": (["--score-norm", "layer"], "argument --score-norm: invalid choice"),
+    "tables that do not learn": (
+        ["--table-lr-scale", "0"],
+        "--table-lr-scale must be positive, got 0.0",
+    ),
     "negative seed": (["--seed", "-1"], "--seed must not be negative, got -1"),
     "unknown option": (["--stepz", "1"], "unrecognized arguments: --stepz 1"),
 }
@@ -200,12 +211,62 @@ def test_time_steps_is_a_deprecated_name_of_time_phases(
 
 
 def test_learning_rate_rises_then_falls() -> None:
-    from train import learning_rate_factor
+    from optimizer import learning_rate_factor
 
     factors = [learning_rate_factor(step, 100) for step in range(100)]
     assert factors[:6] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, 1.0])
     assert all(one > other for one, other in itertools.pairwise(factors[5:]))
     assert 0.1 < factors[-1] < 0.12
+
+
+def test_defaults_are_those_of_the_layer() -> None:
+    from flash_moe import FlashMoE
+    from model import ModelConfig, Transformer
+    from options import SCORE_NORMS, parse_args
+
+    defaults, args = ModelConfig(30, 16, 16, 1, 2, 20, 3), parse_args("", [])
+    for name, parameter in inspect.signature(FlashMoE).parameters.items():
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
+            given = getattr(args, name)
+            assert getattr(defaults, name) == parameter.default
+            assert (SCORE_NORMS[given] if name == "score_norm" else given) == parameter.default
+    options = replace(defaults, score_norm=None, aux_loss_coef=0.5, z_loss_coef=0.25)
+    options = replace(options, bias_update_rate=0.125, force_load_balance=True)
+    router: Any = Transformer(options).layers[0].get_submodule("moe.router")
+    assert router.score_norm is None
+    assert (router.aux_loss_coef, router.z_loss_coef) == (0.5, 0.25)
+    assert router.key_bias.rate == 0.125
+    assert router.force_load_balance
+
+
+def step_with_router_loss(data: str) -> list[Any]:
+    """Loss and learning rates of a step to which the routers' loss adds, and the keys' gradient."""
+    import train
+
+    run = small_run(data, None, "--table-lr-scale", "4")
+    gradients = []
+
+    def recorded(parameters: Any, max_norm: float) -> torch.Tensor:
+        keys = dict(run.model.named_parameters())["layers.1.moe.router.keys.weight"]
+        gradients.append(whole(keys.grad).max().item())
+        return torch.tensor(1.0)
+
+    def router_loss(model: Any) -> torch.Tensor:
+        return 1000 * dict(model.named_parameters())["layers.1.moe.router.keys.weight"].sum()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "clip_grad_norm_", recorded)
+        patch.setattr(train, "router_loss", router_loss)
+        expected = run.loss(run.corpus.train, 1, run.args.seed).item()
+        report = run.step(1)
+    rates = [group["lr"] / run.args.lr for group in run.optimizer.param_groups]
+    return [report.loss - expected, gradients[0], *rates]
+
+
+def test_router_loss_is_trained_on_and_not_reported(text: str, rank_pools: RankPools) -> None:
+    (found,) = rank_pools.run(1, step_with_router_loss, text)
+    assert found == pytest.approx([0.0, 1000.0, 1.0, 4.0], abs=1.0)
+    assert found[0] == pytest.approx(0.0, abs=1e-5)
 
 
 def clipped_step(data: str) -> float:
@@ -236,7 +297,8 @@ def test_model_is_causal_and_knows_relative_positions() -> None:
     from model import ModelConfig, Transformer, rotate
 
     torch.manual_seed(0)
-    model = Transformer(ModelConfig(30, 16, 16, 2, 2, 20, 3)).double()
+    # In training, the routers' scores are normalised over all tokens, later ones included.
+    model = Transformer(ModelConfig(30, 16, 16, 2, 2, 20, 3)).double().eval()
     tokens = torch.randint(30, (1, 12))
     changed = tokens.clone()
     changed[0, 8] = (changed[0, 8] + 1) % 30
