@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from flash_moe import FlashMoE
 from flash_moe.layers.moe import SharedMLP
-from flash_moe.layers.router import ScoreNormName
+from flash_moe.layers.router import BIAS_UPDATE_RATE, ScoreNormName
 
 ROTARY_BASE = 10_000.0
 
@@ -33,7 +33,7 @@ class ModelConfig:
     score_norm: ScoreNormName = "batch"
     aux_loss_coef: float = 0.0
     z_loss_coef: float = 0.0
-    bias_update_rate: float = 0.0
+    bias_update_rate: float = BIAS_UPDATE_RATE
     force_load_balance: bool = False
 
     def __post_init__(self) -> None:

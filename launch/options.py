@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
+from flash_moe.layers.router import BIAS_UPDATE_RATE
 from option_parser import RaisingParser
 
 # In messages and --help.
@@ -65,7 +66,7 @@ def parse_args(description: str, argv: list[str] | None = None) -> argparse.Name
     add(
         "--bias-update-rate",
         type=float,
-        default=0.0,
+        default=BIAS_UPDATE_RATE,
         help="how far a step moves the biases that balance the keys; 0 for no biases",
     )
     add(
@@ -147,7 +148,7 @@ def add_shared_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--table-lr-scale",
         type=float,
-        default=1.0,
+        default=4.0,
         help="learning rate of the experts' tables over that of the other parameters",
     )
     add("--hidden-size", type=int, default=128, help="width H of the residual stream")

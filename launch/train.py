@@ -37,7 +37,7 @@ from tqdm import tqdm
 from data import BYTE_VOCAB, VALIDATION_SEED, Corpus, Tokens, batch_at, load_corpus
 from errors import exit_on_error, exit_on_shared_error
 from failure_after_work import note_failure_after_work
-from flash_moe import router_loss
+from flash_moe import ProductKeyRouter, router_loss
 from flash_moe_dist import (
     ExpertLoad,
     ExpertParallel,
@@ -320,6 +320,10 @@ class Run:
         report = StepReport(losses, norms[0], int(max(stops)), layer_seconds)
         if report.is_finite:
             self.optimizer.step()
+        else:
+            for module in self.model.modules():
+                if isinstance(module, ProductKeyRouter):
+                    module.forget_batch()
         self.optimizer.zero_grad()
         return report
 

@@ -58,6 +58,10 @@ class KeyBias(StatisticsModule):
         ):
             # Integers: a load equal to the mean leaves the bias as it is.
             bias += self.rate * (load.sum() - load * len(load)).sign()
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop the load since the last update."""
         self.load.zero_()
         self.has_load = False
 

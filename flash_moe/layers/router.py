@@ -267,6 +267,14 @@ class ProductKeyRouter(UpdatedAfterSteps):
                 stacklevel=2,
             )
 
+    def forget_batch(self) -> None:
+        """Drop what forward passes added up since the last step, for a step that is skipped."""
+        if self.score_norm is not None:
+            self.score_norm.moments.zero_()
+        if self.key_bias is not None:
+            self.key_bias.forget()
+        self.take_losses()
+
     def __getstate__(self) -> dict[str, Any]:
         # Tensors with a history cannot be copied.
         return self.__dict__ | {"_losses": []}

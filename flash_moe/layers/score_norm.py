@@ -71,7 +71,9 @@ class ScoreNorm(StatisticsModule):
     @torch.no_grad()
     def update(self) -> None:
         """Take what was added up since the last update into the running statistics."""
-        count, (mean, variance) = self.moments[0], mean_and_variance(self.moments)
+        # A batch with a score that is not finite is left out.
+        moments = torch.where(self.moments.isfinite().all(), self.moments, 0.0)
+        count, (mean, variance) = moments[0], mean_and_variance(moments)
         # One token has no variance.
         momentum = MOMENTUM * (count > 1).to(count.dtype)
         unbiased = variance * (count / (count - 1).clamp(min=1))
