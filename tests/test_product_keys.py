@@ -1,18 +1,20 @@
 """The best sums of two keys' scores, against all sums."""
 
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from flash_moe.ops import product_keys
+from flash_moe.ops import product_keys, product_keys_cpu
 from flash_moe.ops.product_keys import ChosenKeys, candidate_ranks, product_key_topk
 
 # T, A, B, K
 SHAPES = [(5, 9, 9, 20), (4, 6, 6, 36), (7, 3, 40, 30), (3, 1, 13, 1), (0, 4, 4, 2)]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-WAYS = ("kernels", "operations")
+# Triton kernels, NumPy, operations of PyTorch.
+WAYS = ("kernels", "torch_sparse", "reference")
 
 
 class Problem:
@@ -60,10 +62,10 @@ class Problem:
 def place(
     request: pytest.FixtureRequest, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> torch.device:
-    """Where kernels do the work, or operations of PyTorch."""
+    """Device of the tensors for each way to choose."""
     if request.param == "kernels":
         return device
-    monkeypatch.setenv("FLASH_MOE_BACKEND", "torch_sparse")
+    monkeypatch.setenv("FLASH_MOE_BACKEND", request.param)
     return torch.device("cpu")
 
 
@@ -127,12 +129,31 @@ def test_bitwise_repeatable(place: torch.device) -> None:
         assert all(map(torch.equal, results[0], other))
 
 
-def test_tokens_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FLASH_MOE_BACKEND", "torch_sparse")
-    problem = Problem((7, 9, 9, 20), torch.float32, torch.device("cpu"))
+@pytest.mark.parametrize(
+    ("way", "module", "name"),
+    [
+        ("torch_sparse", product_keys_cpu, "CHUNK_NUMBERS"),
+        ("reference", product_keys, "MAX_CANDIDATES_HELD"),
+    ],
+)
+def test_tokens_in_chunks(
+    way: str, module: ModuleType, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FLASH_MOE_BACKEND", way)
+    problem = Problem((7, 9, 9, 20), torch.float32, torch.device("cpu"), biased=True)
     expected = problem.chosen()
-    monkeypatch.setattr(product_keys, "MAX_CANDIDATES_HELD", 150)
+    monkeypatch.setattr(module, name, 150)
     assert all(map(torch.equal, problem.chosen(), expected))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    assert all(map(torch.equal, problem.chosen(), expected))
+
+
+def test_biases_of_another_dtype(place: torch.device) -> None:
+    problem = Problem((4, 8, 6, 9), torch.bfloat16, place, ties=True, biased=True)
+    expected = problem.chosen()
+    for dtype in (torch.float16, torch.float64):
+        problem.biases = [None if bias is None else bias.to(dtype) for bias in problem.biases]
+        assert all(map(torch.equal, problem.chosen(), expected))
 
 
 def test_candidates_are_k_log_k() -> None:

@@ -16,13 +16,14 @@ from flash_moe.arguments import FLOAT_DTYPES, checked_int
 from flash_moe.ops.backend_choice import check_backend, default_backend, uses_triton
 from flash_moe.ops.dtypes import accumulator_dtype
 from flash_moe.ops.input_checks import check_dtype, check_ndim
+from flash_moe.ops.product_keys_cpu import choose_on_cpu
 from flash_moe.ops.triton_launch import cdiv, launch, next_power_of_2
 
 # Of an id below a packed score.
 ID_BITS = 0x7FFFFFFF
 # Numbers in a block of a kernel, and the most that fit into its registers.
 BLOCK_NUMBERS, MAX_BLOCK = 256, 2**16
-# Candidates of all tokens that are held at a time where no kernel chooses.
+# Candidates of all tokens that are held at a time where PyTorch's operations choose.
 MAX_CANDIDATES_HELD = 2**24
 
 
@@ -94,16 +95,20 @@ def _topk_op(
     second_bias_B: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Return scores and indices of `ChosenKeys`: PyTorch's opcheck takes no int tensor first."""
+    wide = accumulator_dtype(first_TA.dtype)
+    first_bias_A, second_bias_B = (
+        None if bias is None else bias.detach().to(wide) for bias in (first_bias_A, second_bias_B)
+    )
     with torch.no_grad():
         if _has_kernels(first_TA) and _fits_kernels(first_TA.shape[1], second_TB.shape[1], k):
             return _choose_in_kernels(first_TA, second_TB, k, first_bias_A, second_bias_B)
-        biased = (_biased(first_TA, first_bias_A), _biased(second_TB, second_bias_B))
-        indices_TK = _choose(*biased, k)
-        first_TK = indices_TK // second_TB.shape[1]
-        second_TK = indices_TK % second_TB.shape[1]
-        wide = accumulator_dtype(first_TA.dtype)
-        scores_TK = first_TA.gather(1, first_TK).to(wide) + second_TB.gather(1, second_TK).to(wide)
-        return scores_TK, indices_TK
+        first, second = first_TA.to(wide), second_TB.to(wide)
+        sums_TK, indices_TK = _choose(first, second, first_bias_A, second_bias_B, k)
+        if first_bias_A is None and second_bias_B is None:
+            return sums_TK, indices_TK
+        first_keys_TK = indices_TK // second.shape[1]
+        second_keys_TK = indices_TK - first_keys_TK * second.shape[1]
+        return first.gather(1, first_keys_TK) + second.gather(1, second_keys_TK), indices_TK
 
 
 @_topk_op.register_fake
@@ -323,67 +328,47 @@ def _with_dense_rows(scores: Tensor) -> Tensor:
     return scores if scores.stride(1) == 1 else scores.contiguous()
 
 
-def _biased(scores: Tensor, bias: Tensor | None) -> Tensor:
-    wide = scores.to(accumulator_dtype(scores.dtype))
-    return wide if bias is None else wide + bias
-
-
-def _choose(first_TA: Tensor, second_TB: Tensor, k: int) -> Tensor:
-    """Indices (T, K) of the best sums, best first, in operations of PyTorch."""
-    ranks = _candidates(k, first_TA.shape[1], second_TB.shape[1], first_TA.device)
-    rows = max(1, MAX_CANDIDATES_HELD // ranks.shape[1])
-    chunks = zip(first_TA.split(rows), second_TB.split(rows), strict=True)
-    chosen = [_choose_among(first, second, ranks, k) for first, second in chunks]
-    return torch.cat(chosen) if len(chosen) != 1 else chosen[0]
-
-
-def _choose_among(first_TA: Tensor, second_TB: Tensor, ranks: Tensor, k: int) -> Tensor:
-    first_ranks, second_ranks = ranks
-    first, second = (
-        _Best.of(axis, torch.arange(axis.shape[1], device=axis.device), min(k, axis.shape[1]))
-        for axis in (first_TA, second_TB)
+def _choose(
+    first_TA: Tensor,
+    second_TB: Tensor,
+    first_bias_A: Tensor | None,
+    second_bias_B: Tensor | None,
+    k: int,
+) -> tuple[Tensor, Tensor]:
+    """Return the best sums, biases included, and their indices: (T, K), best first."""
+    ranks_2C = _candidates(k, first_TA.shape[1], second_TB.shape[1], first_TA.device)
+    if default_backend(first_TA.device) == "torch_sparse":
+        return choose_on_cpu(first_TA, second_TB, first_bias_A, second_bias_B, ranks_2C, k)
+    rows = max(1, MAX_CANDIDATES_HELD // ranks_2C.shape[1])
+    chunks = zip(
+        _biased(first_TA, first_bias_A).split(rows),
+        _biased(second_TB, second_bias_B).split(rows),
+        strict=True,
     )
-    sums_TC = first.values.index_select(1, first_ranks)
-    sums_TC += second.values.index_select(1, second_ranks)
-    ids_TC = first.ids.index_select(1, first_ranks) * second_TB.shape[1]
-    ids_TC += second.ids.index_select(1, second_ranks)
-    return _Best.of(sums_TC, ids_TC, k).ids
+    sums, indices = zip(*(_choose_by_sorting(*chunk, ranks_2C, k) for chunk in chunks), strict=True)
+    return torch.cat(sums), torch.cat(indices)
 
 
-class _Best(NamedTuple):
-    """The best values of each row, best first, and their ids; of equal values the lowest id.
+def _biased(scores: Tensor, bias: Tensor | None) -> Tensor:
+    return scores if bias is None else scores + bias
 
-    values, ids: (T, L).
-    """
 
-    values: Tensor
-    ids: Tensor
-
-    @classmethod
-    def of(cls, values: Tensor, ids: Tensor, count: int) -> "_Best":
-        """Choose `count` of values (T, N) with ids (N,) or (T, N).
-
-        On the CPU by `topk`, which takes any of equal values; rows with equal ones are sorted.
-        """
-        ids = ids.expand_as(values)
-        if not values.is_cpu:
-            return cls.by_sorting(values, ids, count)
-        # One more shows whether the last is equal to one that is left out.
-        found, places = values.topk(min(count + 1, values.shape[1]), dim=1)
-        best = cls(found[:, :count], ids.gather(1, places[:, :count]))
-        rows = (found[:, 1:] == found[:, :-1]).any(1).nonzero().squeeze(1)
-        if len(rows) == len(values):
-            return cls.by_sorting(values, ids, count)
-        if len(rows) > 0:
-            by_sorting = cls.by_sorting(values[rows], ids[rows], count)
-            best.values[rows], best.ids[rows] = by_sorting
-        return best
-
-    @classmethod
-    def by_sorting(cls, values: Tensor, ids: Tensor, count: int) -> "_Best":
-        ids, order = ids.sort(dim=1)
-        values, order = values.gather(1, order).sort(dim=1, descending=True, stable=True)
-        return cls(values[:, :count], ids.gather(1, order[:, :count]))
+def _choose_by_sorting(
+    first_TA: Tensor, second_TB: Tensor, ranks_2C: Tensor, k: int
+) -> tuple[Tensor, Tensor]:
+    """Choose in operations of PyTorch that every device has."""
+    (first, first_keys), (second, second_keys) = (
+        axis.sort(dim=1, descending=True, stable=True) for axis in (first_TA, second_TB)
+    )
+    first_ranks, second_ranks = ranks_2C
+    sums_TC = first.index_select(1, first_ranks)
+    sums_TC += second.index_select(1, second_ranks)
+    ids_TC = first_keys.index_select(1, first_ranks) * second_TB.shape[1]
+    ids_TC += second_keys.index_select(1, second_ranks)
+    # By id, so that a stable sort leaves equal sums in that order.
+    ids_TC, order_TC = ids_TC.sort(dim=1)
+    sums_TK, order_TC = sums_TC.gather(1, order_TC).sort(dim=1, descending=True, stable=True)
+    return sums_TK[:, :k], ids_TC.gather(1, order_TC[:, :k])
 
 
 def _check(
