@@ -13,8 +13,8 @@ from flash_moe.ops.product_keys import ChosenKeys, candidate_ranks, product_key_
 # T, A, B, K
 SHAPES = [(5, 9, 9, 20), (4, 6, 6, 36), (7, 3, 40, 30), (3, 1, 13, 1), (0, 4, 4, 2)]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-# Triton kernels, NumPy, operations of PyTorch.
-WAYS = ("kernels", "torch_sparse", "reference")
+# One Triton kernel, three, NumPy, operations of PyTorch.
+WAYS = ("fused", "kernels", "torch_sparse", "reference")
 
 
 class Problem:
@@ -64,6 +64,8 @@ def place(
 ) -> torch.device:
     """Device of the tensors for each way to choose."""
     if request.param == "kernels":
+        monkeypatch.setattr(product_keys, "MAX_FUSED", 0)
+    if request.param in ("fused", "kernels"):
         return device
     monkeypatch.setenv("FLASH_MOE_BACKEND", request.param)
     return torch.device("cpu")

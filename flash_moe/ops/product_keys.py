@@ -6,6 +6,7 @@ T tokens, A and B keys of the two axes, K sums chosen. With the scores of both a
 2019, arXiv:1907.05242.)
 """
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -23,6 +24,8 @@ from flash_moe.ops.triton_launch import cdiv, launch, next_power_of_2
 ID_BITS = 0x7FFFFFFF
 # Numbers in a block of a kernel, and the most that fit into its registers.
 BLOCK_NUMBERS, MAX_BLOCK = 256, 2**16
+# Keys and candidates of a warp: up to these, one kernel does all, so that launches are few.
+MAX_FUSED = 1024
 # Candidates of all tokens that are held at a time where PyTorch's operations choose.
 MAX_CANDIDATES_HELD = 2**24
 
@@ -86,8 +89,7 @@ def _candidates(k: int, num_first: int, num_second: int, device: torch.device) -
     return ranks.t().contiguous().to(device)
 
 
-@torch.library.custom_op("flash_moe::product_key_topk", mutates_args=())
-def _topk_op(
+def _choose_best(
     first_TA: Tensor,
     second_TB: Tensor,
     k: int,
@@ -111,8 +113,7 @@ def _topk_op(
         return first.gather(1, first_keys_TK) + second.gather(1, second_keys_TK), indices_TK
 
 
-@_topk_op.register_fake
-def _(
+def _fake_best(
     first_TA: Tensor,
     second_TB: Tensor,
     k: int,
@@ -124,8 +125,7 @@ def _(
     return scores_TK, first_TA.new_empty(shape, dtype=torch.int64)
 
 
-@torch.library.custom_op("flash_moe::product_key_topk_backward", mutates_args=())
-def _backward_op(
+def _axis_grads(
     score_grads_TK: Tensor,
     indices_TK: Tensor,
     num_first: int,
@@ -171,8 +171,7 @@ def _backward_op(
     return first_TA, second_TB
 
 
-@_backward_op.register_fake
-def _(
+def _fake_grads(
     score_grads_TK: Tensor,
     indices_TK: Tensor,
     num_first: int,
@@ -209,8 +208,40 @@ def _refuse(ctx: Any, *grads: Tensor) -> None:
     )
 
 
-_topk_op.register_autograd(_backward, setup_context=_save_for_backward)
-_backward_op.register_autograd(_refuse)
+# `torch.library.custom_op` checks at each call that nothing is mutated: half of the host's time.
+_LIBRARY = torch.library.Library("flash_moe", "FRAGMENT")
+
+
+def _define(
+    schema: str,
+    func: Callable[..., tuple[Tensor, Tensor]],
+    fake: Callable[..., tuple[Tensor, Tensor]],
+    backward: Callable[..., tuple[Tensor | None, ...]],
+    setup_context: Callable[..., None] | None = None,
+) -> Callable[..., tuple[Tensor, Tensor]]:
+    name = f"flash_moe::{schema.partition('(')[0]}"
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(name, func, "CompositeExplicitAutograd")
+    torch.library.register_fake(name, fake, lib=_LIBRARY)
+    torch.library.register_autograd(name, backward, setup_context=setup_context, lib=_LIBRARY)
+    return getattr(torch.ops.flash_moe, name.partition("::")[2]).default
+
+
+_topk_op = _define(
+    "product_key_topk(Tensor first, Tensor second, SymInt k, Tensor? first_bias, "
+    "Tensor? second_bias) -> (Tensor, Tensor)",
+    _choose_best,
+    _fake_best,
+    _backward,
+    _save_for_backward,
+)
+_backward_op = _define(
+    "product_key_topk_backward(Tensor score_grads, Tensor indices, SymInt num_first, "
+    "SymInt num_second, ScalarType dtype) -> (Tensor, Tensor)",
+    _axis_grads,
+    _fake_grads,
+    _refuse,
+)
 
 
 def _has_kernels(scores: Tensor) -> bool:
@@ -254,16 +285,16 @@ def _choose_in_kernels(
     scores_TK = torch.empty(num_tokens, k, dtype=torch.float32, device=device)
     if num_tokens == 0:
         return scores_TK, indices_TK
-    first, second = (_with_dense_rows(axis) for axis in (first_TA, second_TB))
+    first, second = _with_dense_rows(first_TA), _with_dense_rows(second_TB)
     first_size, second_size = first.shape[1], second.shape[1]
     num_first, num_second = min(k, first_size), min(k, second_size)
     shape = (num_tokens, num_first + num_second)
     best_scores = torch.empty(shape, dtype=torch.float32, device=device)
     best_keys = torch.empty(shape, dtype=torch.int32, device=device)
-    block = _Block.of(max(first_size, second_size), num_tokens, device)
-    launch(
-        kernels.best_keys_kernel,
-        (cdiv(num_tokens, block.tokens), 2),
+    candidates = _candidates(k, first_size, second_size, device)
+    num_candidates = candidates.shape[1]
+    strides = (first.stride(0), second.stride(0))
+    axes = (
         first,
         second,
         # Not read without a bias.
@@ -272,21 +303,45 @@ def _choose_in_kernels(
         best_scores,
         best_keys,
         num_tokens,
-        first.stride(0),
-        second.stride(0),
+        *strides,
         first_size,
         second_size,
         num_first,
         num_second,
-        HAS_FIRST_BIAS=first_bias_A is not None,
-        HAS_SECOND_BIAS=second_bias_B is not None,
-        BLOCK_T=block.tokens,
-        BLOCK_KEYS=block.numbers,
-        BLOCK_BEST=next_power_of_2(max(num_first, num_second)),
-        num_warps=block.warps,
     )
-    candidates = _candidates(k, first_size, second_size, device)
-    block = _Block.of(candidates.shape[1], num_tokens, device)
+    keys_block = _Block.of(max(first_size, second_size), num_tokens, device)
+    keys_options = {
+        "HAS_FIRST_BIAS": first_bias_A is not None,
+        "HAS_SECOND_BIAS": second_bias_B is not None,
+        "BLOCK_KEYS": keys_block.numbers,
+        "BLOCK_BEST": next_power_of_2(max(num_first, num_second)),
+    }
+    block = _Block.of(num_candidates, num_tokens, device)
+    if max(keys_block.numbers, block.numbers) <= MAX_FUSED:
+        launch(
+            kernels.fused_choice_kernel,
+            (cdiv(num_tokens, block.tokens),),
+            *axes,
+            indices_TK,
+            scores_TK,
+            candidates,
+            num_candidates,
+            k,
+            **keys_options,
+            BLOCK_T=block.tokens,
+            BLOCK_CANDIDATES=block.numbers,
+            BLOCK_K=next_power_of_2(k),
+            num_warps=block.warps,
+        )
+        return scores_TK, indices_TK
+    launch(
+        kernels.best_keys_kernel,
+        (cdiv(num_tokens, keys_block.tokens), 2),
+        *axes,
+        **keys_options,
+        BLOCK_T=keys_block.tokens,
+        num_warps=keys_block.warps,
+    )
     launch(
         kernels.choose_kernel,
         (cdiv(num_tokens, block.tokens),),
@@ -297,7 +352,7 @@ def _choose_in_kernels(
         num_tokens,
         num_first,
         num_second,
-        candidates.shape[1],
+        num_candidates,
         second_size,
         k,
         BLOCK_T=block.tokens,
@@ -313,8 +368,7 @@ def _choose_in_kernels(
         second,
         scores_TK,
         num_tokens,
-        first.stride(0),
-        second.stride(0),
+        *strides,
         second_size,
         k,
         BLOCK_T=block.tokens,
