@@ -29,6 +29,7 @@ from flash_moe.bench.measure import (
 )
 from flash_moe.bench.roofline import launch_bound, pairs_per_expert, roofline_time
 from flash_moe.ops.naive import naive_expert_func
+from flash_moe.ops.product_keys import product_key_topk
 
 OPTIONS = ["--tokens", "6", "--hidden-size", "16", "--num-experts", "40"]
 OPTIONS += ["--num-experts-per-tok", "3", "--repeats", "2"]
@@ -181,7 +182,7 @@ def test_no_time_for_a_router_with_wrong_experts(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    right = router.product_key_topk
+    right = product_key_topk
     monkeypatch.setattr(router, "product_key_topk", lambda *args: change(*right(*args)))
     with pytest.raises(RuntimeError, match=message):
         main(ROUTER)

@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from flash_moe.ops import product_keys, product_keys_cpu
 from flash_moe.ops.product_keys import ChosenKeys, candidate_ranks, product_key_topk
@@ -195,6 +197,39 @@ def test_fullgraph(dynamic: bool, place: torch.device) -> None:
             results.append((indices, found, *grads))
         for one, other in zip(*results, strict=True):
             torch.testing.assert_close(one, other)
+
+
+class Names(TorchDispatchMode):
+    """Remembers which operations ran."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> object:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_what_intercepts_operations_sees_the_ops(place: torch.device) -> None:
+    problem = Problem((3, 5, 6, 7), torch.float32, place)
+    expected = problem.chosen()
+    expected_grads = torch.autograd.grad(expected.scores.sum(), problem.scores)
+    with Names() as seen:
+        found = problem.chosen()
+        grads = torch.autograd.grad(found.scores.sum(), problem.scores)
+    assert all(map(torch.equal, (*found, *grads), (*expected, *expected_grads)))
+    ops = [name for name in seen.names if "product_key" in name]
+    assert ops == [
+        "flash_moe.product_key_topk.default",
+        "flash_moe.product_key_topk_backward.default",
+    ]
+    with FakeTensorMode() as fake:
+        first, second = (fake.from_tensor(scores) for scores in problem.scores)
+        assert product_key_topk(first, second, 7).scores.shape == (3, 7)
+    assert product_key_topk(first, second, 7).indices.shape == (3, 7)
 
 
 def test_no_second_derivative() -> None:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from flash_moe.arguments import FLOAT_DTYPES, checked_int
 from flash_moe.ops.backend_choice import check_backend, default_backend, uses_triton
@@ -28,6 +29,8 @@ BLOCK_NUMBERS, MAX_BLOCK = 256, 2**16
 MAX_FUSED = 1024
 # Candidates of all tokens that are held at a time where PyTorch's operations choose.
 MAX_CANDIDATES_HELD = 2**24
+
+PairOp = Callable[..., tuple[Tensor, Tensor]]
 
 
 class ChosenKeys(NamedTuple):
@@ -69,7 +72,9 @@ def product_key_topk(
         RuntimeError: a second derivative was requested.
     """
     k = _check(first_scores, second_scores, k, first_bias, second_bias)
-    scores, indices = _topk_op(first_scores, second_scores, k, first_bias, second_bias)
+    plain = type(first_scores) is Tensor and type(second_scores) is Tensor and not _observed()
+    func = _EagerTopk.apply if plain else _topk_op
+    scores, indices = func(first_scores, second_scores, k, first_bias, second_bias)
     return ChosenKeys(indices, scores)
 
 
@@ -195,10 +200,17 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 
 def _backward(ctx: Any, score_grads_TK: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    return _input_grads(_backward_op, ctx, score_grads_TK)
+
+
+def _input_grads(
+    func: PairOp, ctx: Any, score_grads_TK: Tensor | None
+) -> tuple[Tensor | None, ...]:
     if score_grads_TK is None:
         return (None,) * 5
     (indices_TK,) = ctx.saved_tensors
-    return (*_backward_op(score_grads_TK, indices_TK, *ctx.sizes, ctx.dtype), None, None, None)
+    grads = func(score_grads_TK, indices_TK, *ctx.sizes, ctx.dtype)
+    return (*grads, None, None, None)
 
 
 def _refuse(ctx: Any, *grads: Tensor) -> None:
@@ -208,17 +220,37 @@ def _refuse(ctx: Any, *grads: Tensor) -> None:
     )
 
 
-# `torch.library.custom_op` checks at each call that nothing is mutated: half of the host's time.
+def _observed() -> bool:
+    """Whether something traces or intercepts operations, and has to see the ops as such."""
+    return torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
+
+
+class _EagerTopk(torch.autograd.Function):
+    """The same without the ops, whose dispatch takes half of the host's time."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        output = _choose_best(*inputs)
+        _save_for_backward(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, score_grads_TK: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        func = _backward_op if torch.is_grad_enabled() or _observed() else _axis_grads
+        return _input_grads(func, ctx, score_grads_TK)
+
+
+# `torch.library.custom_op` also checks at each call that nothing is mutated.
 _LIBRARY = torch.library.Library("flash_moe", "FRAGMENT")
 
 
 def _define(
     schema: str,
-    func: Callable[..., tuple[Tensor, Tensor]],
-    fake: Callable[..., tuple[Tensor, Tensor]],
-    backward: Callable[..., tuple[Tensor | None, ...]],
+    func: PairOp,
+    fake: PairOp,
+    backward: Callable[..., tuple[Tensor | None, ...] | None],
     setup_context: Callable[..., None] | None = None,
-) -> Callable[..., tuple[Tensor, Tensor]]:
+) -> PairOp:
     name = f"flash_moe::{schema.partition('(')[0]}"
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, func, "CompositeExplicitAutograd")
