@@ -18,8 +18,8 @@ Array = npt.NDArray[Any]
 
 # Of an id below a packed float32.
 ID_BITS = 0x7FFFFFFF
-# Packed scores of a chunk: 1 MB in float32, so that they stay in cache.
-CHUNK_NUMBERS = 2**17
+# Packed scores of a chunk: 512 KB in float32, so that they stay in cache.
+CHUNK_NUMBERS = 2**16
 
 
 def choose_on_cpu(
