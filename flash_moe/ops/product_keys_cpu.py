@@ -1,4 +1,4 @@
-"""The K best of all sums of two keys' scores on a CPU, by NumPy's vectorised partition.
+"""The K best of all sums of two keys' scores on a CPU, by NumPy's vectorized partition.
 
 T tokens, A and B keys of the two axes, N of either, C candidates: ranks (i, j) in both sorted axes.
 t tokens of a chunk. An id is packed with its score, so that no two are equal and one comparison
@@ -6,6 +6,7 @@ orders both: into an int64 below a float32, or as the imaginary part of a comple
 float64. It is inverted, so that of equal scores the one with the lowest id is the largest.
 """
 
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -18,8 +19,8 @@ Array = npt.NDArray[Any]
 
 # Of an id below a packed float32.
 ID_BITS = 0x7FFFFFFF
-# Packed scores of a chunk: 512 KB in float32, so that they stay in cache.
-CHUNK_NUMBERS = 2**16
+# Packed scores of a chunk, 1 MB: more leave the cache, fewer wait longer for the interpreter's lock.
+CHUNK_NUMBERS = 2**17
 
 
 def choose_on_cpu(
@@ -45,11 +46,17 @@ def choose_on_cpu(
     ]
     widest = max(first_TA.shape[1], num_second, ranks.shape[1])
     step = max(1, min(CHUNK_NUMBERS // widest, num_tokens))
-    num_threads = min(torch.get_num_threads(), -(-num_tokens // step))
+    # Claimed one by one: a thread that gets less of its core does fewer.
+    unclaimed = deque(range(0, num_tokens, step))
+    num_threads = min(torch.get_num_threads(), len(unclaimed))
 
-    def choose_chunks(thread: int) -> None:
+    def choose_chunks() -> None:
         chunk = _Chunk(step * widest, sums.dtype)
-        for begin in range(thread * step, num_tokens, num_threads * step):
+        while True:
+            try:
+                begin = unclaimed.popleft()
+            except IndexError:
+                return
             rows = slice(begin, begin + step)
             # Sums may overflow, and infinities of both signs have none.
             with np.errstate(over="ignore", invalid="ignore"):
@@ -57,12 +64,15 @@ def choose_on_cpu(
                 best = chunk.best_sums(first, second, ranks, num_second, k)
             sums[rows], indices[rows] = best.values, best.ids
 
-    if num_threads == 1:
-        choose_chunks(0)
-    elif num_threads > 1:
+    if num_threads <= 1:
+        choose_chunks()
+    else:
         # Not kept for later calls: a forked process would wait for threads that it lacks.
-        with ThreadPoolExecutor(num_threads) as pool:
-            list(pool.map(choose_chunks, range(num_threads)))
+        with ThreadPoolExecutor(num_threads - 1) as pool:
+            helpers = [pool.submit(choose_chunks) for _ in range(num_threads - 1)]
+            choose_chunks()
+        for helper in helpers:
+            helper.result()
     return sums_TK, indices_TK
 
 
