@@ -19,7 +19,7 @@ Array = npt.NDArray[Any]
 
 # Of an id below a packed float32.
 ID_BITS = 0x7FFFFFFF
-# Packed scores of a chunk, 1 MB: more leave the cache, fewer wait longer for the interpreter's lock.
+# Packed scores of a chunk, 1 MB: more leave the cache, fewer wait for the interpreter's lock.
 CHUNK_NUMBERS = 2**17
 
 
