@@ -5,12 +5,13 @@ import json
 import runpy
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from flash_moe.bench import baselines
+from flash_moe.bench import baselines, router
 from flash_moe.bench.__main__ import main, parse
 from flash_moe.bench.baselines import (
     elementwise_expert_func,
@@ -28,6 +29,7 @@ from flash_moe.bench.measure import (
 )
 from flash_moe.bench.roofline import launch_bound, pairs_per_expert, roofline_time
 from flash_moe.ops.naive import naive_expert_func
+from flash_moe.ops.product_keys import product_key_topk
 
 OPTIONS = ["--tokens", "6", "--hidden-size", "16", "--num-experts", "40"]
 OPTIONS += ["--num-experts-per-tok", "3", "--repeats", "2"]
@@ -128,6 +130,73 @@ def test_no_peers_is_the_old_name_of_no_baselines() -> None:
     assert parse(OPTIONS)[0].baselines
     assert not parse([*OPTIONS, "--no-baselines"])[0].baselines
     assert not parse([*OPTIONS, "--no-peers"])[0].baselines
+
+
+ROUTER = ["--router", "--tokens", "6", "--num-experts", "40", "--repeats", "2"]
+ROUTER += ["--num-experts-per-tok", "7"]
+
+
+@pytest.mark.usefixtures("on_the_cpu")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_router(dtype: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "router.json"
+    assert main([*ROUTER, "--dtype", dtype, "--json", str(file)]) == 0
+    printed = capsys.readouterr().out
+    assert f"router: T, E, K = (6, 40, 7), keys (5, 8), {dtype}, cpu" in printed
+    for directions in ("forward", "backward", "forward + backward"):
+        for name in (router.OURS, router.PLAIN):
+            assert printed.count(f"  {directions}, {name} ") == 1
+    written = json.loads(file.read_text())
+    assert written["case"]["num_experts_per_tok"] == 7
+    for result in written["results"].values():
+        assert [len(seconds) for seconds in result["seconds"].values()] == [2, 2]
+
+
+def rotated(experts: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+    return experts.roll(1, 1), scores
+
+
+def repeated(experts: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+    return experts[:, :1].expand_as(experts), scores
+
+
+def worse(experts: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+    least = next(one for one in range(40) if one not in experts[0])
+    experts = experts.clone()
+    experts[0, -1] = least
+    return experts, scores
+
+
+@pytest.mark.usefixtures("on_the_cpu")
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (rotated, "product_key_topk is wrong: relative error"),
+        (repeated, "an expert was chosen twice for a token"),
+        (worse, "product_key_topk is wrong: a chosen sum is .* below the best"),
+    ],
+)
+def test_no_time_for_a_router_with_wrong_experts(
+    change: Any,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    right = product_key_topk
+    monkeypatch.setattr(router, "product_key_topk", lambda *args: change(*right(*args)))
+    with pytest.raises(RuntimeError, match=message):
+        main(ROUTER)
+    assert "median ms" not in capsys.readouterr().out
+
+
+def test_options_that_the_router_does_not_take(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--routing", "zipf", "--case", "cpu", "--no-baselines"]
+    assert "--router cannot be combined with --case, --routing, --no-baselines" in error_of(
+        [*ROUTER, *options], capsys
+    )
+    assert "num_experts_per_tok must be at most num_experts = 5, got 7" in error_of(
+        [*ROUTER, "--num-experts", "5"], capsys
+    )
 
 
 def far_off(*args: Tensor) -> Tensor:

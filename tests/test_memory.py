@@ -1,5 +1,6 @@
 """Nothing of size T*K*H or T*E is ever built, and the memory formula holds."""
 
+import tracemalloc
 from typing import Any
 
 import pytest
@@ -48,13 +49,22 @@ def test_no_large_tensor_on_the_cpu(backend: str) -> None:
     assert allowed < num_tokens * slots * hidden_size / 10
 
 
-def test_choice_of_experts_forms_no_score_of_all_experts() -> None:
+def test_choice_of_experts_forms_no_score_of_all_experts(monkeypatch: pytest.MonkeyPatch) -> None:
     num_tokens, slots, side = 40, 32, 200
     first, second = torch.randn(2, num_tokens, side)
-    with LargestTensor() as largest:
-        product_keys._choose(first, second, slots)
     candidates = sum(slots // (i + 1) for i in range(slots))
-    assert num_tokens * candidates <= largest.elements <= num_tokens * max(candidates, side)
+    largest_allowed = num_tokens * max(candidates, side)
+    monkeypatch.setenv("FLASH_MOE_BACKEND", "reference")
+    with LargestTensor() as largest:
+        product_keys._choose(first, second, None, None, slots)
+    assert num_tokens * candidates <= largest.elements <= largest_allowed
+    monkeypatch.setenv("FLASH_MOE_BACKEND", "torch_sparse")
+    tracemalloc.start()
+    product_keys._choose(first, second, None, None, slots)
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    # Of each candidate 32 bytes, and less of the chosen.
+    assert 32 * num_tokens * candidates <= peak_bytes <= 64 * largest_allowed
 
 
 @pytest.mark.gpu

@@ -1,18 +1,22 @@
 """The best sums of two keys' scores, against all sums."""
 
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from flash_moe.ops import product_keys
+from flash_moe.ops import product_keys, product_keys_cpu
 from flash_moe.ops.product_keys import ChosenKeys, candidate_ranks, product_key_topk
 
 # T, A, B, K
 SHAPES = [(5, 9, 9, 20), (4, 6, 6, 36), (7, 3, 40, 30), (3, 1, 13, 1), (0, 4, 4, 2)]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-WAYS = ("kernels", "operations")
+# One Triton kernel, three, NumPy, operations of PyTorch.
+WAYS = ("fused", "kernels", "torch_sparse", "reference")
 
 
 class Problem:
@@ -60,10 +64,12 @@ class Problem:
 def place(
     request: pytest.FixtureRequest, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> torch.device:
-    """Where kernels do the work, or operations of PyTorch."""
+    """Device of the tensors for each way to choose."""
     if request.param == "kernels":
+        monkeypatch.setattr(product_keys, "MAX_FUSED", 0)
+    if request.param in ("fused", "kernels"):
         return device
-    monkeypatch.setenv("FLASH_MOE_BACKEND", "torch_sparse")
+    monkeypatch.setenv("FLASH_MOE_BACKEND", request.param)
     return torch.device("cpu")
 
 
@@ -127,12 +133,31 @@ def test_bitwise_repeatable(place: torch.device) -> None:
         assert all(map(torch.equal, results[0], other))
 
 
-def test_tokens_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FLASH_MOE_BACKEND", "torch_sparse")
-    problem = Problem((7, 9, 9, 20), torch.float32, torch.device("cpu"))
+@pytest.mark.parametrize(
+    ("way", "module", "name"),
+    [
+        ("torch_sparse", product_keys_cpu, "CHUNK_NUMBERS"),
+        ("reference", product_keys, "MAX_CANDIDATES_HELD"),
+    ],
+)
+def test_tokens_in_chunks(
+    way: str, module: ModuleType, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FLASH_MOE_BACKEND", way)
+    problem = Problem((7, 9, 9, 20), torch.float32, torch.device("cpu"), biased=True)
     expected = problem.chosen()
-    monkeypatch.setattr(product_keys, "MAX_CANDIDATES_HELD", 150)
+    monkeypatch.setattr(module, name, 150)
     assert all(map(torch.equal, problem.chosen(), expected))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    assert all(map(torch.equal, problem.chosen(), expected))
+
+
+def test_biases_of_another_dtype(place: torch.device) -> None:
+    problem = Problem((4, 8, 6, 9), torch.bfloat16, place, ties=True, biased=True)
+    expected = problem.chosen()
+    for dtype in (torch.float16, torch.float64):
+        problem.biases = [None if bias is None else bias.to(dtype) for bias in problem.biases]
+        assert all(map(torch.equal, problem.chosen(), expected))
 
 
 def test_candidates_are_k_log_k() -> None:
@@ -172,6 +197,39 @@ def test_fullgraph(dynamic: bool, place: torch.device) -> None:
             results.append((indices, found, *grads))
         for one, other in zip(*results, strict=True):
             torch.testing.assert_close(one, other)
+
+
+class Names(TorchDispatchMode):
+    """Remembers which operations ran."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> object:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_what_intercepts_operations_sees_the_ops(place: torch.device) -> None:
+    problem = Problem((3, 5, 6, 7), torch.float32, place)
+    expected = problem.chosen()
+    expected_grads = torch.autograd.grad(expected.scores.sum(), problem.scores)
+    with Names() as seen:
+        found = problem.chosen()
+        grads = torch.autograd.grad(found.scores.sum(), problem.scores)
+    assert all(map(torch.equal, (*found, *grads), (*expected, *expected_grads)))
+    ops = [name for name in seen.names if "product_key" in name]
+    assert ops == [
+        "flash_moe.product_key_topk.default",
+        "flash_moe.product_key_topk_backward.default",
+    ]
+    with FakeTensorMode() as fake:
+        first, second = (fake.from_tensor(scores) for scores in problem.scores)
+        assert product_key_topk(first, second, 7).scores.shape == (3, 7)
+    assert product_key_topk(first, second, 7).indices.shape == (3, 7)
 
 
 def test_no_second_derivative() -> None:

@@ -3,6 +3,7 @@
 import argparse
 import importlib.util
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,12 @@ from flash_moe.bench.device_rates import measure_device_rates
 from flash_moe.bench.measure import count_launches, measure, one_pass
 from flash_moe.bench.report import CaseReport, header, table, write_json, write_plot
 from flash_moe.bench.roofline import pairs_per_expert, roofline_time
+from flash_moe.bench.router import (
+    RouterCase,
+    measure_router,
+    router_table,
+    write_router_json,
+)
 from flash_moe.ops.backend_choice import choose_backend
 
 # Defaults of the shape and routing options, by field of `Case`.
@@ -30,7 +37,7 @@ DEFAULTS: dict[str, Any] = {
 REPEATS = {"cuda": 20, "cpu": 10}
 
 
-def parse(argv: list[str]) -> tuple[argparse.Namespace, list[Case]]:
+def parse(argv: list[str]) -> tuple[argparse.Namespace, list[Case] | RouterCase]:
     """Parse the options and choose the cases; exit with 2 and a message if they are invalid."""
     parser = argparse.ArgumentParser(
         prog="python -m flash_moe.bench",
@@ -48,6 +55,12 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[Case]]:
         default=[],
         metavar="NAME",
         help="named cases to run; all: every case that is not for the CPU (default: a custom case)",
+    )
+    parser.add_argument(
+        "--router",
+        action="store_true",
+        help="measure the choice of experts instead of the op, next to the plain operations that "
+        "it replaces (default: off)",
     )
     shape = parser.add_argument_group("a custom case")
     for name, meaning in (
@@ -118,7 +131,31 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[Case]]:
         args.against = {name: load_func(name) for name in args.against}
     except ValueError as error:
         parser.error(f"--against: {error}")
+    if args.router:
+        return args, _router_case(parser, args)
     return args, _cases(parser, args)
+
+
+# Options that --router has no use for; `baselines` is on without it.
+NOT_FOR_ROUTER = ("case", "hidden_size", "routing", "key_bias", "against", "plot")
+
+
+def _router_case(parser: argparse.ArgumentParser, args: argparse.Namespace) -> RouterCase:
+    given = [name for name in NOT_FOR_ROUTER if getattr(args, name)]
+    if given or not args.baselines:
+        options = ", ".join([*map(_option, given), *["--no-baselines"][args.baselines :]])
+        parser.error(f"--router cannot be combined with {options}")
+    try:
+        return RouterCase(
+            **{
+                field.name: DEFAULTS[field.name]
+                if getattr(args, field.name) is None
+                else getattr(args, field.name)
+                for field in fields(RouterCase)
+            }
+        )
+    except ValueError as error:
+        parser.error(str(error))
 
 
 def _option(field: str) -> str:
@@ -189,6 +226,13 @@ def main(argv: list[str] | None = None) -> int:
     if args.list:
         for case in CASES.values():
             print(f"{case.name:18}{case.description}{', on the CPU' if case.on_cpu else ''}")
+        return 0
+    if isinstance(cases, RouterCase):
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        results = measure_router(cases, device, args.repeats or REPEATS[device.type])
+        print(router_table(cases, device, results))
+        if args.json:
+            write_router_json(args.json, cases, device, results, argv)
         return 0
     reports: list[CaseReport] = []
     for case in cases:

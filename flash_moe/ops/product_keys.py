@@ -6,24 +6,31 @@ T tokens, A and B keys of the two axes, K sums chosen. With the scores of both a
 2019, arXiv:1907.05242.)
 """
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from flash_moe.arguments import FLOAT_DTYPES, checked_int
 from flash_moe.ops.backend_choice import check_backend, default_backend, uses_triton
 from flash_moe.ops.dtypes import accumulator_dtype
 from flash_moe.ops.input_checks import check_dtype, check_ndim
+from flash_moe.ops.product_keys_cpu import choose_on_cpu
 from flash_moe.ops.triton_launch import cdiv, launch, next_power_of_2
 
 # Of an id below a packed score.
 ID_BITS = 0x7FFFFFFF
 # Numbers in a block of a kernel, and the most that fit into its registers.
 BLOCK_NUMBERS, MAX_BLOCK = 256, 2**16
-# Candidates of all tokens that are held at a time where no kernel chooses.
+# Keys and candidates of a warp: up to these, one kernel does all, so that launches are few.
+MAX_FUSED = 1024
+# Candidates of all tokens that are held at a time where PyTorch's operations choose.
 MAX_CANDIDATES_HELD = 2**24
+
+PairOp = Callable[..., tuple[Tensor, Tensor]]
 
 
 class ChosenKeys(NamedTuple):
@@ -65,7 +72,9 @@ def product_key_topk(
         RuntimeError: a second derivative was requested.
     """
     k = _check(first_scores, second_scores, k, first_bias, second_bias)
-    scores, indices = _topk_op(first_scores, second_scores, k, first_bias, second_bias)
+    plain = type(first_scores) is Tensor and type(second_scores) is Tensor and not _observed()
+    func = _EagerTopk.apply if plain else _topk_op
+    scores, indices = func(first_scores, second_scores, k, first_bias, second_bias)
     return ChosenKeys(indices, scores)
 
 
@@ -85,8 +94,7 @@ def _candidates(k: int, num_first: int, num_second: int, device: torch.device) -
     return ranks.t().contiguous().to(device)
 
 
-@torch.library.custom_op("flash_moe::product_key_topk", mutates_args=())
-def _topk_op(
+def _choose_best(
     first_TA: Tensor,
     second_TB: Tensor,
     k: int,
@@ -94,20 +102,23 @@ def _topk_op(
     second_bias_B: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Return scores and indices of `ChosenKeys`: PyTorch's opcheck takes no int tensor first."""
+    wide = accumulator_dtype(first_TA.dtype)
+    first_bias_A, second_bias_B = (
+        None if bias is None else bias.detach().to(wide) for bias in (first_bias_A, second_bias_B)
+    )
     with torch.no_grad():
         if _has_kernels(first_TA) and _fits_kernels(first_TA.shape[1], second_TB.shape[1], k):
             return _choose_in_kernels(first_TA, second_TB, k, first_bias_A, second_bias_B)
-        biased = (_biased(first_TA, first_bias_A), _biased(second_TB, second_bias_B))
-        indices_TK = _choose(*biased, k)
-        first_TK = indices_TK // second_TB.shape[1]
-        second_TK = indices_TK % second_TB.shape[1]
-        wide = accumulator_dtype(first_TA.dtype)
-        scores_TK = first_TA.gather(1, first_TK).to(wide) + second_TB.gather(1, second_TK).to(wide)
-        return scores_TK, indices_TK
+        first, second = first_TA.to(wide), second_TB.to(wide)
+        sums_TK, indices_TK = _choose(first, second, first_bias_A, second_bias_B, k)
+        if first_bias_A is None and second_bias_B is None:
+            return sums_TK, indices_TK
+        first_keys_TK = indices_TK // second.shape[1]
+        second_keys_TK = indices_TK - first_keys_TK * second.shape[1]
+        return first.gather(1, first_keys_TK) + second.gather(1, second_keys_TK), indices_TK
 
 
-@_topk_op.register_fake
-def _(
+def _fake_best(
     first_TA: Tensor,
     second_TB: Tensor,
     k: int,
@@ -119,8 +130,7 @@ def _(
     return scores_TK, first_TA.new_empty(shape, dtype=torch.int64)
 
 
-@torch.library.custom_op("flash_moe::product_key_topk_backward", mutates_args=())
-def _backward_op(
+def _axis_grads(
     score_grads_TK: Tensor,
     indices_TK: Tensor,
     num_first: int,
@@ -166,8 +176,7 @@ def _backward_op(
     return first_TA, second_TB
 
 
-@_backward_op.register_fake
-def _(
+def _fake_grads(
     score_grads_TK: Tensor,
     indices_TK: Tensor,
     num_first: int,
@@ -191,10 +200,17 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 
 def _backward(ctx: Any, score_grads_TK: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    return _input_grads(_backward_op, ctx, score_grads_TK)
+
+
+def _input_grads(
+    func: PairOp, ctx: Any, score_grads_TK: Tensor | None
+) -> tuple[Tensor | None, ...]:
     if score_grads_TK is None:
         return (None,) * 5
     (indices_TK,) = ctx.saved_tensors
-    return (*_backward_op(score_grads_TK, indices_TK, *ctx.sizes, ctx.dtype), None, None, None)
+    grads = func(score_grads_TK, indices_TK, *ctx.sizes, ctx.dtype)
+    return (*grads, None, None, None)
 
 
 def _refuse(ctx: Any, *grads: Tensor) -> None:
@@ -204,8 +220,60 @@ def _refuse(ctx: Any, *grads: Tensor) -> None:
     )
 
 
-_topk_op.register_autograd(_backward, setup_context=_save_for_backward)
-_backward_op.register_autograd(_refuse)
+def _observed() -> bool:
+    """Whether something traces or intercepts operations, and has to see the ops as such."""
+    return torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
+
+
+class _EagerTopk(torch.autograd.Function):
+    """The same without the ops, whose dispatch takes half of the host's time."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        output = _choose_best(*inputs)
+        _save_for_backward(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, score_grads_TK: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        func = _backward_op if torch.is_grad_enabled() or _observed() else _axis_grads
+        return _input_grads(func, ctx, score_grads_TK)
+
+
+# `torch.library.custom_op` also checks at each call that nothing is mutated.
+_LIBRARY = torch.library.Library("flash_moe", "FRAGMENT")
+
+
+def _define(
+    schema: str,
+    func: PairOp,
+    fake: PairOp,
+    backward: Callable[..., tuple[Tensor | None, ...] | None],
+    setup_context: Callable[..., None] | None = None,
+) -> PairOp:
+    name = f"flash_moe::{schema.partition('(')[0]}"
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(name, func, "CompositeExplicitAutograd")
+    torch.library.register_fake(name, fake, lib=_LIBRARY)
+    torch.library.register_autograd(name, backward, setup_context=setup_context, lib=_LIBRARY)
+    return getattr(torch.ops.flash_moe, name.partition("::")[2]).default
+
+
+_topk_op = _define(
+    "product_key_topk(Tensor first, Tensor second, SymInt k, Tensor? first_bias, "
+    "Tensor? second_bias) -> (Tensor, Tensor)",
+    _choose_best,
+    _fake_best,
+    _backward,
+    _save_for_backward,
+)
+_backward_op = _define(
+    "product_key_topk_backward(Tensor score_grads, Tensor indices, SymInt num_first, "
+    "SymInt num_second, ScalarType dtype) -> (Tensor, Tensor)",
+    _axis_grads,
+    _fake_grads,
+    _refuse,
+)
 
 
 def _has_kernels(scores: Tensor) -> bool:
@@ -249,16 +317,16 @@ def _choose_in_kernels(
     scores_TK = torch.empty(num_tokens, k, dtype=torch.float32, device=device)
     if num_tokens == 0:
         return scores_TK, indices_TK
-    first, second = (_with_dense_rows(axis) for axis in (first_TA, second_TB))
+    first, second = _with_dense_rows(first_TA), _with_dense_rows(second_TB)
     first_size, second_size = first.shape[1], second.shape[1]
     num_first, num_second = min(k, first_size), min(k, second_size)
     shape = (num_tokens, num_first + num_second)
     best_scores = torch.empty(shape, dtype=torch.float32, device=device)
     best_keys = torch.empty(shape, dtype=torch.int32, device=device)
-    block = _Block.of(max(first_size, second_size), num_tokens, device)
-    launch(
-        kernels.best_keys_kernel,
-        (cdiv(num_tokens, block.tokens), 2),
+    candidates = _candidates(k, first_size, second_size, device)
+    num_candidates = candidates.shape[1]
+    strides = (first.stride(0), second.stride(0))
+    axes = (
         first,
         second,
         # Not read without a bias.
@@ -267,21 +335,45 @@ def _choose_in_kernels(
         best_scores,
         best_keys,
         num_tokens,
-        first.stride(0),
-        second.stride(0),
+        *strides,
         first_size,
         second_size,
         num_first,
         num_second,
-        HAS_FIRST_BIAS=first_bias_A is not None,
-        HAS_SECOND_BIAS=second_bias_B is not None,
-        BLOCK_T=block.tokens,
-        BLOCK_KEYS=block.numbers,
-        BLOCK_BEST=next_power_of_2(max(num_first, num_second)),
-        num_warps=block.warps,
     )
-    candidates = _candidates(k, first_size, second_size, device)
-    block = _Block.of(candidates.shape[1], num_tokens, device)
+    keys_block = _Block.of(max(first_size, second_size), num_tokens, device)
+    keys_options = {
+        "HAS_FIRST_BIAS": first_bias_A is not None,
+        "HAS_SECOND_BIAS": second_bias_B is not None,
+        "BLOCK_KEYS": keys_block.numbers,
+        "BLOCK_BEST": next_power_of_2(max(num_first, num_second)),
+    }
+    block = _Block.of(num_candidates, num_tokens, device)
+    if max(keys_block.numbers, block.numbers) <= MAX_FUSED:
+        launch(
+            kernels.fused_choice_kernel,
+            (cdiv(num_tokens, block.tokens),),
+            *axes,
+            indices_TK,
+            scores_TK,
+            candidates,
+            num_candidates,
+            k,
+            **keys_options,
+            BLOCK_T=block.tokens,
+            BLOCK_CANDIDATES=block.numbers,
+            BLOCK_K=next_power_of_2(k),
+            num_warps=block.warps,
+        )
+        return scores_TK, indices_TK
+    launch(
+        kernels.best_keys_kernel,
+        (cdiv(num_tokens, keys_block.tokens), 2),
+        *axes,
+        **keys_options,
+        BLOCK_T=keys_block.tokens,
+        num_warps=keys_block.warps,
+    )
     launch(
         kernels.choose_kernel,
         (cdiv(num_tokens, block.tokens),),
@@ -292,7 +384,7 @@ def _choose_in_kernels(
         num_tokens,
         num_first,
         num_second,
-        candidates.shape[1],
+        num_candidates,
         second_size,
         k,
         BLOCK_T=block.tokens,
@@ -308,8 +400,7 @@ def _choose_in_kernels(
         second,
         scores_TK,
         num_tokens,
-        first.stride(0),
-        second.stride(0),
+        *strides,
         second_size,
         k,
         BLOCK_T=block.tokens,
@@ -323,67 +414,47 @@ def _with_dense_rows(scores: Tensor) -> Tensor:
     return scores if scores.stride(1) == 1 else scores.contiguous()
 
 
-def _biased(scores: Tensor, bias: Tensor | None) -> Tensor:
-    wide = scores.to(accumulator_dtype(scores.dtype))
-    return wide if bias is None else wide + bias
-
-
-def _choose(first_TA: Tensor, second_TB: Tensor, k: int) -> Tensor:
-    """Indices (T, K) of the best sums, best first, in operations of PyTorch."""
-    ranks = _candidates(k, first_TA.shape[1], second_TB.shape[1], first_TA.device)
-    rows = max(1, MAX_CANDIDATES_HELD // ranks.shape[1])
-    chunks = zip(first_TA.split(rows), second_TB.split(rows), strict=True)
-    chosen = [_choose_among(first, second, ranks, k) for first, second in chunks]
-    return torch.cat(chosen) if len(chosen) != 1 else chosen[0]
-
-
-def _choose_among(first_TA: Tensor, second_TB: Tensor, ranks: Tensor, k: int) -> Tensor:
-    first_ranks, second_ranks = ranks
-    first, second = (
-        _Best.of(axis, torch.arange(axis.shape[1], device=axis.device), min(k, axis.shape[1]))
-        for axis in (first_TA, second_TB)
+def _choose(
+    first_TA: Tensor,
+    second_TB: Tensor,
+    first_bias_A: Tensor | None,
+    second_bias_B: Tensor | None,
+    k: int,
+) -> tuple[Tensor, Tensor]:
+    """Return the best sums, biases included, and their indices: (T, K), best first."""
+    ranks_2C = _candidates(k, first_TA.shape[1], second_TB.shape[1], first_TA.device)
+    if default_backend(first_TA.device) == "torch_sparse":
+        return choose_on_cpu(first_TA, second_TB, first_bias_A, second_bias_B, ranks_2C, k)
+    rows = max(1, MAX_CANDIDATES_HELD // ranks_2C.shape[1])
+    chunks = zip(
+        _biased(first_TA, first_bias_A).split(rows),
+        _biased(second_TB, second_bias_B).split(rows),
+        strict=True,
     )
-    sums_TC = first.values.index_select(1, first_ranks)
-    sums_TC += second.values.index_select(1, second_ranks)
-    ids_TC = first.ids.index_select(1, first_ranks) * second_TB.shape[1]
-    ids_TC += second.ids.index_select(1, second_ranks)
-    return _Best.of(sums_TC, ids_TC, k).ids
+    sums, indices = zip(*(_choose_by_sorting(*chunk, ranks_2C, k) for chunk in chunks), strict=True)
+    return torch.cat(sums), torch.cat(indices)
 
 
-class _Best(NamedTuple):
-    """The best values of each row, best first, and their ids; of equal values the lowest id.
+def _biased(scores: Tensor, bias: Tensor | None) -> Tensor:
+    return scores if bias is None else scores + bias
 
-    values, ids: (T, L).
-    """
 
-    values: Tensor
-    ids: Tensor
-
-    @classmethod
-    def of(cls, values: Tensor, ids: Tensor, count: int) -> "_Best":
-        """Choose `count` of values (T, N) with ids (N,) or (T, N).
-
-        On the CPU by `topk`, which takes any of equal values; rows with equal ones are sorted.
-        """
-        ids = ids.expand_as(values)
-        if not values.is_cpu:
-            return cls.by_sorting(values, ids, count)
-        # One more shows whether the last is equal to one that is left out.
-        found, places = values.topk(min(count + 1, values.shape[1]), dim=1)
-        best = cls(found[:, :count], ids.gather(1, places[:, :count]))
-        rows = (found[:, 1:] == found[:, :-1]).any(1).nonzero().squeeze(1)
-        if len(rows) == len(values):
-            return cls.by_sorting(values, ids, count)
-        if len(rows) > 0:
-            by_sorting = cls.by_sorting(values[rows], ids[rows], count)
-            best.values[rows], best.ids[rows] = by_sorting
-        return best
-
-    @classmethod
-    def by_sorting(cls, values: Tensor, ids: Tensor, count: int) -> "_Best":
-        ids, order = ids.sort(dim=1)
-        values, order = values.gather(1, order).sort(dim=1, descending=True, stable=True)
-        return cls(values[:, :count], ids.gather(1, order[:, :count]))
+def _choose_by_sorting(
+    first_TA: Tensor, second_TB: Tensor, ranks_2C: Tensor, k: int
+) -> tuple[Tensor, Tensor]:
+    """Choose in operations of PyTorch that every device has."""
+    (first, first_keys), (second, second_keys) = (
+        axis.sort(dim=1, descending=True, stable=True) for axis in (first_TA, second_TB)
+    )
+    first_ranks, second_ranks = ranks_2C
+    sums_TC = first.index_select(1, first_ranks)
+    sums_TC += second.index_select(1, second_ranks)
+    ids_TC = first_keys.index_select(1, first_ranks) * second_TB.shape[1]
+    ids_TC += second_keys.index_select(1, second_ranks)
+    # By id, so that a stable sort leaves equal sums in that order.
+    ids_TC, order_TC = ids_TC.sort(dim=1)
+    sums_TK, order_TC = sums_TC.gather(1, order_TC).sort(dim=1, descending=True, stable=True)
+    return sums_TK[:, :k], ids_TC.gather(1, order_TC[:, :k])
 
 
 def _check(

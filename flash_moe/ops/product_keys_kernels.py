@@ -34,6 +34,37 @@ def _ids_of(packed):
 
 
 @triton.jit
+def _store_best_keys(
+    best_scores,
+    best_keys,
+    scores,
+    bias,
+    num_keys,
+    num_best,
+    is_token,
+    HAS_BIAS: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
+    BLOCK_BEST: tl.constexpr,
+):
+    """Sort the best keys of one axis: pointers (BLOCK_T, 1) to rows, and to a bias (keys,)."""
+    keys = tl.arange(0, BLOCK_KEYS)
+    is_key = keys < num_keys
+    values = tl.load(scores + keys[None, :], mask=is_token & is_key[None, :], other=0.0)
+    values = values.to(tl.float32)
+    if HAS_BIAS:
+        values += tl.load(bias + keys, mask=is_key, other=0.0)[None, :]
+    # -0 becomes 0.
+    packed = _pack(_as_ordered(values + 0.0), keys[None, :])
+    best = tl.topk(tl.where(is_key[None, :], packed, -(2**63)), BLOCK_BEST)
+    ranks = tl.arange(0, BLOCK_BEST)[None, :]
+    in_best = is_token & (ranks < num_best)
+    ordered = (best >> 32).to(tl.int32)
+    bits = ordered ^ ((ordered >> 31) & 0x7FFFFFFF)
+    tl.store(best_scores + ranks, bits.to(tl.float32, bitcast=True), mask=in_best)
+    tl.store(best_keys + ranks, _ids_of(best), mask=in_best)
+
+
+@triton.jit
 def best_keys_kernel(
     first_scores,
     second_scores,
@@ -59,71 +90,64 @@ def best_keys_kernel(
     best_scores, best_keys: (T, num_first + num_second) float32, biases included, and int32.
     num_first, num_second: L of the two axes, whose sizes are A and B.
     """
-    tokens = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    keys = tl.arange(0, BLOCK_KEYS)
-    is_token = (tokens < num_tokens)[:, None]
-    best_offsets = tokens[:, None] * (num_first + num_second)
+    tokens = (tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T))[:, None]
+    is_token = tokens < num_tokens
+    rows = tokens * (num_first + num_second)
     if tl.program_id(1) == 0:
-        pointers = first_scores + tokens[:, None] * first_stride
-        num_keys, num_best = first_size, num_first
-        bias = tl.zeros([BLOCK_KEYS], tl.float32)
-        if HAS_FIRST_BIAS:
-            bias += tl.load(first_bias + keys, mask=keys < num_keys, other=0.0)
+        _store_best_keys(
+            best_scores + rows,
+            best_keys + rows,
+            first_scores + tokens * first_stride,
+            first_bias,
+            first_size,
+            num_first,
+            is_token,
+            HAS_FIRST_BIAS,
+            BLOCK_KEYS,
+            BLOCK_BEST,
+        )
     else:
-        pointers = second_scores + tokens[:, None] * second_stride
-        num_keys, num_best = second_size, num_second
-        bias = tl.zeros([BLOCK_KEYS], tl.float32)
-        if HAS_SECOND_BIAS:
-            bias += tl.load(second_bias + keys, mask=keys < num_keys, other=0.0)
-        best_offsets += num_first
-    is_key = (keys < num_keys)[None, :]
-    scores = tl.load(pointers + keys[None, :], mask=is_token & is_key, other=0.0).to(tl.float32)
-    # -0 becomes 0.
-    packed = _pack(_as_ordered(scores + bias[None, :] + 0.0), keys[None, :])
-    best = tl.topk(tl.where(is_key, packed, -(2**63)), BLOCK_BEST)
-    ranks = tl.arange(0, BLOCK_BEST)[None, :]
-    in_best = is_token & (ranks < num_best)
-    ordered = (best >> 32).to(tl.int32)
-    bits = ordered ^ ((ordered >> 31) & 0x7FFFFFFF)
-    offsets = best_offsets + ranks
-    tl.store(best_scores + offsets, bits.to(tl.float32, bitcast=True), mask=in_best)
-    tl.store(best_keys + offsets, _ids_of(best), mask=in_best)
+        _store_best_keys(
+            best_scores + rows + num_first,
+            best_keys + rows + num_first,
+            second_scores + tokens * second_stride,
+            second_bias,
+            second_size,
+            num_second,
+            is_token,
+            HAS_SECOND_BIAS,
+            BLOCK_KEYS,
+            BLOCK_BEST,
+        )
 
 
 @triton.jit
-def choose_kernel(
+def _store_chosen(
     chosen,
     best_scores,
     best_keys,
     candidates,
-    num_tokens,
     num_first,
-    num_second,
     num_candidates,
     second_size,
     k,
+    is_token,
     BLOCK_T: tl.constexpr,
     BLOCK_CANDIDATES: tl.constexpr,
 ):
-    """Store the k best candidates of each token, packed and in no order: (T, k) int64.
+    """Store the k best candidates, packed and in no order: pointers (BLOCK_T, 1) to rows.
 
-    best_scores, best_keys, num_first, num_second, second_size: as in `best_keys_kernel`.
     candidates: ranks (2, C) int32.
     """
-    tokens = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     ranks = tl.arange(0, BLOCK_CANDIDATES)
     is_candidate = ranks < num_candidates
     first = tl.load(candidates + ranks, mask=is_candidate, other=0)
     second = tl.load(candidates + num_candidates + ranks, mask=is_candidate, other=0)
-    is_token = (tokens < num_tokens)[:, None]
     present = is_token & is_candidate[None, :]
-    rows = tokens[:, None] * (num_first + num_second)
-    first_offsets = rows + first[None, :]
-    second_offsets = rows + num_first + second[None, :]
-    sums = tl.load(best_scores + first_offsets, mask=present, other=0.0)
-    sums += tl.load(best_scores + second_offsets, mask=present, other=0.0)
-    ids = tl.load(best_keys + first_offsets, mask=present, other=0) * second_size
-    ids += tl.load(best_keys + second_offsets, mask=present, other=0)
+    sums = tl.load(best_scores + first[None, :], mask=present, other=0.0)
+    sums += tl.load(best_scores + num_first + second[None, :], mask=present, other=0.0)
+    ids = tl.load(best_keys + first[None, :], mask=present, other=0) * second_size
+    ids += tl.load(best_keys + num_first + second[None, :], mask=present, other=0)
     ordered = _as_ordered(sums)
     # The largest `low` at which k candidates are no worse, or any at which exactly k are not.
     low = tl.min(tl.where(is_candidate[None, :], ordered, 0x7FFFFFFF), axis=1).to(tl.int64)
@@ -151,8 +175,70 @@ def choose_kernel(
         num_equal = tl.where(found >= missing, found, num_equal)
     is_chosen = better | (equal & (ids <= high_id[:, None]))
     places = tl.cumsum(is_chosen.to(tl.int32), axis=1) - 1
-    pointers = chosen + tokens[:, None] * k + places
-    tl.store(pointers, _pack(ordered, ids), mask=is_chosen & is_token)
+    tl.store(chosen + places, _pack(ordered, ids), mask=is_chosen & is_token)
+
+
+@triton.jit
+def choose_kernel(
+    chosen,
+    best_scores,
+    best_keys,
+    candidates,
+    num_tokens,
+    num_first,
+    num_second,
+    num_candidates,
+    second_size,
+    k,
+    BLOCK_T: tl.constexpr,
+    BLOCK_CANDIDATES: tl.constexpr,
+):
+    """Store the k best candidates of each token, packed and in no order: (T, k) int64.
+
+    best_scores, best_keys, num_first, num_second, second_size: as in `best_keys_kernel`.
+    candidates: ranks (2, C) int32.
+    """
+    tokens = (tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T))[:, None]
+    rows = tokens * (num_first + num_second)
+    _store_chosen(
+        chosen + tokens * k,
+        best_scores + rows,
+        best_keys + rows,
+        candidates,
+        num_first,
+        num_candidates,
+        second_size,
+        k,
+        tokens < num_tokens,
+        BLOCK_T,
+        BLOCK_CANDIDATES,
+    )
+
+
+@triton.jit
+def _sort_chosen(
+    chosen,
+    scores,
+    first_scores,
+    second_scores,
+    second_size,
+    k,
+    is_token,
+    BLOCK_K: tl.constexpr,
+):
+    """Sort the packed experts, unpack them in place, and sum their scores: pointers to rows."""
+    slots = tl.arange(0, BLOCK_K)[None, :]
+    is_slot = is_token & (slots < k)
+    packed = tl.load(chosen + slots, mask=is_slot, other=-(2**63))
+    ids = _ids_of(tl.sort(packed, descending=True))
+    first = ids // second_size
+    second = ids - first * second_size
+    sums = tl.load(first_scores + first, mask=is_slot, other=0.0).to(tl.float32)
+    sums += tl.load(second_scores + second, mask=is_slot, other=0.0).to(tl.float32)
+    # Any is stored after all are loaded.
+    tl.debug_barrier()
+    tl.store(chosen + slots, ids.to(tl.int64), mask=is_slot)
+    tl.store(scores + slots, sums, mask=is_slot)
 
 
 @triton.jit
@@ -170,20 +256,106 @@ def order_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """Sort the packed experts of each token, unpack them in place, and sum their scores (T, k)."""
-    tokens = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    slots = tl.arange(0, BLOCK_K)
-    is_slot = (tokens < num_tokens)[:, None] & (slots < k)[None, :]
-    offsets = tokens[:, None] * k + slots[None, :]
-    packed = tl.load(chosen + offsets, mask=is_slot, other=-(2**63))
-    ids = _ids_of(tl.sort(packed, descending=True))
-    first = ids // second_size
-    second = ids - first * second_size
-    sums = tl.load(first_scores + tokens[:, None] * first_stride + first, mask=is_slot, other=0.0)
-    sums = sums.to(tl.float32) + tl.load(
-        second_scores + tokens[:, None] * second_stride + second, mask=is_slot, other=0.0
-    ).to(tl.float32)
-    tl.store(chosen + offsets, ids.to(tl.int64), mask=is_slot)
-    tl.store(scores + offsets, sums, mask=is_slot)
+    tokens = (tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T))[:, None]
+    _sort_chosen(
+        chosen + tokens * k,
+        scores + tokens * k,
+        first_scores + tokens * first_stride,
+        second_scores + tokens * second_stride,
+        second_size,
+        k,
+        tokens < num_tokens,
+        BLOCK_K,
+    )
+
+
+@triton.jit
+def fused_choice_kernel(
+    first_scores,
+    second_scores,
+    first_bias,
+    second_bias,
+    best_scores,
+    best_keys,
+    num_tokens,
+    first_stride,
+    second_stride,
+    first_size,
+    second_size,
+    num_first,
+    num_second,
+    indices,
+    scores,
+    candidates,
+    num_candidates,
+    k,
+    HAS_FIRST_BIAS: tl.constexpr,
+    HAS_SECOND_BIAS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
+    BLOCK_BEST: tl.constexpr,
+    BLOCK_CANDIDATES: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Do the work of `best_keys_kernel`, `choose_kernel` and `order_kernel` in one launch.
+
+    indices, scores: (T, k) int64 and float32. Other arguments as in those.
+    """
+    tokens = (tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T))[:, None]
+    is_token = tokens < num_tokens
+    rows = tokens * (num_first + num_second)
+    first_rows = first_scores + tokens * first_stride
+    second_rows = second_scores + tokens * second_stride
+    _store_best_keys(
+        best_scores + rows,
+        best_keys + rows,
+        first_rows,
+        first_bias,
+        first_size,
+        num_first,
+        is_token,
+        HAS_FIRST_BIAS,
+        BLOCK_KEYS,
+        BLOCK_BEST,
+    )
+    _store_best_keys(
+        best_scores + rows + num_first,
+        best_keys + rows + num_first,
+        second_rows,
+        second_bias,
+        second_size,
+        num_second,
+        is_token,
+        HAS_SECOND_BIAS,
+        BLOCK_KEYS,
+        BLOCK_BEST,
+    )
+    # All are stored before any is loaded.
+    tl.debug_barrier()
+    _store_chosen(
+        indices + tokens * k,
+        best_scores + rows,
+        best_keys + rows,
+        candidates,
+        num_first,
+        num_candidates,
+        second_size,
+        k,
+        is_token,
+        BLOCK_T,
+        BLOCK_CANDIDATES,
+    )
+    tl.debug_barrier()
+    _sort_chosen(
+        indices + tokens * k,
+        scores + tokens * k,
+        first_rows,
+        second_rows,
+        second_size,
+        k,
+        is_token,
+        BLOCK_K,
+    )
 
 
 @triton.jit
