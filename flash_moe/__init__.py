@@ -19,7 +19,7 @@ from flash_moe.layers.router_loss import router_loss
 from flash_moe.ops.flash_expert import ragged_flash_expert_func, triton_flash_expert_func
 from flash_moe.ops.indices import raise_index_errors
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 __all__ = [
     "FlashExperts",
     "FlashMoE",

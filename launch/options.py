@@ -1,6 +1,7 @@
 """Options of launch/train.py, and those that launch/compare.py shares with it."""
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Iterable
@@ -144,12 +145,12 @@ def add_shared_options(parser: argparse.ArgumentParser) -> None:
         "val.bin (default: the source of Python's standard library)",
     )
     add("--seq-len", type=int, default=256, help="tokens of a sequence")
-    add("--lr", type=float, help="peak learning rate of AdamW (default: 2e-3 * 128 / H)")
+    add("--lr", type=float, help="peak learning rate of AdamW (default: 2e-3 * sqrt(128 / H))")
     add(
         "--table-lr-scale",
         type=float,
-        default=4.0,
-        help="learning rate of the experts' tables over that of the other parameters",
+        help="learning rate of the experts' tables over that of the other parameters (default: "
+        "512 / H, from 1 to 4)",
     )
     add("--hidden-size", type=int, default=128, help="width H of the residual stream")
     add("--intermediate-size", type=int, default=256, help="width of the shared MLP")
@@ -164,13 +165,20 @@ def add_shared_options(parser: argparse.ArgumentParser) -> None:
 
 
 def default_lr(hidden_size: int) -> float:
-    """Peak learning rate of AdamW for a hidden size H, if none is given: 2e-3 * 128 / H.
+    """Peak learning rate of AdamW for a hidden size H, if none is given: 2e-3 * sqrt(128 / H).
 
-    A step of AdamW changes each weight by about the learning rate, and the H changes that a dot
-    product adds up tend to have one direction; a rate that falls with 1 / H keeps outputs changing
-    as fast at any H (Yang et al. 2022, arXiv:2203.03466).
+    Wider models need smaller steps: the best rates measured fall from 2e-3 at H=128 to 5e-4 at
+    H=1024, with batches of 4,096 tokens (findings/router_balance.md).
     """
-    return 2e-3 * 128 / hidden_size
+    return 2e-3 * math.sqrt(128 / hidden_size)
+
+
+def default_table_lr_scale(hidden_size: int) -> float:
+    """Factor of the learning rate for the experts' tables if none is given: 512 / H, from 1 to 4.
+
+    The best factors measured are 4 at H=128 and 1 at H=512 (findings/router_balance.md).
+    """
+    return min(4.0, max(1.0, 512 / hidden_size))
 
 
 def check_ranges(

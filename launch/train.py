@@ -60,7 +60,7 @@ from optimizer import (
     learning_rate_factor,
     set_learning_rate,
 )
-from options import DESCRIPTION, SCORE_NORMS, SCRIPT, default_lr, parse_args
+from options import DESCRIPTION, SCORE_NORMS, SCRIPT, default_lr, default_table_lr_scale, parse_args
 from out_folder import hold_folder
 from resume import (
     changes,
@@ -141,7 +141,7 @@ def prepare(
 ) -> tuple[Corpus, ModelConfig]:
     """Check options, data and checkpoint before any work; load the data and configure the model.
 
-    Replaces an `args.batch_size`, an `args.precision` and an `args.lr` of None by their defaults.
+    Replaces options of None that have a default by it: batch size, precision, learning rates.
 
     Args:
         saved: progress of the checkpoint to resume from; empty for a new run.
@@ -154,6 +154,8 @@ def prepare(
         args.precision = "bfloat16" if runtime.device.type == "cuda" else "float32"
     if args.lr is None:
         args.lr = default_lr(args.hidden_size)
+    if args.table_lr_scale is None:
+        args.table_lr_scale = default_table_lr_scale(args.hidden_size)
     if args.batch_size is None:
         args.batch_size = saved.get("batch_size", DEFAULT_BATCH_SIZE)
         args.batch_size = -(-args.batch_size // world_size) * world_size

@@ -23,7 +23,7 @@ from torch.distributed.tensor.parallel import parallelize_module
 from flash_moe_dist import ExpertParallel
 
 REPOSITORY = Path(__file__).parent.parent
-READMES = ("README.md", "flash_moe_dist/README.md", "launch/README.md")
+READMES = ("README.md", "flash_moe/README.md", "flash_moe_dist/README.md", "launch/README.md")
 MAX_BYTES = 9000
 
 OP = "# op.py"
@@ -32,6 +32,7 @@ SHARD = "# torchrun --standalone --nproc-per-node 2 shard.py"
 MODEL = "# torchrun --standalone --nproc-per-node 4 model.py"
 SAVE = "# torchrun --standalone --nproc-per-node 2 save.py"
 OWN = "# own.py"
+ROUTER = "# router.py"
 ONE_BY_ONE = """import runpy, sys
 for script in sys.argv[1:]:
     runpy.run_path(script, run_name="__main__")
@@ -84,7 +85,7 @@ def run_on_ranks(ranks: int, *scripts: Path) -> str:
 
 def test_every_python_block_has_a_test() -> None:
     first_lines = [block.splitlines()[0] for block in blocks("python")]
-    assert sorted(first_lines) == sorted((OP, LAYER, SHARD, MODEL, SAVE, OWN))
+    assert sorted(first_lines) == sorted((OP, LAYER, SHARD, MODEL, SAVE, OWN, ROUTER))
 
 
 def own_module() -> Any:
@@ -114,6 +115,14 @@ def test_example_of_a_module_of_ones_own(rank_pools: RankPools) -> None:
     for rank, out in enumerate(rank_pools.run(2, sharded_own_module)):
         x = torch.randn(8, 64, generator=torch.Generator().manual_seed(rank))
         torch.testing.assert_close(out, module(x))
+
+
+def test_example_of_a_router() -> None:
+    names: dict[str, Any] = {}
+    exec(example(ROUTER), names)
+    norm = names["model"].router.score_norm
+    assert norm.running_mean.abs().max() > 0
+    assert names["router_loss"](names["model"]).item() == 0
 
 
 @pytest.mark.slow

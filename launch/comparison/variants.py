@@ -9,7 +9,7 @@ import torch
 
 from flash_moe.layers.router import ScoreNormName
 from model import ModelConfig, Transformer
-from options import MAX_OPTION, SCORE_NORMS, default_lr
+from options import MAX_OPTION, SCORE_NORMS, default_lr, default_table_lr_scale
 
 ROUTER_OFF: dict[str, Any] = {
     "score_norm": None,
@@ -114,14 +114,13 @@ def _case(
 ) -> Case:
     given = {**vars(args), **settings}
     sizes = {field.name: given[field.name] for field in fields(ModelConfig) if field.name in given}
-    lr = given["lr"] or default_lr(given["hidden_size"])
     try:
         case = Case(
             name,
             seed,
             ModelConfig(**{**sizes, "vocab_size": vocab_size}),
-            lr,
-            given["table_lr_scale"],
+            given["lr"] or default_lr(given["hidden_size"]),
+            given["table_lr_scale"] or default_table_lr_scale(given["hidden_size"]),
         )
         # Lets the layers check the sizes, without memory for their parameters.
         with torch.device("meta"):
