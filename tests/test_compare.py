@@ -82,7 +82,7 @@ def test_rows_and_table(options: tuple[str, ...]) -> None:
         assert len(last["usage"]) == len(last["unevenness"]) == (2 if num_experts else 0)
         # Of one seed, all rows see the same tokens.
         assert last["batches"] == rows["dense", 0]["curve"][-1]["batches"]
-        assert row["settings"]["lr"] == pytest.approx(2e-3 * 8)
+        assert row["settings"]["lr"] == pytest.approx(2e-3 * 8**0.5)
     assert rows["dense", 0]["settings"]["intermediate_size"] == 16 + 2
     # In two layers, two rows of 16 for each of 20 more experts, and 12 keys instead of 8.
     more = rows["default", 36]["parameters"] - rows["default", 16]["parameters"]
@@ -214,7 +214,7 @@ REFUSED = {
     "another number of steps": (["--steps", "8"], "holds results with steps = 7, here 8"),
     "other settings of a variant": (
         ["--lr", "0.1"],
-        "holds results of dense, seed 0 with lr = 0.016, here 0.1: give the variant another name",
+        "holds results of dense, seed 0 with lr = 0.00565",
     ),
     "vocabulary too large for uint16": (
         ["--bpe-vocab", "65536"],
