@@ -1,15 +1,16 @@
 """The K best of all sums of two keys' scores on a CPU, by NumPy's vectorized partition.
 
 T tokens, A and B keys of the two axes, N of either, C candidates: ranks (i, j) in both sorted axes.
-t tokens of a chunk. Each score is packed above -1 - id, so that no two are equal and one comparison
-orders both: of equal scores, the one with the lowest id is the largest. A float32 and its id are
-the halves of an int64, a float64 and its id the parts of a complex128.
+t tokens of a chunk. Each score is packed above a number that falls as its id rises, so that no two
+are equal and one comparison orders both: of equal scores, the one with the lowest id is the
+largest. Score and number are the halves of an int64 for float32, the parts of a complex128 for
+float64. The numbers of both axes sum to -1 - (i * B + j).
 """
 
 from abc import ABC, abstractmethod
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +20,7 @@ from torch import Tensor
 Array = npt.NDArray[Any]
 
 # Of an int64 on a little-endian machine.
-HALVES = np.dtype([("id", np.int32), ("score", np.int32)])
+HALVES = np.dtype([("number", np.int32), ("score", np.int32)])
 SIGN_BIT = -(2**31)
 # Packed scores of a chunk, 1 MB: more leave the cache, fewer wait for the interpreter's lock.
 CHUNK_NUMBERS = 2**17
@@ -38,25 +39,30 @@ def choose_on_cpu(
     Scores and biases are float32, or all float64. The threads of `torch.get_num_threads` share the
     chunks: NumPy releases the interpreter's lock.
     """
-    num_tokens, num_second = second_TB.shape
+    (num_tokens, num_first), num_second = first_TA.shape, second_TB.shape[1]
     sums_TK = first_TA.new_empty(num_tokens, k)
     indices_TK = torch.empty(num_tokens, k, dtype=torch.int64)
     sums, indices = sums_TK.numpy(), indices_TK.numpy()
+    chunk_type = _Float64Chunk if sums.dtype == np.float64 else _Float32Chunk
     axes = [
-        (scores.numpy(), None if bias is None else bias.numpy())
-        for scores, bias in ((first_TA, first_bias_A), (second_TB, second_bias_B))
+        _Axis(
+            scores.numpy(), None if bias is None else bias.numpy(), chunk_type.with_numbers(numbers)
+        )
+        for scores, bias, numbers in (
+            (first_TA, first_bias_A, -num_second * np.arange(1, num_first + 1)),
+            (second_TB, second_bias_B, np.arange(num_second)[::-1]),
+        )
     ]
-    # Sorted with the best last.
+    # Columns of the candidates: the best is last.
     columns = [
-        min(k, scores.shape[1]) - 1 - ranks
-        for (scores, _), ranks in zip(axes, ranks_2C.long().numpy(), strict=True)
+        min(k, size) - 1 - ranks
+        for size, ranks in zip((num_first, num_second), ranks_2C.long().numpy(), strict=True)
     ]
-    widest = max(first_TA.shape[1], num_second, ranks_2C.shape[1])
+    widest = max(num_first, num_second, ranks_2C.shape[1])
     step = max(1, min(CHUNK_NUMBERS // widest, num_tokens))
     # Claimed one by one: a thread that gets less of its core does fewer.
     unclaimed = deque(range(0, num_tokens, step))
     num_threads = min(torch.get_num_threads(), len(unclaimed))
-    chunk_type = _Float64Chunk if sums.dtype == np.float64 else _Float32Chunk
 
     def choose_chunks() -> None:
         chunk = chunk_type(step * widest)
@@ -68,10 +74,10 @@ def choose_on_cpu(
             rows = slice(begin, begin + step)
             # Sums may overflow, and infinities of both signs have none.
             with np.errstate(over="ignore", invalid="ignore"):
-                first, second = (chunk.best_keys(scores[rows], bias, k) for scores, bias in axes)
-                best = chunk.best_sums(first, second, columns, num_second, k)[:, ::-1]
-            sums[rows], indices[rows] = chunk.scores(best), chunk.ids(best)
-            # -1 - id becomes the id.
+                keys = [chunk.best_keys(axis, rows, k) for axis in axes]
+                best = chunk.best_sums(keys, columns, k)[:, ::-1]
+            sums[rows], indices[rows] = chunk.scores(best), chunk.numbers(best)
+            # -1 - index becomes the index.
             np.invert(indices[rows], out=indices[rows])
 
     if num_threads <= 1:
@@ -86,37 +92,50 @@ def choose_on_cpu(
     return sums_TK, indices_TK
 
 
+class _Axis(NamedTuple):
+    """Scores (T, N), bias (N,), and numbers (N,) that fall as the id rises, packed."""
+
+    scores: Array
+    bias: Array | None
+    numbers: Array
+
+
 class _Chunk(ABC):
     """Scratch memory of a thread, used again for each chunk: new memory costs page faults."""
 
-    def __init__(self, numbers: int, dtype: npt.DTypeLike, packed_dtype: npt.DTypeLike) -> None:
-        self.values = np.empty(numbers, dtype)
-        self.packed, self.more_packed = (np.empty(numbers, packed_dtype) for _ in range(2))
+    dtype: npt.DTypeLike
+    packed_dtype: npt.DTypeLike
 
-    def best_keys(self, scores: Array, bias: Array | None, k: int) -> Array:
-        """Return the min(k, N) best of scores (t, N) plus a bias (N,), packed, the best last."""
-        if bias is not None:
-            scores = np.add(scores, bias, out=_shaped(self.values, scores.shape))
+    def __init__(self, size: int) -> None:
+        self.values = np.empty(size, self.dtype)
+        self.packed, self.more_packed = (np.empty(size, self.packed_dtype) for _ in range(2))
+
+    @classmethod
+    def with_numbers(cls, numbers: Array) -> Array:
+        """Pack numbers below scores that are still to be written."""
+        packed = np.zeros(len(numbers), cls.packed_dtype)
+        cls.numbers(packed)[:] = numbers
+        return packed
+
+    def best_keys(self, axis: _Axis, rows: slice, k: int) -> Array:
+        """Return the min(k, N) best of the scores and bias of an axis, packed, the best last."""
+        scores = axis.scores[rows]
+        if axis.bias is not None:
+            scores = np.add(scores, axis.bias, out=_shaped(self.values, scores.shape))
         packed = _shaped(self.packed, scores.shape)
-        self.ids(packed)[:] = -1 - np.arange(scores.shape[1])
+        packed[:] = axis.numbers
         return self._best(scores, packed, k).copy()
 
-    def best_sums(
-        self, first: Array, second: Array, columns: list[Array], num_second: int, k: int
-    ) -> Array:
+    def best_sums(self, keys: list[Array], columns: list[Array], k: int) -> Array:
         """Return the k best sums of the given columns of both axes, packed, the best last."""
-        # (-1 - i + 1) * B + (-1 - j) = -1 - (i * B + j)
-        ids = self.ids(first)
-        ids += 1
-        ids *= num_second
-        shape = (len(first), len(columns[0]))
+        shape = (len(keys[0]), len(columns[0]))
         packed, more_packed = _shaped(self.packed, shape), _shaped(self.more_packed, shape)
-        # Other modes than "clip" copy `out`.
-        np.take(first, columns[0], axis=1, out=packed, mode="clip")
-        np.take(second, columns[1], axis=1, out=more_packed, mode="clip")
+        for one, chosen, out in zip(keys, columns, (packed, more_packed), strict=True):
+            # Other modes than "clip" copy `out`.
+            np.take(one, chosen, axis=1, out=out, mode="clip")
         sums = _shaped(self.values, shape)
         np.add(self.scores(packed), self.scores(more_packed), out=sums)
-        # Adds the ids: what becomes of the scores is overwritten.
+        # For the numbers; what becomes of the scores is overwritten.
         packed += more_packed
         return self._best(sums, packed, k)
 
@@ -130,12 +149,14 @@ class _Chunk(ABC):
         self._unpack(packed)
         return packed
 
+    @staticmethod
     @abstractmethod
-    def ids(self, packed: Array) -> Array:
-        """View what is packed below the scores: -1 - id."""
+    def numbers(packed: Array) -> Array:
+        """View the numbers below the scores."""
 
+    @staticmethod
     @abstractmethod
-    def scores(self, packed: Array) -> Array:
+    def scores(packed: Array) -> Array:
         """View the scores, unpacked."""
 
     @abstractmethod
@@ -146,14 +167,18 @@ class _Chunk(ABC):
 
 
 class _Float32Chunk(_Chunk):
-    def __init__(self, numbers: int) -> None:
-        super().__init__(numbers, np.float32, np.int64)
-        self.bits, self.signs = (np.empty(numbers, np.int32) for _ in range(2))
+    dtype, packed_dtype = np.float32, np.int64
 
-    def ids(self, packed: Array) -> Array:
-        return packed.view(HALVES)["id"]
+    def __init__(self, size: int) -> None:
+        super().__init__(size)
+        self.bits, self.signs = (np.empty(size, np.int32) for _ in range(2))
 
-    def scores(self, packed: Array) -> Array:
+    @staticmethod
+    def numbers(packed: Array) -> Array:
+        return packed.view(HALVES)["number"]
+
+    @staticmethod
+    def scores(packed: Array) -> Array:
         return packed.view(HALVES)["score"].view(np.float32)
 
     def _pack(self, values: Array, packed: Array) -> None:
@@ -174,13 +199,14 @@ class _Float32Chunk(_Chunk):
 
 
 class _Float64Chunk(_Chunk):
-    def __init__(self, numbers: int) -> None:
-        super().__init__(numbers, np.float64, np.complex128)
+    dtype, packed_dtype = np.float64, np.complex128
 
-    def ids(self, packed: Array) -> Array:
+    @staticmethod
+    def numbers(packed: Array) -> Array:
         return packed.imag
 
-    def scores(self, packed: Array) -> Array:
+    @staticmethod
+    def scores(packed: Array) -> Array:
         return packed.real
 
     def _pack(self, values: Array, packed: Array) -> None:
