@@ -140,7 +140,9 @@ def _axis_grads(
     """Return the gradients (T, A) and (T, B) of the scores of both axes, in `dtype`."""
     num_tokens, k = indices_TK.shape
     if not uses_triton(default_backend(indices_TK.device)):
-        first_TK, second_TK = indices_TK // num_second, indices_TK % num_second
+        first_TK = indices_TK // num_second
+        # Cheaper than the remainder of a second division.
+        second_TK = indices_TK - first_TK * num_second
         sums_TA = score_grads_TK.new_zeros(num_tokens, num_first)
         sums_TB = score_grads_TK.new_zeros(num_tokens, num_second)
         sums_TA.scatter_add_(1, first_TK, score_grads_TK)
