@@ -41,6 +41,9 @@ class KeyBias(WideBuffers):
     @torch.no_grad()
     def add(self, counts: Tensor) -> None:
         """Add the chosen experts of each key (A + B,) to the load, unless a pass is repeated."""
+        if self.load.device != counts.device:
+            # A state dict was assigned to a module on the meta device.
+            self.load = torch.zeros_like(counts)
         accumulate(self.load, counts)
 
     @torch.no_grad()

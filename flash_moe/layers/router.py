@@ -153,7 +153,7 @@ class ProductKeyRouter(UpdatedAfterSteps, KeepsLosses):
         # Everything that loads tensors compares their shapes.
         grid = torch.empty(*self.key_grid, 0, dtype=torch.int64, device=self.keys.weight.device)
         self.register_buffer("grid", grid)
-        self.register_load_state_dict_pre_hook(_add_missing_grid)
+        self.register_load_state_dict_pre_hook(_note_older_version)
         self.aux_loss_coef = checked_number("aux_loss_coef", aux_loss_coef, 0)
         self.z_loss_coef = checked_number("z_loss_coef", z_loss_coef, 0)
         rate = checked_number("bias_update_rate", bias_update_rate, 0)
@@ -179,7 +179,7 @@ class ProductKeyRouter(UpdatedAfterSteps, KeepsLosses):
             hidden_states: (..., H).
 
         Returns:
-            indices (..., K) int64, best first but for biases, and routing_weights (..., K), the
+            indices (..., K) int64, in descending order of scores and biases, and routing_weights (..., K), the
             experts' probabilities (scaled to sum to one if `norm_topk_prob`) in the dtype of the
             key scores.
 
@@ -329,10 +329,22 @@ class ProductKeyRouter(UpdatedAfterSteps, KeepsLosses):
         )
 
 
-def _add_missing_grid(
+def _note_older_version(
     router: nn.Module, state_dict: dict[str, Any], prefix: str, *_: object
 ) -> None:
-    if f"{prefix}keys.weight" in state_dict and f"{prefix}grid" not in state_dict:
+    """Warn of a state dict made with the defaults of an older version; add a missing `grid`."""
+    if f"{prefix}keys.weight" not in state_dict:
+        return
+    added = ("score_norm.running_mean", "key_bias.bias")
+    own = router.state_dict()
+    if any(name in own and f"{prefix}{name}" not in state_dict for name in added):
+        warnings.warn(
+            "the state dict is of a router without normalized scores or key biases, as the "
+            "defaults were before 0.3.0: a model that used them must be built with "
+            "score_norm=None and bias_update_rate=0",
+            stacklevel=2,
+        )
+    if f"{prefix}grid" not in state_dict:
         state_dict[f"{prefix}grid"] = router.grid
         if router.norm_topk_prob:
             warnings.warn(

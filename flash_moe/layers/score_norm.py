@@ -92,6 +92,9 @@ class ScoreNorm(WideBuffers):
     @torch.no_grad()
     def add(self, moments: Tensor) -> None:
         """Count the tokens of a forward pass, unless it is repeated."""
+        if self.moments.device != moments.device:
+            # A state dict was assigned to a module on the meta device.
+            self.moments = torch.zeros_like(moments)
         accumulate(self.moments, moments)
 
     @torch.no_grad()

@@ -72,7 +72,8 @@ def product_key_topk(
         RuntimeError: a second derivative was requested.
     """
     k = _check(first_scores, second_scores, k, first_bias, second_bias)
-    plain = type(first_scores) is Tensor and type(second_scores) is Tensor and not is_observed()
+    plain = type(first_scores) is Tensor and type(second_scores) is Tensor
+    plain = plain and not first_scores.is_meta and not is_observed()
     func = _EagerTopk.apply if plain else _topk_op
     scores, indices = func(first_scores, second_scores, k, first_bias, second_bias)
     return ChosenKeys(indices, scores)
@@ -139,7 +140,8 @@ def _axis_grads(
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients (T, A) and (T, B) of the scores of both axes, in `dtype`."""
     num_tokens, k = indices_TK.shape
-    if not uses_triton(default_backend(indices_TK.device)):
+    # The kernel keeps a slot in 16 bits.
+    if not uses_triton(default_backend(indices_TK.device)) or k > 2**16:
         first_TK = indices_TK // num_second
         # Cheaper than the remainder of a second division.
         second_TK = indices_TK - first_TK * num_second

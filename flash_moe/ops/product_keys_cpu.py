@@ -41,7 +41,7 @@ def choose_on_cpu(
     """
     (num_tokens, num_first), num_second = first_TA.shape, second_TB.shape[1]
     sums_TK = first_TA.new_empty(num_tokens, k)
-    indices_TK = torch.empty(num_tokens, k, dtype=torch.int64)
+    indices_TK = torch.empty(num_tokens, k, dtype=torch.int64, device="cpu")
     sums, indices = sums_TK.numpy(), indices_TK.numpy()
     chunk_type = _Float64Chunk if sums.dtype == np.float64 else _Float32Chunk
     axes = [
