@@ -179,9 +179,9 @@ class ProductKeyRouter(UpdatedAfterSteps, KeepsLosses):
             hidden_states: (..., H).
 
         Returns:
-            indices (..., K) int64, in descending order of scores and biases, and routing_weights (..., K), the
-            experts' probabilities (scaled to sum to one if `norm_topk_prob`) in the dtype of the
-            key scores.
+            indices (..., K) int64, in descending order of scores and biases, and routing_weights
+            (..., K), the experts' probabilities (scaled to sum to one if `norm_topk_prob`) in the
+            dtype of the key scores.
 
         Raises:
             TypeError: `hidden_states` is no dense tensor, or has another dtype than the keys
