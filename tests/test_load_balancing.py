@@ -442,6 +442,21 @@ def test_losses_of_a_graph_compiled_within_a_checkpoint_are_refused() -> None:
 
 
 @pytest.mark.gpu
+def test_the_host_does_not_wait(device: torch.device) -> None:
+    layer = new_layer(**ALL_ON).float().to(device)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.05)
+    x_TH = tokens(40).float().to(device)
+    for mode in ("default", "error"):
+        # Kernels are compiled in the first round.
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            (layer(x_TH).square().sum() + router_loss(layer)).backward()
+            optimizer.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
 def test_in_a_cuda_graph(device: torch.device) -> None:
     """Forward and backward captured and replayed, with eager steps between."""
     states = []
