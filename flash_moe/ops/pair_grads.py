@@ -15,8 +15,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from flash_moe.ops.dtypes import accumulator_dtype
 
-# Numbers that are summed into rows at a time.
-CHUNK_NUMBERS = 2**24
+# Numbers that are summed into rows at a time; on CPUs as many as stay in the caches.
+CHUNK_NUMBERS, CHUNK_NUMBERS_CPU = 2**24, 2**17
 
 
 @dataclass(frozen=True)
@@ -94,17 +94,18 @@ class PairGrads:
         ends = counts.cumsum(0)
         hidden_size = merged.rows.shape[1]
         # On the host, as it decides how many rows are summed at a time.
-        bounds = _chunks(ends.tolist(), max(1, CHUNK_NUMBERS // max(1, hidden_size)))
+        numbers = CHUNK_NUMBERS_CPU if rows.is_cpu else CHUNK_NUMBERS
+        bounds = _chunks(ends.tolist(), max(1, numbers // max(1, hidden_size)))
         dtype = accumulator_dtype(merged.values.dtype, merged.rows.dtype)
         first_pair = 0
         for first, last, last_pair in bounds:
             pairs = slice(first_pair, last_pair)
-            terms = merged.rows[merged.token_ids[pairs]].to(dtype)
+            terms = merged.rows.index_select(0, merged.token_ids[pairs]).to(dtype)
             terms *= merged.values[pairs].to(dtype).unsqueeze(1)
             sums = torch.segment_reduce(terms, "sum", lengths=counts[first:last], axis=0)
             if self.factor is not None:
                 sums *= self.factor
-            yield RowGrads(rows[first:last], sums)
+            yield RowGrads(rows[first:last].long(), sums)
             first_pair = last_pair
 
     def sum_of_squares(self, device: torch.device) -> Tensor:

@@ -152,9 +152,9 @@ class TableOptimizer(torch.optim.Optimizer):
         first_row: int,
     ) -> None:
         rows, grads = touched
-        before = {name: one[rows] for name, one in state.items()}
+        before = {name: one.index_select(0, rows) for name, one in state.items()}
         after = dict(before)
-        weights = table[rows]
+        weights = table.index_select(0, rows)
         if LOW_BITS in before:
             weights = join(weights, before[LOW_BITS].view(torch.int16))
         wide = torch.promote_types(weights.dtype, torch.float32)
@@ -166,9 +166,9 @@ class TableOptimizer(torch.optim.Optimizer):
             touches = before[TOUCHES]
             after[TOUCHES] = touches + 1
             weights = round_stochastically(weights, rows + first_row, touches, self.seed)
-        table[rows] = weights.to(table.dtype)
+        table.index_copy_(0, rows, weights.to(table.dtype))
         for name, one in state.items():
-            one[rows] = after[name].to(one.dtype)
+            one.index_copy_(0, rows, after[name].to(one.dtype))
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the gradients of all tables."""

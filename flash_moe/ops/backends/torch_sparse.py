@@ -33,8 +33,9 @@ def sddmm(
     rows_TH, table_EH = rows_TH.to(dtype).contiguous(), table_EH.to(dtype).contiguous()
     full, positions = pairs.occupied
     zeros = torch.zeros(full.num_pairs, device=rows_TH.device, dtype=dtype)
-    # The larger operand is read once, in order; rows of the smaller, from cache, many times.
-    if full.num_tokens < full.num_experts:
+    # The larger operand is read once, in order; rows of the smaller, from cache, many times. Where
+    # most experts have no pairs, nothing as long as all experts is made.
+    if full.num_tokens < full.num_experts <= full.num_pairs:
         token_ids = full.token_ids[full.expert_order]
         pattern_ET = _csr(full.expert_offsets, token_ids, zeros, full.num_tokens)
         products = torch.sparse.sampled_addmm(pattern_ET, table_EH, rows_TH.t(), beta=0.0)
