@@ -221,6 +221,8 @@ def build_model(config: ModelConfig, seed: int, runtime: Runtime) -> Transformer
         tables = set()
     torch.manual_seed(seed)
     materialize(model, runtime.device)
+    # Ranks draw different experts where the load is forced to be even.
+    torch.manual_seed(seed + 1 + runtime.rank)
     if runtime.world_size > 1:
         for layer in model.layers:
             fully_shard(layer, mesh=runtime.dp_mesh, ignored_params=tables)

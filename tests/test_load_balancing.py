@@ -14,6 +14,7 @@ from cases import assert_close
 from ranks import RankPools, rank_device, rank_runtime
 from sharded import whole_parameters
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import parallelize_module
 from torch.utils.checkpoint import checkpoint
@@ -192,6 +193,7 @@ def train_alone(num_ranks: int, options: dict[str, Any]) -> FlashMoE:
     for number in range(6):
         everyone = torch.cat([tokens_of(rank, number) for rank in range(num_ranks)])
         loss = layer(everyone).square().sum() / num_ranks + router_loss(layer)
+        assert router_loss(layer).item() == 0
         (loss / 2).backward()
         if number % 2:
             optimizer.step()
@@ -291,6 +293,189 @@ def test_wrong_input_on_one_rank_raises_on_all(is_wrong_shape: bool, rank_pools:
         assert last == "rank 1: this rank has no batch"
 
 
+def failed_pass_then_a_step(options: dict[str, Any]) -> None:
+    """A pass that fails on one rank, and so on all, leaves nothing behind."""
+    layers = []
+    for fails in (False, True):
+        layer = new_layer(**options)
+        parallelize_module(layer, rank_runtime().ep_mesh, {"experts": ExpertParallel()})
+        for wrong_rank in range(dist.get_world_size() if fails else 0):
+            x_TH = tokens(3)[:, :5] if dist.get_rank() == wrong_rank else tokens(4)
+            with pytest.raises(ValueError, match="rows of hidden_size"):
+                layer(x_TH)
+        assert router_loss(layer).item() == 0
+        loss = layer(tokens(5, seed=dist.get_rank())).square().sum() + router_loss(layer)
+        optimizer = torch.optim.SGD(layer.parameters(), lr=0.05, foreach=False)
+        loss.backward()
+        optimizer.step()
+        layers.append(layer)
+    for (name, one), (_, other) in zip(
+        layers[0].named_buffers(), layers[1].named_buffers(), strict=True
+    ):
+        assert torch.equal(one, other), name
+    expected = whole_parameters(layers[0])
+    for name, value in whole_parameters(layers[1]).items():
+        assert torch.equal(value, expected[name]), name
+
+
+def test_a_pass_that_fails_leaves_nothing_behind(rank_pools: RankPools) -> None:
+    rank_pools.run(2, failed_pass_then_a_step, ALL_ON)
+
+
+def in_another_mode() -> str:
+    # Of its own, as its collectives never end.
+    mesh = DeviceMesh.from_group(dist.new_group(), "cpu", mesh_dim_names=("ep",))
+    layer = new_layer()
+    parallelize_module(layer, mesh, {"experts": ExpertParallel()})
+    layer.train(dist.get_rank() == 0)
+    with pytest.raises(ValueError, match="ranks must agree on the pass") as caught:
+        layer(tokens(4))
+    return str(caught.value)
+
+
+@pytest.mark.slow
+def test_ranks_in_different_modes_say_so() -> None:
+    pools = RankPools()
+    try:
+        first, second = pools.run(2, in_another_mode)
+    finally:
+        pools.close()
+    assert first == second
+    assert "rank 0: statistics of a router, rank 1: call 0 of layer" in first
+
+
+def accumulate_under_ddp() -> None:
+    """Without no_sync, DDP broadcasts the buffers of the first rank before each micro-batch."""
+    num_ranks, options = dist.get_world_size(), {"bias_update_rate": 0.125}
+    alone, layer = new_layer(**options), new_layer(**options)
+    sync_routers(layer, rank_runtime().ep_mesh)
+    wrapped = nn.parallel.DistributedDataParallel(layer)
+    optimizers = [torch.optim.SGD(one.parameters(), lr=0.05) for one in (alone, layer)]
+    for number in range(6):
+        everyone = torch.cat([tokens_of(rank, number) for rank in range(num_ranks)])
+        (alone(everyone).square().sum() / num_ranks).backward()
+        wrapped(tokens_of(dist.get_rank(), number)).square().sum().backward()
+        if number % 3 == 2:
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+    for name, buffer in alone.named_buffers():
+        if buffer.numel() > 0:
+            assert_close(layer.get_buffer(name), buffer, TIGHT, name)
+    assert alone.router.key_bias is not None
+    assert alone.router.key_bias.bias.abs().max() > 0
+
+
+def test_micro_batches_under_ddp(rank_pools: RankPools) -> None:
+    rank_pools.run(2, accumulate_under_ddp)
+
+
+def test_steps_of_other_models_change_nothing() -> None:
+    layer, other = new_layer(**ALL_ON), nn.Linear(3, 3)
+    with pytest.raises(ValueError, match="num_experts_per_tok") as kept:
+        ProductKeyRouter(8, 30, 31)
+    loss = layer(tokens(40)).square().sum()
+    before = copy.deepcopy(layer.state_dict())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step(other, other(torch.ones(3)).sum())
+    for name, value in layer.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    assert router_loss(layer).item() > 0
+    step(layer, loss)
+    assert layer.router.key_bias is not None
+    assert layer.router.key_bias.bias.abs().max() > 0
+    assert "got 31" in str(kept.value)
+
+
+def scores_of_16_bits(keys: Any, inputs: tuple[Tensor, ...], _: Tensor) -> Tensor:
+    """The scores that autocast computes, in float32."""
+    return nn.functional.linear(inputs[0].bfloat16(), keys.weight.bfloat16()).float()
+
+
+def test_losses_in_16_bits_are_those_in_float32() -> None:
+    grads = []
+    for is_narrow in (False, True):
+        router = new_router(aux_loss_coef=0.5, z_loss_coef=0.25).float()
+        x_TH = tokens(400).float().requires_grad_()
+        if is_narrow:
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                indices, _ = router(x_TH)
+        else:
+            router.keys.register_forward_hook(scores_of_16_bits)
+            indices, _ = router(x_TH)
+        loss = router_loss(router)
+        assert loss.dtype == torch.float32
+        grads.append((loss, torch.autograd.grad(loss, router.keys.weight)[0], indices))
+    (loss, grad, indices), (other_loss, other_grad, other_indices) = grads
+    assert torch.equal(indices, other_indices)
+    assert_close(other_loss, loss, 1e-5, "loss")
+    # The product with the keys rounds its gradient to bfloat16.
+    assert_close(other_grad, grad, 2**-7, "gradient")
+
+
+@pytest.mark.parametrize("is_inside", [False, True])
+def test_recomputation_and_compilation_count_once(is_inside: bool) -> None:
+    layer, x_TH = new_layer(bias_update_rate=0.125), tokens(40).requires_grad_()
+    plain = new_layer(bias_update_rate=0.125)
+    step(plain, plain(x_TH).square().sum())
+    if is_inside:
+        inner = torch.compile(layer, backend="aot_eager")
+        out: Any = checkpoint(inner, x_TH, use_reentrant=False)
+    else:
+        outer = torch.compile(
+            lambda x: checkpoint(layer, x, use_reentrant=False), backend="aot_eager"
+        )
+        out = outer(x_TH)
+    step(layer, out.square().sum())
+    for name, value in plain.state_dict().items():
+        if value.numel() > 0:
+            assert_close(layer.state_dict()[name], value, TIGHT, name)
+
+
+def test_losses_of_a_graph_compiled_within_a_checkpoint_are_refused() -> None:
+    layer = new_layer(aux_loss_coef=0.5)
+    inner = torch.compile(layer, backend="aot_eager")
+    out: Any = checkpoint(inner, tokens(8).requires_grad_(), use_reentrant=False)
+    with pytest.raises(RuntimeError, match="compile around it"):
+        (out.square().sum() + router_loss(layer)).backward()
+
+
+@pytest.mark.gpu
+def test_in_a_cuda_graph(device: torch.device) -> None:
+    """Forward and backward captured and replayed, with eager steps between."""
+    states = []
+    for is_captured in (False, True):
+        layer = new_layer(bias_update_rate=0.125).float().to(device)
+        optimizer = torch.optim.SGD(layer.parameters(), lr=0.05)
+        x_TH = torch.zeros(40, HIDDEN_SIZE, device=device)
+
+        def forward_and_backward(layer: FlashMoE = layer, x_TH: Tensor = x_TH) -> None:
+            layer(x_TH).square().sum().backward()
+
+        graph = torch.cuda.CUDAGraph()
+        if is_captured:
+            side = torch.cuda.Stream()
+            with torch.cuda.stream(side):
+                forward_and_backward()
+            torch.cuda.current_stream().wait_stream(side)
+            optimizer.zero_grad()
+            layer.router.forget_batch()
+            with torch.cuda.graph(graph):
+                forward_and_backward()
+        for seed in range(4):
+            x_TH.copy_(tokens(40, seed).float())
+            if is_captured:
+                graph.replay()
+            else:
+                optimizer.zero_grad()
+                forward_and_backward()
+            optimizer.step()
+        states.append(layer.state_dict())
+    for name, value in states[0].items():
+        assert torch.equal(states[1][name], value), name
+
+
 def state_after(run: Callable[[FlashMoE], Tensor]) -> dict[str, Tensor]:
     layer = new_layer(**ALL_ON)
     step(layer, run(layer))
@@ -322,7 +507,9 @@ def test_reentrant_recomputation_counts_once_and_refuses_losses() -> None:
         states.append(layer.state_dict())
     for name, value in states[0].items():
         assert torch.equal(states[1][name], value), name
-    out = checkpoint(new_layer(aux_loss_coef=0.5), x_TH, use_reentrant=True)
+    layer = new_layer(aux_loss_coef=0.5)
+    step(layer, layer(x_TH).square().sum() + router_loss(layer))
+    out = checkpoint(layer, x_TH, use_reentrant=True)
     with pytest.raises(RuntimeError, match="use_reentrant=False"):
         out.square().sum().backward()
 

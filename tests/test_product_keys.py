@@ -112,6 +112,16 @@ def test_scores_without_a_number(place: torch.device) -> None:
     assert sorted(indices.tolist()[0]) == list(range(12))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_largest_indices(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLASH_MOE_BACKEND", "torch_sparse")
+    side = 46340
+    scores = torch.arange(side, dtype=dtype).unsqueeze(0)
+    indices, _ = product_key_topk(scores, scores, 3)
+    last = side**2 - 1
+    assert indices.tolist() == [[last, last - side, last - 1]]
+
+
 def test_rows_that_are_not_contiguous(place: torch.device) -> None:
     scores = torch.randn(4, 17, device=place)
     expected = product_key_topk(scores[:, :9].contiguous(), scores[:, 9:].contiguous(), 12)

@@ -6,7 +6,7 @@ from cases import assert_close
 from torch import Tensor, nn
 
 from flash_moe.layers.score_norm import EPS, ScoreNorm
-from flash_moe.ops.key_load import count_keys
+from flash_moe.ops.key_load import _count_op, count_keys
 from flash_moe.ops.score_norm import batch_statistics, normalize
 
 # Tokens, keys: more than a block of both, and less.
@@ -24,8 +24,8 @@ def place(
     return torch.device("cpu")
 
 
-def normalized(scores: Tensor, total: Tensor | None = None) -> Tensor:
-    return normalize(scores, batch_statistics(scores.detach(), EPS, None, total), None)
+def normalized(scores: Tensor) -> Tensor:
+    return normalize(scores, batch_statistics(scores.detach(), EPS, None), None)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -60,12 +60,22 @@ def test_moments_are_added_up(place: torch.device) -> None:
     torch.manual_seed(0)
     batches = [torch.randn(number, 7) + 20 for number in (100, 0, 1)]
     for batch in batches:
-        norm(batch.to(place))
+        norm.add(norm(batch.to(place)).moments)
     norm.update()
     expected(torch.cat(batches))
     assert_close(norm.running_mean, expected.get_buffer("running_mean"), 1e-6, "mean")
     assert_close(norm.running_var, expected.get_buffer("running_var"), 1e-5, "variance")
     assert norm.moments.count_nonzero() == 0
+
+
+def test_scores_by_columns(place: torch.device) -> None:
+    scores = torch.randn(7, 30, device=place).t().requires_grad_()
+    dense = scores.detach().contiguous().requires_grad_()
+    grads = torch.randn(30, 7, device=place)
+    results = [(normalized(one), one) for one in (scores, dense)]
+    assert torch.equal(results[0][0], results[1][0])
+    (grad,), (other_grad,) = (torch.autograd.grad(*pair, grads) for pair in results)
+    assert torch.equal(grad, other_grad)
 
 
 def test_no_tokens(place: torch.device) -> None:
@@ -97,4 +107,4 @@ def test_counts_of_keys(shape: tuple[int, int], grid: tuple[int, int], place: to
     counts = count_keys(indices.to(place), *grid)
     assert counts.dtype == torch.int64
     assert counts.tolist() == [*load.sum(1).tolist(), *load.sum(0).tolist()]
-    torch.library.opcheck(count_keys, (indices.to(place), *grid))
+    torch.library.opcheck(_count_op, (indices.to(place), *grid))

@@ -3,12 +3,12 @@
 import torch
 from torch import Tensor
 
-from flash_moe.layers.statistics import StatisticsModule, is_recomputing
-from flash_moe.ops.key_load import count_keys
-from flash_moe.ops.score_norm import SumOverRanks
+from flash_moe.layers.recomputation import accumulate
+from flash_moe.layers.wide_buffers import WideBuffers
+from flash_moe.ops.sum_over_ranks import SumOverRanks
 
 
-class KeyBias(StatisticsModule):
+class KeyBias(WideBuffers):
     """Biases of the keys of both axes, moved after each optimizer step towards an even load.
 
     A key's load is the number of chosen (token, expert) pairs with that key since the last step,
@@ -23,7 +23,7 @@ class KeyBias(StatisticsModule):
     """
 
     bias: Tensor
-    load: Tensor
+    accumulators = ("load",)
 
     def __init__(
         self, key_grid: tuple[int, int], rate: float, device: torch.device | str | None = None
@@ -32,25 +32,23 @@ class KeyBias(StatisticsModule):
         self.key_grid, self.rate = key_grid, rate
         num_keys = sum(key_grid)
         self.register_buffer("bias", torch.zeros(num_keys, dtype=torch.float32, device=device))
-        load = torch.zeros(num_keys, dtype=torch.int64, device=device)
-        self.register_buffer("load", load, persistent=False)
-        self.has_load = False
+        self.load = torch.zeros(num_keys, dtype=torch.int64, device=device)
 
     def reset_parameters(self) -> None:
         self.bias.zero_()
         self.load.zero_()
 
-    def count(self, indices: Tensor) -> None:
-        """Add chosen experts (T, K) to the load, unless a forward pass is repeated."""
-        if not is_recomputing():
-            self.load += count_keys(indices, *self.key_grid)
-            self.has_load = True
+    @torch.no_grad()
+    def add(self, counts: Tensor) -> None:
+        """Add the chosen experts of each key (A + B,) to the load, unless a pass is repeated."""
+        if self.load.device != counts.device:
+            # A state dict was assigned to a module on the meta device.
+            self.load = torch.zeros_like(counts)
+        accumulate(self.load, counts)
 
     @torch.no_grad()
     def update(self, sum_over_ranks: SumOverRanks | None) -> None:
-        """Move the biases by the load since the last update; collective if a pass was counted."""
-        if not self.has_load:
-            return
+        """Move the biases by the load since the last update. Collective over the ranks."""
         if sum_over_ranks is not None:
             sum_over_ranks(self.load)
         for bias, load in zip(
@@ -58,12 +56,7 @@ class KeyBias(StatisticsModule):
         ):
             # Integers: a load equal to the mean leaves the bias as it is.
             bias += self.rate * (load.sum() - load * len(load)).sign()
-        self.forget()
-
-    def forget(self) -> None:
-        """Drop the load since the last update."""
         self.load.zero_()
-        self.has_load = False
 
     def extra_repr(self) -> str:
         return f"key_grid={self.key_grid}, rate={self.rate}"

@@ -158,6 +158,7 @@ class FlashMoE(nn.Module):
             up_std = initial_up_std(num_experts, num_experts_per_tok, score_variance)
         self.experts = FlashExperts(num_experts, hidden_size, device, dtype, up_std)
         self.router.sum_over_ranks = self.experts.sum_over_ranks
+        self.router.counts_passes = False
         self.shared_mlp = SharedMLP(hidden_size, intermediate_size, device=device, dtype=dtype)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
@@ -178,13 +179,16 @@ class FlashMoE(nn.Module):
         except (TypeError, ValueError, RuntimeError) as error:
             self.fail(error)
         routed = self.experts(hidden_states, indices, routing_weights)
+        if isinstance(self.router, ProductKeyRouter):
+            # All ranks have succeeded.
+            self.router.count_pass()
         return self.shared_mlp(hidden_states) + routed
 
     def fail(self, error: Exception) -> NoReturn:
         """Raise `error` instead of a forward pass, on every rank if the experts are sharded."""
         # Ranks that share router statistics and experts would wait for this one.
-        if isinstance(self.router, ProductKeyRouter):
-            self.router.stand_in()
+        if isinstance(self.router, ProductKeyRouter) and not self.router.complete_sums():
+            raise error
         self.experts.fail(error)
 
 

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,18 +16,37 @@ from flash_moe.arguments import (
     checked_number,
 )
 from flash_moe.layers.key_bias import KeyBias
-from flash_moe.layers.router_loss import balancing_loss, num_loss_sums
+from flash_moe.layers.optimizer_hook import UpdatedAfterSteps
+from flash_moe.layers.recomputation import is_in_backward, refuse_repetition
+from flash_moe.layers.router_loss import KeepsLosses, balancing_loss, num_loss_sums
 from flash_moe.layers.score_norm import ScoreNorm
-from flash_moe.layers.statistics import UpdatedAfterSteps, is_recomputing
+from flash_moe.ops.key_load import count_keys
 from flash_moe.ops.product_keys import product_key_topk
-from flash_moe.ops.score_norm import SumOverRanks
+from flash_moe.ops.sum_over_ranks import SumOverRanks
 
 ScoreNormName = Literal["batch"] | None
 # As much as needed for even loads without a loss of quality (findings/router_balance.md).
 BIAS_UPDATE_RATE = 0.001
 
 
-class ProductKeyRouter(UpdatedAfterSteps):
+CHECKPOINTING = (
+    "aux_loss_coef and z_loss_coef need activation checkpointing with use_reentrant=False, and "
+    "torch.compile around it, not within: else a router's losses are lost or count twice"
+)
+
+
+class PassCounts(NamedTuple):
+    """What a forward pass adds to a router's statistics; None: nothing.
+
+    moments: see `ScoreNorm`. load: see `KeyBias`. loss: see `balancing_loss`.
+    """
+
+    moments: Tensor | None = None
+    load: Tensor | None = None
+    loss: Tensor | None = None
+
+
+class ProductKeyRouter(UpdatedAfterSteps, KeepsLosses):
     """Scores an expert (i, j) of a key grid by the sum of two log-probabilities.
 
     Expert i * grid[1] + j has log-probability log_softmax(a)_i + log_softmax(b)_j, where a and b
@@ -41,8 +60,9 @@ class ProductKeyRouter(UpdatedAfterSteps):
     of all data-parallel ranks: those of the mesh of the experts' tables in a `FlashMoE` to which
     `flash_moe_dist.ExpertParallel` was applied, else those given to `flash_moe_dist.sync_routers`,
     else of this process. All of these ranks must then call the router alike, with any number of
-    tokens. Statistics and biases change at the end of an optimizer's step (any optimizer of
-    PyTorch's), and are in the state dict.
+    tokens. Statistics and biases change at the end of a step of the optimizer that holds the keys
+    (any of PyTorch's), and are in the state dict. The forward passes of a `FlashMoE` count once its
+    experts have succeeded.
 
     The grid is part of the state dict, as the shape of `grid`, (*key_grid, 0): the same keys on
     another grid choose other experts, and loading them fails. Without `grid`, a state dict made
@@ -133,7 +153,7 @@ class ProductKeyRouter(UpdatedAfterSteps):
         # Everything that loads tensors compares their shapes.
         grid = torch.empty(*self.key_grid, 0, dtype=torch.int64, device=self.keys.weight.device)
         self.register_buffer("grid", grid)
-        self.register_load_state_dict_pre_hook(_add_missing_grid)
+        self.register_load_state_dict_pre_hook(_note_older_version)
         self.aux_loss_coef = checked_number("aux_loss_coef", aux_loss_coef, 0)
         self.z_loss_coef = checked_number("z_loss_coef", z_loss_coef, 0)
         rate = checked_number("bias_update_rate", bias_update_rate, 0)
@@ -142,9 +162,12 @@ class ProductKeyRouter(UpdatedAfterSteps):
         self.score_norm = ScoreNorm(sum(self.key_grid), device) if score_norm else None
         self.key_bias = KeyBias(self.key_grid, rate, device) if rate else None
         self.sum_over_ranks: SumOverRanks | None = None
-        self._sums_made = 0
-        self._losses: list[Tensor] = []
+        # A layer whose pass may still fail calls `count_pass` itself.
+        self.counts_passes = True
+        self._counts = PassCounts()
+        self._sums_made, self._sums_failed = 0, False
         self._has_kept_losses = False
+        self.call_after_steps()
 
     def reset_parameters(self) -> None:
         """Do nothing: modules with values are reset by themselves, and `grid` holds none."""
@@ -156,25 +179,24 @@ class ProductKeyRouter(UpdatedAfterSteps):
             hidden_states: (..., H).
 
         Returns:
-            indices (..., K) int64, best first but for biases, and routing_weights (..., K), the
-            experts' probabilities (scaled to sum to one if `norm_topk_prob`) in the dtype of the
-            key scores.
+            indices (..., K) int64, in descending order of scores and biases, and routing_weights
+            (..., K), the experts' probabilities (scaled to sum to one if `norm_topk_prob`) in the
+            dtype of the key scores.
 
         Raises:
             TypeError: `hidden_states` is no dense tensor, or has another dtype than the keys
                 outside of autocast.
             ValueError: its last dimension is not `hidden_size`, or it is on another device.
-            RuntimeError: it is differentiated under activation checkpointing with
-                `use_reentrant=True`, which loses the router's losses.
+            RuntimeError: the router has losses, and activation checkpointing repeats the pass in a
+                way that loses them or counts them twice.
         """
-        self._sums_made = 0
+        self._counts, self._sums_made, self._sums_failed = PassCounts(), 0, False
         self.check_input(hidden_states)
         key_scores = self.keys(hidden_states)
         shape = (*key_scores.shape[:-1], self.num_experts_per_tok)
-        scores = key_scores.reshape(-1, sum(self.key_grid))
+        scores, moments = key_scores.reshape(-1, sum(self.key_grid)), None
         if self.score_norm is not None:
-            scores = self.score_norm(scores, self.sum_over_ranks)
-            self._sums_made += 1
+            scores, moments = self.score_norm(scores, self._sum_of_pass, self.sum_over_ranks)
         if self.force_load_balance:
             scores = scores + (torch.randn_like(scores) - scores).detach()
         first, second = scores.split(self.key_grid, dim=-1)
@@ -186,11 +208,15 @@ class ProductKeyRouter(UpdatedAfterSteps):
             first_bias=biases[0],
             second_bias=biases[1],
         )
-        if self.key_bias is not None and self.training:
-            self.key_bias.count(indices)
-        if self._has_losses():
-            self._add_loss(first, second, indices)
-        self._sums_made = 0
+        load = loss = None
+        if self.key_bias is not None and self.training and not self.force_load_balance:
+            load = count_keys(indices, *self.key_grid)
+        if self._has_loss():
+            coefficients = (self.aux_loss_coef, self.z_loss_coef)
+            loss = balancing_loss((first, second), indices, *coefficients, self._sum_of_pass)
+        self._counts, self._sums_made = PassCounts(moments, load, loss), 0
+        if self.counts_passes:
+            self.count_pass()
         if self.norm_topk_prob:
             weights = chosen.softmax(dim=-1)
         else:
@@ -198,6 +224,21 @@ class ProductKeyRouter(UpdatedAfterSteps):
             total = first.to(wide).logsumexp(-1) + second.to(wide).logsumexp(-1)
             weights = (chosen - total.unsqueeze(-1)).exp()
         return indices.view(shape), weights.to(key_scores.dtype).view(shape)
+
+    def count_pass(self) -> None:
+        """Add the last forward pass to statistics, load and losses, unless it was repeated."""
+        (moments, load, loss), self._counts = self._counts, PassCounts()
+        if moments is not None and self.score_norm is not None:
+            self.score_norm.add(moments)
+        if load is not None and self.key_bias is not None:
+            self.key_bias.add(load)
+        if loss is None:
+            return
+        if not is_in_backward():
+            self.keep_loss(refuse_repetition(loss, CHECKPOINTING))
+            self._has_kept_losses = True
+        elif not self._has_kept_losses:
+            raise RuntimeError(CHECKPOINTING)
 
     def check_input(self, hidden_states: Tensor) -> None:
         """Raise unless a forward pass can take `hidden_states`.
@@ -213,44 +254,35 @@ class ProductKeyRouter(UpdatedAfterSteps):
             )
         check_fits(hidden_states, self.keys)
 
-    def stand_in(self) -> None:
-        """Add no tokens to the sums over ranks that this rank's failed forward pass did not reach.
+    def complete_sums(self) -> bool:
+        """Take part, without tokens, in the sums over ranks that a failed pass did not reach.
 
-        The other ranks would wait for them.
+        Returns whether the other ranks go on: not after a sum that failed, which fails on all.
         """
         sizes = []
         if self.training and self.score_norm is not None:
             sizes.append(self.score_norm.num_sums)
-        if self._has_losses():
+        if self._has_loss():
             sizes.append(num_loss_sums(self.key_grid))
-        made, self._sums_made = self._sums_made, 0
-        if self.sum_over_ranks is not None:
-            for size in sizes[made:]:
+        left, failed = sizes[self._sums_made :], self._sums_failed
+        self._counts, self._sums_made, self._sums_failed = PassCounts(), 0, False
+        if self.sum_over_ranks is not None and not failed:
+            for size in left:
                 self.sum_over_ranks(torch.zeros(size, dtype=torch.float64, device=self.grid.device))
+        return not failed
 
-    def _has_losses(self) -> bool:
+    def _sum_of_pass(self, sums: Tensor) -> None:
+        if self.sum_over_ranks is not None:
+            try:
+                self.sum_over_ranks(sums)
+            except Exception:
+                self._sums_failed = True
+                raise
+        self._sums_made += 1
+
+    def _has_loss(self) -> bool:
         has_coefficient = self.aux_loss_coef > 0 or self.z_loss_coef > 0
         return has_coefficient and self.training and torch.is_grad_enabled()
-
-    def _add_loss(self, first: Tensor, second: Tensor, indices: Tensor) -> None:
-        loss = balancing_loss(
-            (first, second), indices, self.aux_loss_coef, self.z_loss_coef, self.sum_over_ranks
-        )
-        self._sums_made += 1
-        if not is_recomputing():
-            self._losses.append(loss)
-            self._has_kept_losses = True
-        elif not self._has_kept_losses:
-            raise RuntimeError(
-                "aux_loss_coef and z_loss_coef need activation checkpointing with "
-                "use_reentrant=False: use_reentrant=True computes a router's losses without "
-                "gradients"
-            )
-
-    def take_losses(self) -> list[Tensor]:
-        """Return the losses of the forward passes since the last call, and forget them."""
-        taken, self._losses = self._losses, []
-        return taken
 
     def after_optimizer_step(self) -> None:
         """Update statistics and biases; collective if there are biases and ranks."""
@@ -260,7 +292,8 @@ class ProductKeyRouter(UpdatedAfterSteps):
             self.score_norm.update()
         if self.key_bias is not None:
             self.key_bias.update(self.sum_over_ranks)
-        if self.take_losses():
+        self._has_kept_losses = False
+        if self.take_loss() is not None:
             warnings.warn(
                 "aux_loss_coef and z_loss_coef have no effect: a router's losses were not taken by "
                 "loss = loss + flash_moe.router_loss(model) before the optimizer's step",
@@ -272,12 +305,13 @@ class ProductKeyRouter(UpdatedAfterSteps):
         if self.score_norm is not None:
             self.score_norm.moments.zero_()
         if self.key_bias is not None:
-            self.key_bias.forget()
-        self.take_losses()
+            self.key_bias.load.zero_()
+        self._has_kept_losses = False
+        self.take_loss()
 
     def __getstate__(self) -> dict[str, Any]:
         # Tensors with a history cannot be copied.
-        return self.__dict__ | {"_losses": []}
+        return self.__dict__ | {"_loss": None, "_counts": PassCounts()}
 
     def train(self, mode: bool = True) -> "ProductKeyRouter":
         """Set the mode; evaluation begins with statistics of all passes in training."""
@@ -295,10 +329,22 @@ class ProductKeyRouter(UpdatedAfterSteps):
         )
 
 
-def _add_missing_grid(
+def _note_older_version(
     router: nn.Module, state_dict: dict[str, Any], prefix: str, *_: object
 ) -> None:
-    if f"{prefix}keys.weight" in state_dict and f"{prefix}grid" not in state_dict:
+    """Warn of a state dict made with the defaults of an older version; add a missing `grid`."""
+    if f"{prefix}keys.weight" not in state_dict:
+        return
+    added = ("score_norm.running_mean", "key_bias.bias")
+    own = router.state_dict()
+    if any(name in own and f"{prefix}{name}" not in state_dict for name in added):
+        warnings.warn(
+            "the state dict is of a router without normalized scores or key biases, as the "
+            "defaults were before 0.3.0: a model that used them must be built with "
+            "score_norm=None and bias_update_rate=0",
+            stacklevel=2,
+        )
+    if f"{prefix}grid" not in state_dict:
         state_dict[f"{prefix}grid"] = router.grid
         if router.norm_topk_prob:
             warnings.warn(

@@ -4,22 +4,31 @@ T tokens of this rank, A and B keys of the two axes, K experts for each token.
 """
 
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from flash_moe.arguments import check_type
+from flash_moe.ops.dtypes import accumulator_dtype
 from flash_moe.ops.key_load import count_keys
-from flash_moe.ops.score_norm import SumOverRanks
+from flash_moe.ops.sum_over_ranks import SumOverRanks
 
 
-@runtime_checkable
-class HasRouterLosses(Protocol):
-    """A module that keeps the losses of its forward passes until they are taken."""
+class KeepsLosses(nn.Module):
+    """Module that adds up losses of its forward passes until they are taken."""
 
-    def take_losses(self) -> list[Tensor]:
-        """Return the losses of the forward passes since the last call, and forget them."""
+    def __init__(self) -> None:
+        super().__init__()
+        self._loss: Tensor | None = None
+
+    def keep_loss(self, loss: Tensor) -> None:
+        """Add the loss of a forward pass."""
+        self._loss = loss if self._loss is None else self._loss + loss
+
+    def take_loss(self) -> Tensor | None:
+        """Return the sum since the last call, None without any, and forget it."""
+        taken, self._loss = self._loss, None
+        return taken
 
 
 def router_loss(model: nn.Module) -> Tensor:
@@ -39,13 +48,9 @@ def router_loss(model: nn.Module) -> Tensor:
         TypeError: `model` is no module.
     """
     check_type("model", model, nn.Module)
-    losses = [
-        loss
-        for module in model.modules()
-        if isinstance(module, HasRouterLosses)
-        for loss in module.take_losses()
-    ]
-    return torch.stack(losses).sum() if losses else torch.zeros(())
+    losses = [module.take_loss() for module in model.modules() if isinstance(module, KeepsLosses)]
+    kept = [loss for loss in losses if loss is not None]
+    return torch.stack(kept).sum() if kept else torch.zeros(())
 
 
 def num_loss_sums(key_grid: tuple[int, int]) -> int:
@@ -78,6 +83,8 @@ def balancing_loss(
     """
     key_grid = (scores[0].shape[1], scores[1].shape[1])
     num_keys = sum(key_grid)
+    wide = accumulator_dtype(scores[0].dtype)
+    scores = [one.to(wide) for one in scores]
     log_sums = [one.logsumexp(-1) for one in scores]
     shares = [
         (one - log_sum.unsqueeze(-1)).exp() for one, log_sum in zip(scores, log_sums, strict=True)
@@ -102,7 +109,8 @@ def balancing_loss(
         scale = (num_ranks / num_tokens).to(squares.dtype)
     own = z_loss_coef * squares
     for share, weight in zip(shares, weights, strict=True):
-        own = own + (share @ weight.to(share.dtype)).sum()
+        # No matrix product, which autocast would compute in 16 bits.
+        own = own + (share * weight.to(share.dtype)).sum()
     own = own * scale
     # The value is of all ranks, the gradient of this rank's part.
     return own + (value.to(own.dtype) - own).detach()

@@ -3,24 +3,34 @@
 T tokens of this rank, N keys.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from flash_moe.layers.statistics import StatisticsModule, is_recomputing
+from flash_moe.layers.recomputation import accumulate
+from flash_moe.layers.wide_buffers import WideBuffers
 from flash_moe.ops.dtypes import accumulator_dtype
 from flash_moe.ops.score_norm import (
-    SumOverRanks,
     batch_statistics,
     mean_and_variance,
     normalize,
 )
+from flash_moe.ops.sum_over_ranks import SumOverRanks
 
 EPS = 1e-5
 # Weight of a step in the running statistics, as in torch.nn.BatchNorm1d.
 MOMENTUM = 0.1
 
 
-class ScoreNorm(StatisticsModule):
+class NormalizedScores(NamedTuple):
+    """Normalized scores (T, N), and the moments (1 + 2 N,) that they add; None in evaluation."""
+
+    scores: Tensor
+    moments: Tensor | None
+
+
+class ScoreNorm(WideBuffers):
     """Normalizes the scores of each key: (x - mean) / sqrt(variance + 1e-5), without affine part.
 
     In training, mean and variance are over the tokens of a forward pass on all data-parallel
@@ -36,7 +46,7 @@ class ScoreNorm(StatisticsModule):
 
     running_mean: Tensor
     running_var: Tensor
-    moments: Tensor
+    accumulators = ("moments",)
 
     def __init__(self, num_keys: int, device: torch.device | str | None = None) -> None:
         super().__init__()
@@ -45,8 +55,7 @@ class ScoreNorm(StatisticsModule):
         self.register_buffer("running_mean", zeros)
         self.register_buffer("running_var", torch.ones_like(zeros))
         # Number of tokens since the last step, and their sums of x and of x^2.
-        moments = torch.zeros(self.num_sums, dtype=torch.float64, device=device)
-        self.register_buffer("moments", moments, persistent=False)
+        self.moments = torch.zeros(self.num_sums, dtype=torch.float64, device=device)
 
     @property
     def num_sums(self) -> int:
@@ -58,15 +67,35 @@ class ScoreNorm(StatisticsModule):
         self.running_var.fill_(1)
         self.moments.zero_()
 
-    def forward(self, scores: Tensor, sum_over_ranks: SumOverRanks | None = None) -> Tensor:
-        """Normalize scores (T, N); the result is in float32, or float64 if the scores are."""
+    def forward(
+        self,
+        scores: Tensor,
+        sum_over_ranks: SumOverRanks | None = None,
+        sum_in_backward: SumOverRanks | None = None,
+    ) -> NormalizedScores:
+        """Normalize scores (T, N); the result is in float32, or float64 if the scores are.
+
+        The moments count once `add` gets them.
+
+        Args:
+            sum_over_ranks, sum_in_backward: for the forward and for the backward pass.
+        """
         if not self.training:
             wide = accumulator_dtype(scores.dtype)
             scale = (self.running_var + EPS).rsqrt()
-            return (scores - self.running_mean.to(wide)) * scale.to(wide)
-        total = None if is_recomputing() else self.moments
-        statistics = batch_statistics(scores.detach(), EPS, sum_over_ranks, total)
-        return normalize(scores, statistics, sum_over_ranks)
+            mean = self.running_mean.to(wide)
+            return NormalizedScores((scores - mean) * scale.to(wide), None)
+        statistics = batch_statistics(scores.detach(), EPS, sum_over_ranks)
+        normalized = normalize(scores, statistics, sum_in_backward)
+        return NormalizedScores(normalized, statistics.moments)
+
+    @torch.no_grad()
+    def add(self, moments: Tensor) -> None:
+        """Count the tokens of a forward pass, unless it is repeated."""
+        if self.moments.device != moments.device:
+            # A state dict was assigned to a module on the meta device.
+            self.moments = torch.zeros_like(moments)
+        accumulate(self.moments, moments)
 
     @torch.no_grad()
     def update(self) -> None:

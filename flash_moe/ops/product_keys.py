@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from flash_moe.arguments import FLOAT_DTYPES, checked_int
 from flash_moe.ops.backend_choice import check_backend, default_backend, uses_triton
 from flash_moe.ops.dtypes import accumulator_dtype
 from flash_moe.ops.input_checks import check_dtype, check_ndim
+from flash_moe.ops.observation import is_observed
 from flash_moe.ops.product_keys_cpu import choose_on_cpu
 from flash_moe.ops.triton_launch import cdiv, launch, next_power_of_2
 
@@ -72,7 +72,8 @@ def product_key_topk(
         RuntimeError: a second derivative was requested.
     """
     k = _check(first_scores, second_scores, k, first_bias, second_bias)
-    plain = type(first_scores) is Tensor and type(second_scores) is Tensor and not _observed()
+    plain = type(first_scores) is Tensor and type(second_scores) is Tensor
+    plain = plain and not first_scores.is_meta and not is_observed()
     func = _EagerTopk.apply if plain else _topk_op
     scores, indices = func(first_scores, second_scores, k, first_bias, second_bias)
     return ChosenKeys(indices, scores)
@@ -139,8 +140,11 @@ def _axis_grads(
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients (T, A) and (T, B) of the scores of both axes, in `dtype`."""
     num_tokens, k = indices_TK.shape
-    if not uses_triton(default_backend(indices_TK.device)):
-        first_TK, second_TK = indices_TK // num_second, indices_TK % num_second
+    # The kernel keeps a slot in 16 bits.
+    if not uses_triton(default_backend(indices_TK.device)) or k > 2**16:
+        first_TK = indices_TK // num_second
+        # Cheaper than the remainder of a second division.
+        second_TK = indices_TK - first_TK * num_second
         sums_TA = score_grads_TK.new_zeros(num_tokens, num_first)
         sums_TB = score_grads_TK.new_zeros(num_tokens, num_second)
         sums_TA.scatter_add_(1, first_TK, score_grads_TK)
@@ -220,11 +224,6 @@ def _refuse(ctx: Any, *grads: Tensor) -> None:
     )
 
 
-def _observed() -> bool:
-    """Whether something traces or intercepts operations, and has to see the ops as such."""
-    return torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
-
-
 class _EagerTopk(torch.autograd.Function):
     """The same without the ops, whose dispatch takes half of the host's time."""
 
@@ -236,7 +235,7 @@ class _EagerTopk(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, score_grads_TK: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-        func = _backward_op if torch.is_grad_enabled() or _observed() else _axis_grads
+        func = _backward_op if torch.is_grad_enabled() or is_observed() else _axis_grads
         return _input_grads(func, ctx, score_grads_TK)
 
 

@@ -3,7 +3,6 @@
 T tokens of this rank, N keys. In torch.compile these are operations of PyTorch, which it fuses.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -12,16 +11,15 @@ from torch.autograd.function import once_differentiable
 
 from flash_moe.ops.backend_choice import default_backend, uses_triton
 from flash_moe.ops.dtypes import accumulator_dtype
+from flash_moe.ops.observation import is_observed
+from flash_moe.ops.sum_over_ranks import SumOverRanks
 from flash_moe.ops.triton_launch import cdiv, launch
-
-# Sums a tensor over data-parallel ranks, in place.
-SumOverRanks = Callable[[Tensor], None]
 
 BLOCK_TOKENS, BLOCK_KEYS = 64, 128
 
 
 class Statistics(NamedTuple):
-    """Of each key's scores over all tokens: mean and 1 / sqrt(variance + eps), both (N,).
+    """Statistics of each key's scores over all tokens: mean and 1 / sqrt(variance + eps), (N,).
 
     moments: number of tokens, and their sums of x and of x^2: (1 + 2 N,) float64.
     """
@@ -32,16 +30,12 @@ class Statistics(NamedTuple):
 
 
 @torch.no_grad()
-def batch_statistics(
-    scores: Tensor, eps: float, sum_over_ranks: SumOverRanks | None, total: Tensor | None
-) -> Statistics:
+def batch_statistics(scores: Tensor, eps: float, sum_over_ranks: SumOverRanks | None) -> Statistics:
     """Compute the statistics of scores (T, N) over the tokens of all ranks.
 
-    Args:
-        sum_over_ranks: None for this rank alone.
-        total: the moments are added to it.
+    sum_over_ranks: None for this rank alone.
     """
-    moments = _moments(scores)
+    moments = _moments(dense_rows(scores))
     if sum_over_ranks is not None:
         sum_over_ranks(moments)
     num_keys = scores.shape[1]
@@ -53,17 +47,13 @@ def batch_statistics(
             statistics_kernel,
             (cdiv(num_keys, BLOCK_KEYS),),
             moments,
-            moments if total is None else total,
             mean,
             scale,
             num_keys,
             eps,
-            KEEP=total is not None,
             BLOCK_N=BLOCK_KEYS,
         )
         return Statistics(mean, scale, moments)
-    if total is not None:
-        total += moments
     mean, variance = mean_and_variance(moments)
     wide = accumulator_dtype(scores.dtype)
     return Statistics(mean.to(wide), (variance + eps).rsqrt().to(wide), moments)
@@ -83,7 +73,7 @@ def normalize(
     Returns:
         (x - mean) scale in float32, or float64 if the scores are.
     """
-    normalized: Tensor = _Normalize.apply(scores, *statistics, sum_over_ranks)
+    normalized: Tensor = _Normalize.apply(dense_rows(scores), *statistics, sum_over_ranks)
     return normalized
 
 
@@ -155,9 +145,13 @@ def _moments(scores: Tensor) -> Tensor:
     return sums * num_tokens
 
 
+def dense_rows(scores: Tensor) -> Tensor:
+    return scores if scores.stride(1) == 1 else scores.contiguous()
+
+
 def _has_kernels(scores: Tensor) -> bool:
     return (
-        not torch.compiler.is_compiling()
+        not is_observed()
         # Fake tensors and those on the meta device have no values.
         and type(scores) is Tensor
         and not scores.is_meta

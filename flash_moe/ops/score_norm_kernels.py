@@ -29,13 +29,14 @@ def moments_kernel(
     """Store each block's number of tokens, sums of x and of x^2: (blocks, 1 + 2 N) float64."""
     tokens, keys, present = _tile(num_tokens, num_keys, BLOCK_T, BLOCK_N)
     x = tl.load(scores + tokens * stride + keys, mask=present, other=0.0).to(tl.float32)
-    count = tl.minimum(BLOCK_T, num_tokens - tl.program_id(0) * BLOCK_T)
+    block = tl.program_id(0).to(tl.int64)
+    count = tl.minimum(BLOCK_T, num_tokens - block * BLOCK_T)
     mean = tl.sum(x, axis=0) / count
     # About the block's mean, as the squares of float32 would lose a spread that is small beside it.
     away = tl.where(present, x - mean[None, :], 0.0)
     squares = tl.sum(away * away, axis=0).to(tl.float64)
     mean = mean.to(tl.float64)
-    row = sums + tl.program_id(0) * (1 + 2 * num_keys)
+    row = sums + block * (1 + 2 * num_keys)
     columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     is_key = columns < num_keys
     tl.store(row, count.to(tl.float64))
@@ -44,13 +45,8 @@ def moments_kernel(
 
 
 @triton.jit
-def statistics_kernel(
-    sums, total, mean, scale, num_keys, eps, KEEP: tl.constexpr, BLOCK_N: tl.constexpr
-):
-    """Store mean and 1 / sqrt(variance + eps) (N,) of sums (1 + 2 N,); add the sums to `total`.
-
-    KEEP: whether to add. Grid (blocks of keys,).
-    """
+def statistics_kernel(sums, mean, scale, num_keys, eps, BLOCK_N: tl.constexpr):
+    """Store mean and 1 / sqrt(variance + eps) (N,) of sums (1 + 2 N,). Grid (blocks of keys,)."""
     keys = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     is_key = keys < num_keys
     count = tl.load(sums)
@@ -61,13 +57,6 @@ def statistics_kernel(
     variance = tl.maximum(second / divisor - average * average, 0.0)
     tl.store(mean + keys, average.to(tl.float32), mask=is_key)
     tl.store(scale + keys, (1 / tl.sqrt(variance + eps)).to(tl.float32), mask=is_key)
-    if KEEP:
-        totals = total + 1 + keys
-        tl.store(totals, tl.load(totals, mask=is_key, other=0.0) + first, mask=is_key)
-        totals += num_keys
-        tl.store(totals, tl.load(totals, mask=is_key, other=0.0) + second, mask=is_key)
-        if tl.program_id(0) == 0:
-            tl.store(total, tl.load(total) + count)
 
 
 @triton.jit
@@ -114,7 +103,7 @@ def grad_sums_kernel(
     tokens, keys, present = _tile(num_tokens, num_keys, BLOCK_T, BLOCK_N)
     y, _ = _normalized(scores, mean, scale, tokens, keys, present, num_keys, stride)
     g = tl.load(grads + tokens * num_keys + keys, mask=present, other=0.0)
-    row = sums + tl.program_id(0) * 2 * num_keys
+    row = sums + tl.program_id(0).to(tl.int64) * 2 * num_keys
     columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     is_key = columns < num_keys
     tl.store(row + columns, tl.sum(g, axis=0), mask=is_key)

@@ -135,8 +135,8 @@ def _parsers() -> dict[str, Callable[[str], Any]]:
     kinds: dict[Any, Callable[[str], Any]] = {
         int: _size,
         float: _not_negative,
-        bool: SWITCHES.__getitem__,
-        ScoreNormName: SCORE_NORMS.__getitem__,
+        bool: lambda text: SWITCHES[text.lower()],
+        ScoreNormName: lambda text: SCORE_NORMS[text.lower()],
     }
     found = {field.name: kinds[field.type] for field in fields(ModelConfig)}
     del found["vocab_size"]
