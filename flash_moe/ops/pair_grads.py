@@ -5,6 +5,7 @@ of expert e of value * row of the pair's token. As a dense gradient it takes E H
 N values beside the rows of the tokens, which the backward pass has anyway.
 """
 
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from flash_moe.ops.backends import torch_sparse
 from flash_moe.ops.dtypes import accumulator_dtype
 
 # Numbers that are summed into rows at a time; on CPUs as many as stay in the caches.
@@ -91,22 +93,20 @@ class PairGrads:
             return
         merged = self._merged()
         rows, counts = torch.unique_consecutive(merged.expert_ids, return_counts=True)
-        ends = counts.cumsum(0)
-        hidden_size = merged.rows.shape[1]
-        # On the host, as it decides how many rows are summed at a time.
-        numbers = CHUNK_NUMBERS_CPU if rows.is_cpu else CHUNK_NUMBERS
-        bounds = _chunks(ends.tolist(), max(1, numbers // max(1, hidden_size)))
+        rows, ends = rows.long(), counts.cumsum(0)
         dtype = accumulator_dtype(merged.values.dtype, merged.rows.dtype)
-        first_pair = 0
-        for first, last, last_pair in bounds:
-            pairs = slice(first_pair, last_pair)
-            terms = merged.rows.index_select(0, merged.token_ids[pairs]).to(dtype)
-            terms *= merged.values[pairs].to(dtype).unsqueeze(1)
-            sums = torch.segment_reduce(terms, "sum", lengths=counts[first:last], axis=0)
-            if self.factor is not None:
-                sums *= self.factor
-            yield RowGrads(rows[first:last].long(), sums)
-            first_pair = last_pair
+        token_rows, values = merged.rows.to(dtype), merged.values.to(dtype)
+        if self.factor is not None:
+            values = values * self.factor.to(dtype)
+        numbers = CHUNK_NUMBERS_CPU if rows.is_cpu else CHUNK_NUMBERS
+        most_pairs = max(1, numbers // max(1, token_rows.shape[1]))
+        # On the host, as it decides how many rows are summed at a time.
+        for chunk in _chunks(ends.tolist(), most_pairs):
+            pairs = slice(chunk.first_pair, chunk.last_pair)
+            sums = _row_sums(
+                token_rows, merged.token_ids[pairs], values[pairs], counts[chunk.first : chunk.last]
+            )
+            yield RowGrads(rows[chunk.first : chunk.last], sums)
 
     def sum_of_squares(self, device: torch.device) -> Tensor:
         """Sum of the squares of all elements: () float64."""
@@ -139,15 +139,37 @@ class PairGrads:
         return self.grads[0]
 
 
-def _chunks(ends: list[int], most_pairs: int) -> Iterator[tuple[int, int, int]]:
-    """Yield first row, last row and last pair of chunks of whole rows with about `most_pairs`."""
+def _row_sums(rows_TH: Tensor, token_ids: Tensor, values: Tensor, counts: Tensor) -> Tensor:
+    """Sum consecutive pairs, counts (U,) of them, into rows (U, H)."""
+    if rows_TH.is_cpu and torch_sparse.is_supported(rows_TH):
+        offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+        matrix_UT = torch_sparse.csr_matrix(offsets, token_ids, values, rows_TH.shape[0])
+        sums = rows_TH.new_empty(counts.shape[0], rows_TH.shape[1])
+        torch_sparse.multiply_into(matrix_UT, rows_TH, sums)
+        return sums
+    terms = rows_TH.index_select(0, token_ids) * values.unsqueeze(1)
+    return torch.segment_reduce(terms, "sum", lengths=counts, axis=0)
+
+
+class _Chunk(NamedTuple):
+    """Bounds of consecutive rows, and of their pairs."""
+
+    first: int
+    last: int
+    first_pair: int
+    last_pair: int
+
+
+def _chunks(ends: list[int], most_pairs: int) -> Iterator[_Chunk]:
+    """Yield chunks of whole rows with up to `most_pairs` pairs, or one row with more.
+
+    ends: last pair of each row, exclusive.
+    """
     first = first_pair = 0
-    for row, end in enumerate(ends):
-        if row > first and end - first_pair > most_pairs:
-            yield first, row, ends[row - 1]
-            first, first_pair = row, ends[row - 1]
-    if ends:
-        yield first, len(ends), ends[-1]
+    while first < len(ends):
+        last = max(first + 1, bisect_right(ends, first_pair + most_pairs))
+        yield _Chunk(first, last, first_pair, ends[last - 1])
+        first, first_pair = last, ends[last - 1]
 
 
 # By table: the parameter that an optimizer holds.
