@@ -8,7 +8,8 @@
     ragged_flash_expert_func    the op, with any number of experts for each token
     raise_index_errors          wait for the device; raise if an expert index was out of range
 
-`flash_moe_dist` shards these layers over many devices.
+`flash_moe.optim` has optimizers of the tables. `flash_moe_dist` shards these layers over many
+devices.
 """
 
 from flash_moe import deprecated

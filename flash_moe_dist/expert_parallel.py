@@ -19,8 +19,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 from flash_moe.arguments import is_plain
 from flash_moe.ops.dtypes import accumulator_dtype
 from flash_moe.ops.environment import switch
-from flash_moe.ops.expert_math import NeedsGrad
-from flash_moe.ops.flash_expert import triton_flash_expert_func
+from flash_moe.ops.expert_math import NeedsGrad, TableCollections
+from flash_moe.ops.flash_expert import collecting_expert_func
+from flash_moe.ops.pair_grads import pair_grads_of
 from flash_moe_dist.agreement import (
     gather_objects,
     raise_differences,
@@ -293,8 +294,10 @@ class ExpertParallelFunc:
         except (TypeError, RuntimeError) as error:
             self.fail(error)
         num_experts, hidden_size = down_weights.shape
+        collections = TableCollections(pair_grads_of(down_weights), pair_grads_of(up_weights))
         if self.ep_size == 1:
-            out = triton_flash_expert_func(hidden_states, down_eH, up_eH, indices, routing_weights)
+            local = (hidden_states, down_eH, up_eH, indices, routing_weights)
+            out = collecting_expert_func(*local, collections)
             for count in self.counters:
                 count(indices, routing_weights)
             return out
@@ -322,6 +325,7 @@ class ExpertParallelFunc:
             dispatcher,
             settings,
             tuple(self.counters),
+            collections,
         )
         return out_TH
 

@@ -10,6 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate
 
 from flash_moe.arguments import check_type, checked_number, tensors_of
+from flash_moe.ops.pair_grads import pair_grads_of
 
 # Mesh and placements of a DTensor; None for a plain tensor.
 Layout = tuple[DeviceMesh, tuple[Placement, ...]] | None
@@ -63,8 +64,7 @@ def clip_grad_norm_(
     device = next((parameter.device for parameter in unique), None)
     total = torch.zeros((), dtype=torch.float64, device=device)
     for layout, group in by_layout.items():
-        grads = [parameter.grad for parameter in group if parameter.grad is not None]
-        total += _sum_of_squares(grads, layout, group[0].device).to(device)
+        total += _sum_of_squares(group, layout).to(device)
     if pp_group is not None:
         dist.all_reduce(total, group=pp_group)
     norm = total.sqrt()
@@ -72,6 +72,11 @@ def clip_grad_norm_(
         norm = norm.to(torch.float32)
     for group in by_layout.values():
         torch.nn.utils.clip_grads_with_norm_(group, max_norm, norm)
+    for parameter in unique:
+        if (collected := pair_grads_of(parameter)) is not None:
+            # As clip_grads_with_norm_, but for a norm that is not finite: it marks the gradients.
+            factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+            collected.scale(torch.where(norm.isfinite(), factor, torch.nan))
     return norm
 
 
@@ -99,12 +104,17 @@ def _warn_of_missing_ranks(ranks: int) -> None:
         )
 
 
-def _sum_of_squares(grads: list[Tensor], layout: Layout, device: torch.device) -> Tensor:
-    """Sum of squares over all ranks, () float64, of gradients of one layout.
+def _sum_of_squares(parameters: list[Tensor], layout: Layout) -> Tensor:
+    """Sum of squares over all ranks, () float64, of the gradients of parameters of one layout.
 
     In float16 a norm overflows at 65,504; in bfloat16 every rank would round its share.
     """
+    device = parameters[0].device
     total = torch.zeros((), dtype=torch.float64, device=device)
+    for parameter in parameters:
+        if (collected := pair_grads_of(parameter)) is not None:
+            total += collected.sum_of_squares(device)
+    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if grads:
         norms = [torch.linalg.vector_norm(_local(one), dtype=torch.float64) for one in grads]
         total += torch.stack(norms).square().sum()

@@ -33,6 +33,7 @@ MODEL = "# torchrun --standalone --nproc-per-node 4 model.py"
 SAVE = "# torchrun --standalone --nproc-per-node 2 save.py"
 OWN = "# own.py"
 ROUTER = "# router.py"
+TABLES = "# tables.py"
 ONE_BY_ONE = """import runpy, sys
 for script in sys.argv[1:]:
     runpy.run_path(script, run_name="__main__")
@@ -85,7 +86,7 @@ def run_on_ranks(ranks: int, *scripts: Path) -> str:
 
 def test_every_python_block_has_a_test() -> None:
     first_lines = [block.splitlines()[0] for block in blocks("python")]
-    assert sorted(first_lines) == sorted((OP, LAYER, SHARD, MODEL, SAVE, OWN, ROUTER))
+    assert sorted(first_lines) == sorted((OP, LAYER, SHARD, MODEL, SAVE, OWN, ROUTER, TABLES))
 
 
 def own_module() -> Any:
@@ -123,6 +124,15 @@ def test_example_of_a_router() -> None:
     norm = names["model"].router.score_norm
     assert norm.running_mean.abs().max() > 0
     assert names["router_loss"](names["model"]).item() == 0
+
+
+def test_example_of_table_optimizers() -> None:
+    names: dict[str, Any] = {}
+    exec(example(TABLES), names)
+    _, optimizer = names["optimizers"]
+    for table in names["tables"]:
+        assert table.grad is None
+        assert optimizer.state[table]["touches"].max() == 2
 
 
 @pytest.mark.slow

@@ -21,6 +21,7 @@ from flash_moe.ops.activation import ScoreGrads, activate, activate_backward
 from flash_moe.ops.backend_choice import MIN_PAIRS_FOR_SIDE_STREAM, uses_triton
 from flash_moe.ops.backends import load_backend
 from flash_moe.ops.overlap import InputChunk, Outputs, wait_for_rows
+from flash_moe.ops.pair_grads import PairGrad, PairGrads
 from flash_moe.ops.pairs import Pairs
 
 
@@ -176,3 +177,41 @@ def table_grads(
     if up_values_N is not None:
         up_grad = primitives.spmm_t(up_values_N, grad_TH, pairs, up.dtype, scale)
     return TableGrads(down_grad, up_grad)
+
+
+class TableCollections(NamedTuple):
+    """Where gradients of the tables are collected as pairs; None: they are dense."""
+
+    down: PairGrads | None
+    up: PairGrads | None
+
+
+def collect_table_grads(
+    collections: TableCollections,
+    score_grads: ScoreGrads,
+    hidden_TH: Tensor,
+    grad_TH: Tensor,
+    tables: ExpertTables,
+    pairs: Pairs,
+    needs_grad: NeedsGrad,
+    backend: str,
+    scale: float = 1.0,
+) -> TableGrads:
+    """Give gradients to `collections`; return, as `table_grads` does, those of other tables."""
+    pairs.wait_expert_sort()
+    terms = (
+        (collections.down, needs_grad.down, score_grads.scores, hidden_TH),
+        (collections.up, needs_grad.up, score_grads.activations, grad_TH),
+    )
+    for collection, is_needed, values_N, rows_TH in terms:
+        if collection is not None and is_needed:
+            assert values_N is not None
+            scaled_N = values_N if scale == 1 else values_N * scale
+            collection.add(PairGrad(pairs.expert_ids, pairs.token_ids, scaled_N, rows_TH))
+    dense = needs_grad._replace(
+        down=needs_grad.down and collections.down is None,
+        up=needs_grad.up and collections.up is None,
+    )
+    if not (dense.down or dense.up):
+        return TableGrads(None, None)
+    return table_grads(score_grads, hidden_TH, grad_TH, tables, pairs, dense, backend, scale)

@@ -9,12 +9,15 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
+from torch.autograd.function import once_differentiable
 
-from flash_moe.ops.backend_choice import choose_backend
+from flash_moe.ops.backend_choice import choose_backend, ragged_backend
 from flash_moe.ops.expert_math import (
     ExpertTables,
     NeedsGrad,
+    TableCollections,
     backward_scores,
+    collect_table_grads,
     expert_forward,
     table_grads,
     token_grads,
@@ -22,6 +25,7 @@ from flash_moe.ops.expert_math import (
 from flash_moe.ops.indices import poll_index_errors
 from flash_moe.ops.input_checks import check_expert_inputs, check_ragged_inputs
 from flash_moe.ops.overlap import WholeOutput
+from flash_moe.ops.pair_grads import pair_grads_of
 from flash_moe.ops.pairs import Pairs, SavedPairs
 
 
@@ -77,11 +81,27 @@ def triton_flash_expert_func(
             `flash_moe.raise_index_errors` (call it now and then where only CUDA graphs
             are replayed), or at once if FLASH_MOE_STRICT_INDICES=1.
     """
+    collections = TableCollections(pair_grads_of(down_weights), pair_grads_of(up_weights))
+    tensors = (hidden_states, down_weights, up_weights, indices, routing_weights)
+    return collecting_expert_func(*tensors, collections, backend=backend)
+
+
+def collecting_expert_func(
+    hidden_states: Tensor,
+    down_weights: Tensor,
+    up_weights: Tensor,
+    indices: Tensor,
+    routing_weights: Tensor,
+    collections: TableCollections,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """Compute `triton_flash_expert_func` with these collections, whatever the tables have."""
     check_expert_inputs(hidden_states, down_weights, up_weights, indices, routing_weights)
     _refuse_forward_mode(hidden_states, down_weights, up_weights, routing_weights)
     name = choose_backend(backend, hidden_states, down_weights, up_weights, indices.shape[1])
     tensors = (hidden_states, down_weights, up_weights, indices, None, routing_weights)
-    return ForwardOutputs(*_forward_op(*tensors, 1.0, name)).out
+    return _experts(tensors, 1.0, name, collections)
 
 
 def _fail(error: Exception) -> NoReturn:
@@ -127,7 +147,23 @@ def ragged_flash_expert_func(
     _refuse_forward_mode(hidden_states, down_weights, up_weights, routing_weights)
     name = choose_backend(backend, hidden_states, down_weights, up_weights, None)
     tensors = (hidden_states, down_weights, up_weights, expert_ids, row_offsets, routing_weights)
-    return ForwardOutputs(*_forward_op(*tensors, weight_grad_scale, name)).out
+    collections = TableCollections(pair_grads_of(down_weights), pair_grads_of(up_weights))
+    return _experts(tensors, weight_grad_scale, name, collections)
+
+
+def _experts(
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor],
+    weight_grad_scale: float,
+    backend: str,
+    collections: TableCollections,
+) -> Tensor:
+    """Call the op, or, where a table's gradient is collected as pairs, its autograd function."""
+    if collections == (None, None):
+        return ForwardOutputs(*_forward_op(*tensors, weight_grad_scale, backend)).out
+    # Other backends code the ids of some pairs.
+    inputs = (*tensors, weight_grad_scale, ragged_backend(backend))
+    out: Tensor = _ExpertsWithPairGrads.apply(*inputs, collections)
+    return out
 
 
 def _refuse_forward_mode(*tensors: Tensor) -> None:
@@ -316,6 +352,51 @@ def _backward(ctx: Any, grad_TH: Tensor | None, *_: None) -> tuple[Tensor | None
         grads = [grad if wanted else None for grad, wanted in zip(computed, needed, strict=True)]
     hidden_grad, down_grad, up_grad, weights_grad = grads
     return hidden_grad, down_grad, up_grad, None, None, weights_grad, None, None
+
+
+class _ExpertsWithPairGrads(torch.autograd.Function):
+    """The op, with gradients of tables given to `PairGrads` in the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_TH: Tensor,
+        down_EH: Tensor,
+        up_EH: Tensor,
+        ids: Tensor,
+        row_offsets: Tensor | None,
+        weights: Tensor,
+        weight_grad_scale: float,
+        backend: str,
+        collections: TableCollections,
+    ) -> Tensor:
+        inputs = (hidden_TH, down_EH, up_EH, ids, row_offsets, weights, weight_grad_scale, backend)
+        outputs = ForwardOutputs(*_forward_op(*inputs))
+        ctx.save_for_backward(hidden_TH, down_EH, up_EH, weights, *outputs.saved)
+        ctx.top_k = ids.shape[1] if row_offsets is None else None
+        ctx.scale, ctx.backend, ctx.collections = weight_grad_scale, backend, collections
+        return outputs.out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_TH: Tensor) -> tuple[Tensor | None, ...]:
+        hidden_TH, down_EH, up_EH, weights, *saved_tensors = ctx.saved_tensors
+        poll_index_errors(hidden_TH.device)
+        saved, tables = SavedPairs(*saved_tensors), ExpertTables(down_EH, up_EH)
+        hidden, down, up, _, _, needs_weights, *_ = ctx.needs_input_grad
+        needed, backend = NeedsGrad(hidden, down, up, needs_weights), ctx.backend
+        pairs, scores_N = Pairs.from_saved(saved, down_EH.shape[0], ctx.top_k), saved.scores
+        score_grads = backward_scores(grad_TH, tables, pairs, scores_N, weights, needed, backend)
+        hidden_grad = None
+        if needed.hidden:
+            output = WholeOutput(hidden_TH.shape, hidden_TH.dtype, hidden_TH.device)
+            token_grads(score_grads, tables, pairs, backend, output.chunks)
+            hidden_grad = output.value
+        rows = (hidden_TH, grad_TH)
+        of_tables = collect_table_grads(
+            ctx.collections, score_grads, *rows, tables, pairs, needed, backend, ctx.scale
+        )
+        return hidden_grad, *of_tables, None, None, score_grads.weights, None, None, None
 
 
 def _refuse(ctx: Any, *grads: Tensor) -> None:

@@ -14,9 +14,10 @@ from flash_moe.ops.dtypes import accumulator_dtype
 from flash_moe.ops.expert_math import (
     ExpertTables,
     NeedsGrad,
+    TableCollections,
     backward_scores,
+    collect_table_grads,
     expert_forward,
-    table_grads,
     token_grads,
 )
 from flash_moe.ops.overlap import Outputs
@@ -67,6 +68,7 @@ class ShardedExperts(torch.autograd.Function):
         dispatcher: DispatcherName,
         settings: LayerSettings,
         counters: tuple[Callable[[Tensor, Tensor], None], ...],
+        collections: TableCollections,
     ) -> Tensor:
         tables = ExpertTables(down_eH, up_eH)
         backend = ragged_backend(default_backend(down_eH.device))
@@ -109,6 +111,7 @@ class ShardedExperts(torch.autograd.Function):
         ctx.dispatcher, ctx.backend = completed.dispatcher, backend
         ctx.group_passes, ctx.name = layer.group_passes, identity.name
         ctx.hidden_dtype, ctx.tile_pairs = hidden_TH.dtype, received.tile_pairs
+        ctx.collections = collections
         return completed.out_TH
 
     @staticmethod
@@ -163,11 +166,16 @@ class ShardedExperts(torch.autograd.Function):
             if weights_returned is not None:
                 weights_returned.scatter_on_side_stream()
         with phase("experts_backward"):
+            rows_RH = arriving.rows_RH
+            if ctx.collections.up is not None:
+                # Rows may arrive in a buffer that the next pass uses again.
+                rows_RH = rows_RH.clone()
             # The loss is averaged over the ranks.
-            of_tables = table_grads(
+            of_tables = collect_table_grads(
+                ctx.collections,
                 score_grads,
                 saved.rows_RH,
-                arriving.rows_RH,
+                rows_RH,
                 tables,
                 pairs,
                 needs_grad,
@@ -178,7 +186,7 @@ class ShardedExperts(torch.autograd.Function):
             hidden_grad = None if combine is None else combine.result()
             weights_grad = None if weights_returned is None else weights_returned.result()
         grads = (hidden_grad, of_tables.down, of_tables.up, None, weights_grad)
-        return *grads, None, None, None, None
+        return *grads, None, None, None, None, None
 
 
 class _Final(torch.autograd.Function):

@@ -27,21 +27,22 @@ def sddmm(
     wait_for_rows(inputs)
     # sampled_addmm refuses a pattern with more entries than the matrix has elements.
     crowded = pairs.num_pairs > pairs.num_tokens * pairs.num_experts
-    if crowded or not _supported(rows_TH, table_EH):
+    if crowded or not is_supported(rows_TH, table_EH):
         return reference.sddmm(rows_TH, table_EH, pairs)
     dtype = accumulator_dtype(rows_TH.dtype, table_EH.dtype)
     rows_TH, table_EH = rows_TH.to(dtype).contiguous(), table_EH.to(dtype).contiguous()
     full, positions = pairs.occupied
     zeros = torch.zeros(full.num_pairs, device=rows_TH.device, dtype=dtype)
-    # The larger operand is read once, in order; rows of the smaller, from cache, many times.
-    if full.num_tokens < full.num_experts:
+    # The larger operand is read once, in order; rows of the smaller, from cache, many times. Where
+    # most experts have no pairs, nothing as long as all experts is made.
+    if full.num_tokens < full.num_experts <= full.num_pairs:
         token_ids = full.token_ids[full.expert_order]
-        pattern_ET = _csr(full.expert_offsets, token_ids, zeros, full.num_tokens)
+        pattern_ET = csr_matrix(full.expert_offsets, token_ids, zeros, full.num_tokens)
         products = torch.sparse.sampled_addmm(pattern_ET, table_EH, rows_TH.t(), beta=0.0)
         order = full.expert_order
         targets = order if positions is None else positions[order]
     else:
-        pattern_TE = _csr(full.row_offsets, full.expert_ids, zeros, full.num_experts)
+        pattern_TE = csr_matrix(full.row_offsets, full.expert_ids, zeros, full.num_experts)
         products = torch.sparse.sampled_addmm(pattern_TE, rows_TH, table_EH.t(), beta=0.0)
         if positions is None:
             # A view would hold the whole matrix, with its indices, until the backward pass.
@@ -53,16 +54,16 @@ def sddmm(
 
 def spmm(values_N: Tensor, table_EH: Tensor, pairs: Pairs, outputs: Outputs) -> None:
     """See `Backend.spmm`."""
-    if not _supported(table_EH):
+    if not is_supported(table_EH):
         return reference.spmm(values_N, table_EH, pairs, outputs)
     dtype = accumulator_dtype(values_N.dtype, table_EH.dtype)
     full, positions = pairs.occupied
     values = (values_N if positions is None else values_N[positions]).to(dtype)
-    matrix_TE = _csr(full.row_offsets, full.expert_ids, values, full.num_experts)
+    matrix_TE = csr_matrix(full.row_offsets, full.expert_ids, values, full.num_experts)
     chunks = outputs()
     shape = (pairs.num_tokens, table_EH.shape[1])
     sums_TH = memory_for_sums(chunks, shape, dtype, table_EH.device)
-    _multiply(matrix_TE, table_EH.to(dtype), sums_TH)
+    multiply_into(matrix_TE, table_EH.to(dtype), sums_TH)
     fill_chunks(sums_TH, chunks)
 
 
@@ -70,13 +71,13 @@ def spmm_t(
     values_N: Tensor, rows_TH: Tensor, pairs: Pairs, out_dtype: torch.dtype, scale: float = 1.0
 ) -> Tensor:
     """See `Backend.spmm_t`."""
-    if not _supported(rows_TH):
+    if not is_supported(rows_TH):
         return reference.spmm_t(values_N, rows_TH, pairs, out_dtype, scale)
     dtype = accumulator_dtype(values_N.dtype, rows_TH.dtype)
     full, positions = pairs.occupied
     values = (values_N if positions is None else values_N[positions]).to(dtype)
     values = values if scale == 1 else values * scale
-    matrix_ET = _csr(
+    matrix_ET = csr_matrix(
         full.expert_offsets,
         full.token_ids[full.expert_order],
         values[full.expert_order],
@@ -84,27 +85,27 @@ def spmm_t(
     )
     shape = (pairs.num_experts, rows_TH.shape[1])
     sums_EH = torch.empty(shape, device=rows_TH.device, dtype=dtype)
-    _multiply(matrix_ET, rows_TH.to(dtype), sums_EH)
+    multiply_into(matrix_ET, rows_TH.to(dtype), sums_EH)
     return sums_EH.to(out_dtype)
 
 
 spmm_t_both = partial(spmm_t_in_turn, spmm_t)
 
 
-def _multiply(matrix: Tensor, dense: Tensor, out: Tensor) -> None:
+def multiply_into(matrix: Tensor, dense: Tensor, out: Tensor) -> None:
     """Write matrix @ dense into `out`."""
     # `matrix @ dense` would first add to a matrix of zeros, which for a table's gradient took seven
     # times as long and twice the memory.
     torch.addmm(out, matrix, dense.contiguous(), beta=0, out=out)
 
 
-def _supported(*tensors: Tensor) -> bool:
+def is_supported(*tensors: Tensor) -> bool:
     return torch.backends.mkl.is_available() and all(
         tensor.dtype in (torch.float32, torch.float64) for tensor in tensors
     )
 
 
-def _csr(offsets: Tensor, ids: Tensor, values: Tensor, num_columns: int) -> Tensor:
+def csr_matrix(offsets: Tensor, ids: Tensor, values: Tensor, num_columns: int) -> Tensor:
     # MKL works on int32 and would convert wider indices at every product.
     fits = max(ids.shape[0], offsets.shape[0], num_columns) < 2**31
     index_dtype = torch.int32 if fits else torch.int64
@@ -121,4 +122,4 @@ def _csr(offsets: Tensor, ids: Tensor, values: Tensor, num_columns: int) -> Tens
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     offsets, nothing = torch.zeros(2, device="cpu"), torch.zeros(0, device="cpu")
-    _csr(offsets, nothing, nothing, 1)
+    csr_matrix(offsets, nothing, nothing, 1)

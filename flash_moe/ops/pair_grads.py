@@ -1,0 +1,192 @@
+"""Gradients of tables that stay factored into pairs, for optimizers that sum them row by row.
+
+T tokens, H hidden size, E experts, N pairs. The gradient of table row e is the sum over the pairs
+of expert e of value * row of the pair's token. As a dense gradient it takes E H numbers; as pairs,
+N values beside the rows of the tokens, which the backward pass has anyway.
+"""
+
+from bisect import bisect_right
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from flash_moe.ops.backends import torch_sparse
+from flash_moe.ops.dtypes import accumulator_dtype
+
+# Numbers that are summed into rows at a time; on CPUs as many as stay in the caches.
+CHUNK_NUMBERS, CHUNK_NUMBERS_CPU = 2**24, 2**17
+
+
+@dataclass(frozen=True)
+class PairGrad:
+    """A table's gradient from one backward pass.
+
+    expert_ids: (N,) integers, -1 for an empty slot.
+    token_ids: (N,) integers, rows of `rows`.
+    values: (N,) in the dtype of sums.
+    rows: (T, H), hidden states or gradients of outputs.
+    """
+
+    expert_ids: Tensor
+    token_ids: Tensor
+    values: Tensor
+    rows: Tensor
+
+    def by_expert(self) -> "PairGrad":
+        """Return the pairs in the order of their experts, without empty slots."""
+        expert_ids, order = self.expert_ids.sort(stable=True)
+        present = expert_ids >= 0
+        order = order[present]
+        return PairGrad(expert_ids[present], self.token_ids[order], self.values[order], self.rows)
+
+
+class RowGrads(NamedTuple):
+    """Gradients of some rows of a table.
+
+    rows: (U,) int64, which rows; ascending and all different.
+    grads: (U, H) in the dtype of sums.
+    """
+
+    rows: Tensor
+    grads: Tensor
+
+
+class PairGrads:
+    """Gradients of a table since they were last cleared, as `PairGrad`s, times a common factor.
+
+    factor: tensor of shape () on the device of the table; None for 1.
+    """
+
+    def __init__(self) -> None:
+        self.grads: list[PairGrad] = []
+        self.factor: Tensor | None = None
+        self._is_merged = False
+
+    def add(self, grad: PairGrad) -> None:
+        """Add the gradient of a backward pass.
+
+        Raises:
+            RuntimeError: the gradients were scaled already, by clipping.
+        """
+        if self.factor is not None:
+            raise RuntimeError(
+                "gradients of a table must be added before they are clipped: got a backward pass "
+                "after clip_grad_norm_, without optimizer.step() or zero_grad() between"
+            )
+        self.grads.append(grad)
+        self._is_merged = False
+
+    def scale(self, factor: Tensor) -> None:
+        """Multiply all gradients by a tensor of shape ()."""
+        self.factor = factor if self.factor is None else self.factor * factor
+
+    def clear(self) -> None:
+        self.grads, self.factor, self._is_merged = [], None, False
+
+    def row_grads(self) -> Iterator[RowGrads]:
+        """Sum the pairs of each touched row, some rows at a time, in ascending order of rows."""
+        if not self.grads:
+            return
+        merged = self._merged()
+        rows, counts = torch.unique_consecutive(merged.expert_ids, return_counts=True)
+        rows, ends = rows.long(), counts.cumsum(0)
+        dtype = accumulator_dtype(merged.values.dtype, merged.rows.dtype)
+        token_rows, values = merged.rows.to(dtype), merged.values.to(dtype)
+        if self.factor is not None:
+            values = values * self.factor.to(dtype)
+        numbers = CHUNK_NUMBERS_CPU if rows.is_cpu else CHUNK_NUMBERS
+        most_pairs = max(1, numbers // max(1, token_rows.shape[1]))
+        # On the host, as it decides how many rows are summed at a time.
+        for chunk in _chunks(ends.tolist(), most_pairs):
+            pairs = slice(chunk.first_pair, chunk.last_pair)
+            sums = _row_sums(
+                token_rows, merged.token_ids[pairs], values[pairs], counts[chunk.first : chunk.last]
+            )
+            yield RowGrads(rows[chunk.first : chunk.last], sums)
+
+    def sum_of_squares(self, device: torch.device) -> Tensor:
+        """Sum of the squares of all elements: () float64."""
+        total = torch.zeros((), dtype=torch.float64, device=device)
+        for _, grads in self.row_grads():
+            total += grads.double().square_().sum()
+        return total
+
+    def _merged(self) -> PairGrad:
+        """Gradients of all backward passes as one, by expert; of equal ones the earlier first."""
+        if not self._is_merged:
+            first_tokens, total = [], 0
+            for grad in self.grads:
+                first_tokens.append(total)
+                total += grad.rows.shape[0]
+            rows = [grad.rows for grad in self.grads]
+            joined = PairGrad(
+                torch.cat([grad.expert_ids for grad in self.grads]),
+                torch.cat(
+                    [
+                        grad.token_ids + first
+                        for grad, first in zip(self.grads, first_tokens, strict=True)
+                    ]
+                ),
+                torch.cat([grad.values for grad in self.grads]),
+                rows[0] if len(rows) == 1 else torch.cat(rows),
+            )
+            # Once, also where clipping sums them before the step does.
+            self.grads, self._is_merged = [joined.by_expert()], True
+        return self.grads[0]
+
+
+def _row_sums(rows_TH: Tensor, token_ids: Tensor, values: Tensor, counts: Tensor) -> Tensor:
+    """Sum consecutive pairs, counts (U,) of them, into rows (U, H)."""
+    if rows_TH.is_cpu and torch_sparse.is_supported(rows_TH):
+        offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+        matrix_UT = torch_sparse.csr_matrix(offsets, token_ids, values, rows_TH.shape[0])
+        sums = rows_TH.new_empty(counts.shape[0], rows_TH.shape[1])
+        torch_sparse.multiply_into(matrix_UT, rows_TH, sums)
+        return sums
+    terms = rows_TH.index_select(0, token_ids) * values.unsqueeze(1)
+    return torch.segment_reduce(terms, "sum", lengths=counts, axis=0)
+
+
+class _Chunk(NamedTuple):
+    """Bounds of consecutive rows, and of their pairs."""
+
+    first: int
+    last: int
+    first_pair: int
+    last_pair: int
+
+
+def _chunks(ends: list[int], most_pairs: int) -> Iterator[_Chunk]:
+    """Yield chunks of whole rows with up to `most_pairs` pairs, or one row with more.
+
+    ends: last pair of each row, exclusive.
+    """
+    first = first_pair = 0
+    while first < len(ends):
+        last = max(first + 1, bisect_right(ends, first_pair + most_pairs))
+        yield _Chunk(first, last, first_pair, ends[last - 1])
+        first, first_pair = last, ends[last - 1]
+
+
+# By table: the parameter that an optimizer holds.
+_collectors = WeakIdKeyDictionary()
+
+
+def collect_pair_grads(table: Tensor) -> PairGrads:
+    """Have backward passes give gradients of `table` as pairs, and none in `.grad`.
+
+    Returns the collection, the same at each call.
+    """
+    found: PairGrads | None = _collectors.get(table)
+    if found is None:
+        found = _collectors[table] = PairGrads()
+    return found
+
+
+def pair_grads_of(table: Tensor) -> PairGrads | None:
+    """Return the collection of a table, None if its gradient is dense."""
+    return _collectors.get(table) if _collectors else None

@@ -1,0 +1,271 @@
+"""Base of the tables' optimizers: whatever does not depend on the formula."""
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from flash_moe.arguments import checked_int, checked_number
+from flash_moe.ops.pair_grads import RowGrads, collect_pair_grads
+from flash_moe.optim.split_float import join, split
+from flash_moe.optim.stochastic_rounding import round_stochastically
+
+DTYPES = (torch.bfloat16, torch.float32, torch.float64)
+# Names of state that does not depend on the formula.
+BETAS = "betas must be two numbers from 0 to less than 1"
+LOW_BITS, TOUCHES = "low_bits", "touches"
+
+
+class StateTensor(NamedTuple):
+    """Shape and dtype of a state tensor; the first dimension is that of the rows."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class TableOptimizer(torch.optim.Optimizer):
+    """Optimizer whose backward pass gives gradients as pairs, and whose step sums them row by row.
+
+    From the moment it is made, backward passes of its tables leave `.grad` as None and give their
+    gradients here. `step` applies and drops them, `zero_grad` drops them; several backward passes
+    before a step add up. A step whose gradients were clipped by a norm that is not finite changes
+    nothing.
+
+    A bfloat16 table keeps the 16 bits that it lacks as state, `low_bits`: both are the float32
+    weights exactly (`split_float`), so that training is that of a float32 table whose forward and
+    backward passes read it rounded. With `stochastic_rounding` it has none of these, and each
+    update is rounded up or down at random.
+
+    Args:
+        params: tables (E, H) of bfloat16, float32 or float64, plain or sharded on dim 0 by
+            `flash_moe_dist.ExpertParallel`; or groups of them.
+        defaults: options of groups.
+        stochastic_rounding: round updates of bfloat16 tables at random.
+        seed: of the random numbers.
+
+    Raises:
+        TypeError: a parameter has another dtype, or an option another type.
+        ValueError: a parameter is no table, is not sharded on dim 0, or an option is out of range.
+    """
+
+    # Attributes that copies have too.
+    settings: tuple[str, ...] = ("stochastic_rounding", "seed")
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        defaults: dict[str, Any],
+        stochastic_rounding: bool,
+        seed: int,
+    ) -> None:
+        if not isinstance(stochastic_rounding, bool):
+            raise TypeError(
+                f"stochastic_rounding must be True or False, got {stochastic_rounding!r}"
+            )
+        self.stochastic_rounding = stochastic_rounding
+        self.seed = checked_int("seed", seed, 0)
+        super().__init__(params, defaults)
+
+    def state_of(self, num_rows: int, hidden_size: int) -> dict[str, StateTensor]:
+        """Name the state tensors of a table."""
+        raise NotImplementedError
+
+    def update(
+        self, weights: Tensor, grads: Tensor, state: dict[str, Tensor], group: dict[str, Any]
+    ) -> Tensor:
+        """Return new weights (U, H) of touched rows; replace their state in `state`.
+
+        Args:
+            weights, grads: (U, H) float32, or float64 for such tables.
+            state: rows of the state tensors, by name.
+            group: options of the group.
+        """
+        raise NotImplementedError
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add tables; see `torch.optim.Optimizer`."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            for name in ("lr", "eps", "weight_decay"):
+                if name in group:
+                    checked_number(name, group[name], 0)
+            if "betas" in group:
+                group["betas"] = checked_betas(group["betas"])
+            for table in group["params"]:
+                _check_table(table)
+        except (TypeError, ValueError):
+            self.param_groups.pop()
+            raise
+        for table in group["params"]:
+            collect_pair_grads(table)
+            self.state[table] = self._new_state(table)
+
+    def _new_state(self, table: Tensor) -> dict[str, Tensor]:
+        wanted = self.state_of(*table.shape)
+        if table.dtype == torch.bfloat16:
+            if self.stochastic_rounding:
+                wanted[TOUCHES] = StateTensor((table.shape[0],), torch.int32)
+            else:
+                # As bytes, since neither gloo nor NCCL takes 16-bit integers.
+                shape = (table.shape[0], 2 * table.shape[1])
+                wanted[LOW_BITS] = StateTensor(shape, torch.uint8)
+        return {name: _zeros_like_rows(table, one) for name, one in wanted.items()}
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update the touched rows, and drop the gradients.
+
+        Raises:
+            RuntimeError: a table has a dense gradient, from a use other than by the expert op.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for table in group["params"]:
+                self._step_table(table, group)
+        return loss
+
+    def _step_table(self, table: Tensor, group: dict[str, Any]) -> None:
+        if table.grad is not None:
+            raise RuntimeError(
+                f"tables must have no dense gradient with {type(self).__name__}, got one of shape "
+                f"{tuple(table.shape)}: it comes from a use of the table other than by the expert "
+                "op, or from before the optimizer was made"
+            )
+        collected = collect_pair_grads(table)
+        if collected.factor is None or bool(collected.factor.isfinite()):
+            state = {name: _local(one) for name, one in self.state[table].items()}
+            for touched in collected.row_grads():
+                self._update_rows(_local(table), touched, state, group, _first_row(table))
+        collected.clear()
+
+    def _update_rows(
+        self,
+        table: Tensor,
+        touched: RowGrads,
+        state: dict[str, Tensor],
+        group: dict[str, Any],
+        first_row: int,
+    ) -> None:
+        rows, grads = touched
+        before = {name: one.index_select(0, rows) for name, one in state.items()}
+        after = dict(before)
+        weights = table.index_select(0, rows)
+        if LOW_BITS in before:
+            weights = join(weights, before[LOW_BITS].view(torch.int16))
+        wide = torch.promote_types(weights.dtype, torch.float32)
+        weights = self.update(weights.to(wide), grads.to(wide), after, group)
+        if LOW_BITS in before:
+            weights, low = split(weights)
+            after[LOW_BITS] = low.view(torch.uint8)
+        elif table.dtype == torch.bfloat16:
+            touches = before[TOUCHES]
+            after[TOUCHES] = touches + 1
+            weights = round_stochastically(weights, rows + first_row, touches, self.seed)
+        table.index_copy_(0, rows, weights.to(table.dtype))
+        for name, one in state.items():
+            one.index_copy_(0, rows, after[name].to(one.dtype))
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop the gradients of all tables."""
+        super().zero_grad(set_to_none)
+        for group in self.param_groups:
+            for table in group["params"]:
+                collect_pair_grads(table).clear()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load options and state, each tensor in its own dtype; see `torch.optim.Optimizer`.
+
+        PyTorch's own would convert state of floats to the dtype of the table.
+        """
+        kept = {table: dict(state) for table, state in self.state.items()}
+        super().load_state_dict(state_dict)
+        tables = (table for group in self.param_groups for table in group["params"])
+        ids = (one for group in state_dict["param_groups"] for one in group["params"])
+        for table, one in zip(tables, ids, strict=True):
+            loaded = state_dict["state"].get(one, {})
+            own = kept[table]
+            if loaded.keys() != own.keys():
+                raise ValueError(
+                    f"state_dict must hold {', '.join(own)} of each table, got {', '.join(loaded)}"
+                )
+            for name, tensor in own.items():
+                tensor.copy_(loaded[name])
+            self.state[table] = own
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {name: getattr(self, name) for name in self.settings}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for table in group["params"]:
+                collect_pair_grads(table)
+
+
+def checked_betas(betas: Any) -> tuple[float, float]:
+    """Return two numbers in [0, 1); raise ValueError or TypeError for anything else."""
+    try:
+        first, second = (checked_number("betas", one, 0) for one in betas)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{BETAS}, got {betas!r}") from error
+    if first >= 1 or second >= 1:
+        raise ValueError(f"{BETAS}, got {betas!r}")
+    return first, second
+
+
+def _check_table(table: Tensor) -> None:
+    if table.dtype not in DTYPES:
+        raise TypeError(f"tables must be bfloat16, float32 or float64, got {table.dtype}")
+    if table.ndim != 2:
+        raise ValueError(
+            "tables must have shape (num_experts, hidden_size), got a parameter of shape "
+            f"{tuple(table.shape)}: give other parameters to an optimizer of torch.optim"
+        )
+    placements: Any = getattr(table, "placements", ())
+    mesh: Any = getattr(table, "device_mesh", None)
+    for dimension, placement in enumerate(placements):
+        if not placement.is_shard(0) and mesh.size(dimension) > 1:
+            raise ValueError(
+                "tables must be sharded on dim 0 over all axes of their mesh, as ExpertParallel "
+                f"alone shards them, got {placements} over {mesh}: give tables that several ranks "
+                "hold, or that fully_shard shards, to an optimizer of torch.optim"
+            )
+    if len(placements) > 1:
+        raise ValueError(f"tables must be on a mesh of one axis, got {mesh}")
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """This rank's part of a sharded tensor, or the tensor."""
+    to_local: Any = getattr(tensor, "to_local", None)
+    return tensor if to_local is None else to_local()
+
+
+def _first_row(table: Any) -> int:
+    """Row of the whole table at which this rank's part begins."""
+    if not hasattr(table, "to_local"):
+        return 0
+    ranks = table.device_mesh.size()
+    return -(-table.shape[0] // ranks) * table.device_mesh.get_local_rank()
+
+
+def _zeros_like_rows(table: Any, wanted: StateTensor) -> Tensor:
+    """Zeros that are placed as the rows of the table."""
+    local = _local(table)
+    shape = (local.shape[0], *wanted.shape[1:])
+    zeros = torch.zeros(shape, dtype=wanted.dtype, device=local.device)
+    if local is table:
+        return zeros
+    # A DTensor, without importing torch.distributed.
+    return type(table.data).from_local(
+        zeros,
+        table.device_mesh,
+        table.placements,
+        run_check=False,
+        shape=torch.Size(wanted.shape),
+        stride=torch.empty(wanted.shape, device="meta").stride(),
+    )
