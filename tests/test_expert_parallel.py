@@ -155,13 +155,13 @@ def test_parity_with_fewer_ep_ranks_than_ranks(
 def wrong_factor(factor: float, dispatcher: str) -> None:
     """Parity, with gradients of the tables wrong by that factor."""
     patched: Any = autograd
-    right = patched.table_grads
+    right = patched.collect_table_grads
 
     def wrong(*args: Any, scale: float) -> Any:
         return right(*args, scale=scale * factor)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(autograd, "table_grads", wrong)
+        patch.setattr(autograd, "collect_table_grads", wrong)
         parity("uniform", NUM_EXPERTS, torch.float32, dispatcher)
 
 

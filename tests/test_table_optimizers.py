@@ -492,3 +492,15 @@ def test_what_is_refused() -> None:
     clip_grad_norm_([table], 1.0)
     with pytest.raises(RuntimeError, match="must be added before they are clipped"):
         give.add(give.grads[0])
+
+
+def test_a_compiled_layer_trains_its_tables() -> None:
+    plain, compiled = new_experts(), new_experts()
+    batch = Batch(6, 0)
+    for experts in (plain, compiled):
+        optimizer = SGD(experts.parameters(), lr=0.5)
+        call: Any = experts if experts is plain else torch.compile(experts, backend="aot_eager")
+        batch.loss(call).backward()
+        optimizer.step()
+    for one, other in zip(plain.parameters(), compiled.parameters(), strict=True):
+        assert torch.equal(one, other)

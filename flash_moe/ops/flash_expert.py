@@ -161,8 +161,12 @@ def _experts(
     if collections == (None, None):
         return ForwardOutputs(*_forward_op(*tensors, weight_grad_scale, backend)).out
     # Other backends code the ids of some pairs.
-    inputs = (*tensors, weight_grad_scale, ragged_backend(backend))
-    out: Tensor = _ExpertsWithPairGrads.apply(*inputs, collections)
+    return _collecting_experts(*tensors, weight_grad_scale, ragged_backend(backend), collections)
+
+
+@torch.compiler.disable
+def _collecting_experts(*inputs: Any) -> Tensor:
+    out: Tensor = _ExpertsWithPairGrads.apply(*inputs)
     return out
 
 

@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from flash_moe.ops.backends import torch_sparse
 from flash_moe.ops.dtypes import accumulator_dtype
@@ -83,6 +82,10 @@ class PairGrads:
     def scale(self, factor: Tensor) -> None:
         """Multiply all gradients by a tensor of shape ()."""
         self.factor = factor if self.factor is None else self.factor * factor
+
+    def __reduce__(self) -> tuple[type["PairGrads"], tuple[()]]:
+        # A saved model has no gradients.
+        return PairGrads, ()
 
     def clear(self) -> None:
         self.grads, self.factor, self._is_merged = [], None, False
@@ -172,8 +175,8 @@ def _chunks(ends: list[int], most_pairs: int) -> Iterator[_Chunk]:
         first, first_pair = last, ends[last - 1]
 
 
-# By table: the parameter that an optimizer holds.
-_collectors = WeakIdKeyDictionary()
+# Attribute of a parameter that an optimizer holds: `torch.compile` can tell whether it is there.
+COLLECTION = "_pair_grads"
 
 
 def collect_pair_grads(table: Tensor) -> PairGrads:
@@ -181,12 +184,12 @@ def collect_pair_grads(table: Tensor) -> PairGrads:
 
     Returns the collection, the same at each call.
     """
-    found: PairGrads | None = _collectors.get(table)
-    if found is None:
-        found = _collectors[table] = PairGrads()
+    if not hasattr(table, COLLECTION):
+        setattr(table, COLLECTION, PairGrads())
+    found: PairGrads = getattr(table, COLLECTION)
     return found
 
 
 def pair_grads_of(table: Tensor) -> PairGrads | None:
     """Return the collection of a table, None if its gradient is dense."""
-    return _collectors.get(table) if _collectors else None
+    return getattr(table, COLLECTION, None)
