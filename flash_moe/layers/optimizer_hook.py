@@ -20,7 +20,7 @@ class UpdatedAfterSteps(nn.Module):
     """
 
     def call_after_steps(self) -> None:
-        """Begin; to be called at the end of `__init__`."""
+        """Register the module; to be called at the end of its `__init__`."""
         global _num_called
         if _num_called == 0:
             register_optimizer_step_post_hook(_after_step)

@@ -209,11 +209,15 @@ class ProductKeyRouter(UpdatedAfterSteps, KeepsLosses):
             second_bias=biases[1],
         )
         load = loss = None
-        if self.key_bias is not None and self.training and not self.force_load_balance:
-            load = count_keys(indices, *self.key_grid)
-        if self._has_loss():
-            coefficients = (self.aux_loss_coef, self.z_loss_coef)
-            loss = balancing_loss((first, second), indices, *coefficients, self._sum_of_pass)
+        moves_biases = self.key_bias is not None and not self.force_load_balance
+        if self.training and (moves_biases or self._has_loss()):
+            counts = count_keys(indices, *self.key_grid)
+            load = counts if moves_biases else None
+            if self._has_loss():
+                coefficients = (self.aux_loss_coef, self.z_loss_coef)
+                loss = balancing_loss(
+                    (first, second), indices, counts, *coefficients, self._sum_of_pass
+                )
         self._counts, self._sums_made = PassCounts(moments, load, loss), 0
         if self.counts_passes:
             self.count_pass()

@@ -1,4 +1,4 @@
-"""Losses that keep a product-key router balanced, and their way into a user's loss.
+"""Losses that keep a product-key router balanced, and the function that gives them to a loop.
 
 T tokens of this rank, A and B keys of the two axes, K experts for each token.
 """
@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from flash_moe.arguments import check_type
 from flash_moe.ops.dtypes import accumulator_dtype
-from flash_moe.ops.key_load import count_keys
 from flash_moe.ops.sum_over_ranks import SumOverRanks
 
 
@@ -61,6 +60,7 @@ def num_loss_sums(key_grid: tuple[int, int]) -> int:
 def balancing_loss(
     scores: Sequence[Tensor],
     indices: Tensor,
+    counts: Tensor,
     aux_loss_coef: float,
     z_loss_coef: float,
     sum_over_ranks: SumOverRanks | None,
@@ -80,6 +80,7 @@ def balancing_loss(
     Args:
         scores: (T, A) and (T, B), with gradients.
         indices: (T, K) chosen experts i * B + j.
+        counts: (A + B,) chosen experts of each key, see `flash_moe.ops.key_load`.
     """
     key_grid = (scores[0].shape[1], scores[1].shape[1])
     num_keys = sum(key_grid)
@@ -91,7 +92,6 @@ def balancing_loss(
     ]
     squares = torch.stack(log_sums).square().sum()
     with torch.no_grad():
-        counts = count_keys(indices, *key_grid)
         one = torch.ones_like(squares, dtype=torch.float64)
         rest = torch.stack([squares.double(), one * indices.shape[0], one])
         sums = torch.cat([*(share.double().sum(0) for share in shares), counts, rest])

@@ -78,7 +78,9 @@ def normalize(
 
 
 class _Normalize(torch.autograd.Function):
-    """With y the result, g its gradient, and means over the tokens of all ranks, the gradient of x
+    """Normalizes scores by their statistics, and differentiates through these.
+
+    With y the result, g its gradient, and means over the tokens of all ranks, the gradient of x
     is scale (g - mean(g) - y mean(g y)).
     """
 

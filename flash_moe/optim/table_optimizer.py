@@ -183,19 +183,21 @@ class TableOptimizer(torch.optim.Optimizer):
         PyTorch's own would convert state of floats to the dtype of the table.
         """
         kept = {table: dict(state) for table, state in self.state.items()}
-        super().load_state_dict(state_dict)
-        tables = (table for group in self.param_groups for table in group["params"])
-        ids = (one for group in state_dict["param_groups"] for one in group["params"])
-        for table, one in zip(tables, ids, strict=True):
-            loaded = state_dict["state"].get(one, {})
+        tables = [table for group in self.param_groups for table in group["params"]]
+        ids = [one for group in state_dict["param_groups"] for one in group["params"]]
+        states = [state_dict["state"].get(one, {}) for one in ids]
+        for table, loaded in zip(tables, states, strict=False):
             own = kept[table]
             if loaded.keys() != own.keys():
                 raise ValueError(
                     f"state_dict must hold {', '.join(own)} of each table, got {', '.join(loaded)}"
                 )
-            for name, tensor in own.items():
+        # Refuses other numbers of tables.
+        super().load_state_dict(state_dict)
+        for table, loaded in zip(tables, states, strict=True):
+            for name, tensor in kept[table].items():
                 tensor.copy_(loaded[name])
-            self.state[table] = own
+            self.state[table] = kept[table]
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {name: getattr(self, name) for name in self.settings}
