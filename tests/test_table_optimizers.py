@@ -1,6 +1,7 @@
 """Optimizers of tables against plain forms of their formulas, and in a training loop."""
 
 import copy
+import gc
 import math
 from typing import Any
 
@@ -288,7 +289,7 @@ def test_a_norm_that_is_not_finite_leaves_everything_as_it_is() -> None:
 
 def test_no_dense_gradient_and_no_other_effect() -> None:
     experts, dense = new_experts(), new_experts()
-    RowwiseAdam(experts.parameters())
+    optimizer = RowwiseAdam(experts.parameters())
     inputs = []
     for one in (experts, dense):
         batch = Batch(6, 0)
@@ -297,6 +298,7 @@ def test_no_dense_gradient_and_no_other_effect() -> None:
         batch.loss(one).backward()
         inputs.append((batch.x.grad, batch.weights.grad))
     assert all(table.grad is None for table in experts.parameters())
+    assert optimizer.state
     for one, other in zip(*inputs, strict=True):
         assert one is not None
         assert other is not None
@@ -504,3 +506,17 @@ def test_a_compiled_layer_trains_its_tables() -> None:
         optimizer.step()
     for one, other in zip(plain.parameters(), compiled.parameters(), strict=True):
         assert torch.equal(one, other)
+
+
+def test_gradients_are_dense_again_once_the_optimizer_is_gone() -> None:
+    experts = new_experts()
+    optimizer: Any = RowwiseAdam(experts.parameters())
+    optimizer = SGD(experts.parameters(), lr=0.5)
+    gc.collect()
+    Batch(6, 0).loss(experts).backward()
+    assert all(table.grad is None for table in experts.parameters())
+    optimizer.step()
+    del optimizer
+    gc.collect()
+    Batch(6, 0).loss(experts).backward()
+    assert all(table.grad is not None for table in experts.parameters())

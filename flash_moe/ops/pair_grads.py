@@ -58,9 +58,11 @@ class PairGrads:
     """Gradients of a table since they were last cleared, as `PairGrad`s, times a common factor.
 
     factor: tensor of shape () on the device of the table; None for 1.
+    num_optimizers: optimizers that take the gradients.
     """
 
     def __init__(self) -> None:
+        self.num_optimizers = 0
         self.grads: list[PairGrad] = []
         self.factor: Tensor | None = None
         self._is_merged = False
@@ -193,3 +195,12 @@ def collect_pair_grads(table: Tensor) -> PairGrads:
 def pair_grads_of(table: Tensor) -> PairGrads | None:
     """Return the collection of a table, None if its gradient is dense."""
     return getattr(table, COLLECTION, None)
+
+
+def stop_collecting(tables: list[Tensor]) -> None:
+    """Make gradients dense again where the last optimizer that takes pairs is gone."""
+    for table in tables:
+        collected = collect_pair_grads(table)
+        collected.num_optimizers -= 1
+        if collected.num_optimizers == 0:
+            delattr(table, COLLECTION)

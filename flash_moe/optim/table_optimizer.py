@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
+from weakref import finalize
 
 import torch
 from torch import Tensor
 
 from flash_moe.arguments import checked_int, checked_number
-from flash_moe.ops.pair_grads import RowGrads, collect_pair_grads
+from flash_moe.ops.pair_grads import RowGrads, collect_pair_grads, stop_collecting
 from flash_moe.optim.split_float import join, split
 from flash_moe.optim.stochastic_rounding import round_stochastically
 
@@ -27,7 +28,7 @@ class StateTensor(NamedTuple):
 class TableOptimizer(torch.optim.Optimizer):
     """Optimizer whose backward pass gives gradients as pairs, and whose step sums them row by row.
 
-    From the moment it is made, backward passes of its tables leave `.grad` as None and give their
+    As long as it lives, backward passes of its tables leave `.grad` as None and give their
     gradients here. `step` applies and drops them, `zero_grad` drops them; several backward passes
     before a step add up. A step whose gradients were clipped by a norm that is not finite changes
     nothing.
@@ -98,9 +99,15 @@ class TableOptimizer(torch.optim.Optimizer):
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
+        self._collect(group["params"])
         for table in group["params"]:
-            collect_pair_grads(table)
             self.state[table] = self._new_state(table)
+
+    def _collect(self, tables: list[Tensor]) -> None:
+        """Take gradients of the tables as pairs, for as long as this optimizer lives."""
+        for table in tables:
+            collect_pair_grads(table).num_optimizers += 1
+        finalize(self, stop_collecting, list(tables)).atexit = False
 
     def _new_state(self, table: Tensor) -> dict[str, Tensor]:
         wanted = self.state_of(*table.shape)
@@ -205,8 +212,7 @@ class TableOptimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for group in self.param_groups:
-            for table in group["params"]:
-                collect_pair_grads(table)
+            self._collect(group["params"])
 
 
 def checked_betas(betas: Any) -> tuple[float, float]:
