@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from flash_moe import FlashExperts
 from flash_moe.ops.pair_grads import PairGrad, collect_pair_grads, pair_grads_of
+from flash_moe.ops.pairs import Pairs
 from flash_moe.optim import SGD, LazyAdam, RowwiseAdagrad, RowwiseAdam
 from flash_moe.optim.split_float import join, split
 from flash_moe.optim.stochastic_rounding import round_stochastically
@@ -167,9 +168,9 @@ def test_split_floats_are_exact(bits: list[int]) -> None:
 def give_grads(tables: list[nn.Parameter], seed: int) -> None:
     """Give all tables the same gradients, whatever their dtype."""
     batch = Batch(40, seed, torch.float32)
-    tokens = torch.arange(40).repeat_interleave(SLOTS)
+    pairs = Pairs.from_checked_indices(batch.indices, NUM_EXPERTS)
     for table in tables:
-        grad = PairGrad(batch.indices.flatten(), tokens, batch.weights.flatten(), batch.x)
+        grad = PairGrad(pairs, batch.weights.flatten(), batch.x)
         collect_pair_grads(table).add(grad)
 
 
@@ -490,10 +491,12 @@ def test_what_is_refused() -> None:
         optimizer.step()
     table.grad = None
     give = collect_pair_grads(table)
-    give.add(PairGrad(torch.tensor([0]), torch.tensor([0]), torch.ones(1), torch.ones(1, 3)))
+    pairs = Pairs.from_checked_indices(torch.tensor([[0]]), len(table))
+    grad = PairGrad(pairs, torch.ones(1), torch.ones(1, 3))
+    give.add(grad)
     clip_grad_norm_([table], 1.0)
     with pytest.raises(RuntimeError, match="must be added before they are clipped"):
-        give.add(give.grads[0])
+        give.add(grad)
 
 
 def test_a_compiled_layer_trains_its_tables() -> None:

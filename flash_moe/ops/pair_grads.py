@@ -15,6 +15,8 @@ from torch import Tensor
 
 from flash_moe.ops.backends import torch_sparse
 from flash_moe.ops.dtypes import accumulator_dtype
+from flash_moe.ops.pairs import Pairs
+from flash_moe.ops.row_updates import has_row_kernels, row_squares
 
 # Numbers that are summed into rows at a time; on CPUs as many as stay in the caches.
 CHUNK_NUMBERS, CHUNK_NUMBERS_CPU = 2**24, 2**17
@@ -22,25 +24,35 @@ CHUNK_NUMBERS, CHUNK_NUMBERS_CPU = 2**24, 2**17
 
 @dataclass(frozen=True)
 class PairGrad:
-    """A table's gradient from one backward pass.
+    """A table's gradient from one backward pass, or from several.
 
-    expert_ids: (N,) integers, -1 for an empty slot.
-    token_ids: (N,) integers, rows of `rows`.
+    pairs: the pattern.
     values: (N,) in the dtype of sums.
     rows: (T, H), hidden states or gradients of outputs.
     """
 
-    expert_ids: Tensor
-    token_ids: Tensor
+    pairs: Pairs
     values: Tensor
     rows: Tensor
 
-    def by_expert(self) -> "PairGrad":
-        """Return the pairs in the order of their experts, without empty slots."""
-        expert_ids, order = self.expert_ids.sort(stable=True)
-        present = expert_ids >= 0
-        order = order[present]
-        return PairGrad(expert_ids[present], self.token_ids[order], self.values[order], self.rows)
+    @classmethod
+    def joined(cls, grads: "list[PairGrad]") -> "PairGrad":
+        """Return several as one over all their tokens, the earlier ones first."""
+        if len(grads) == 1:
+            return grads[0]
+        return cls(
+            Pairs.joined([grad.pairs for grad in grads]),
+            torch.cat([grad.values for grad in grads]),
+            torch.cat([grad.rows for grad in grads]),
+        )
+
+
+class _SortedPairs(NamedTuple):
+    """Pairs in the order of their experts, without empty slots: three times (N,)."""
+
+    expert_ids: Tensor
+    token_ids: Tensor
+    values: Tensor
 
 
 class RowGrads(NamedTuple):
@@ -63,9 +75,9 @@ class PairGrads:
 
     def __init__(self) -> None:
         self.num_optimizers = 0
-        self.grads: list[PairGrad] = []
         self.factor: Tensor | None = None
-        self._is_merged = False
+        self._grads: list[PairGrad] = []
+        self._sorted: _SortedPairs | None = None
 
     def add(self, grad: PairGrad) -> None:
         """Add the gradient of a backward pass.
@@ -78,8 +90,8 @@ class PairGrads:
                 "gradients of a table must be added before they are clipped: got a backward pass "
                 "after clip_grad_norm_, without optimizer.step() or zero_grad() between"
             )
-        self.grads.append(grad)
-        self._is_merged = False
+        self._grads.append(grad)
+        self._sorted = None
 
     def scale(self, factor: Tensor) -> None:
         """Multiply all gradients by a tensor of shape ()."""
@@ -90,17 +102,31 @@ class PairGrads:
         return PairGrads, ()
 
     def clear(self) -> None:
-        self.grads, self.factor, self._is_merged = [], None, False
+        self._grads, self.factor, self._sorted = [], None, None
+
+    def joined(self) -> PairGrad | None:
+        """Return the gradients of all backward passes as one, without the factor."""
+        if not self._grads:
+            return None
+        # Once, also where clipping sums them before the step does.
+        self._grads = [PairGrad.joined(self._grads)]
+        return self._grads[0]
 
     def row_grads(self) -> Iterator[RowGrads]:
-        """Sum the pairs of each touched row, some rows at a time, in ascending order of rows."""
-        if not self.grads:
+        """Sum the pairs of each touched row, some rows at a time, in ascending order of rows.
+
+        Waits for the device.
+        """
+        joined = self.joined()
+        if joined is None:
             return
-        merged = self._merged()
-        rows, counts = torch.unique_consecutive(merged.expert_ids, return_counts=True)
+        if self._sorted is None:
+            self._sorted = _by_expert(joined)
+        expert_ids, token_ids, values = self._sorted
+        rows, counts = torch.unique_consecutive(expert_ids, return_counts=True)
         rows, ends = rows.long(), counts.cumsum(0)
-        dtype = accumulator_dtype(merged.values.dtype, merged.rows.dtype)
-        token_rows, values = merged.rows.to(dtype), merged.values.to(dtype)
+        dtype = accumulator_dtype(values.dtype, joined.rows.dtype)
+        token_rows, values = joined.rows.to(dtype), values.to(dtype)
         if self.factor is not None:
             values = values * self.factor.to(dtype)
         numbers = CHUNK_NUMBERS_CPU if rows.is_cpu else CHUNK_NUMBERS
@@ -109,39 +135,31 @@ class PairGrads:
         for chunk in _chunks(ends.tolist(), most_pairs):
             pairs = slice(chunk.first_pair, chunk.last_pair)
             sums = _row_sums(
-                token_rows, merged.token_ids[pairs], values[pairs], counts[chunk.first : chunk.last]
+                token_rows, token_ids[pairs], values[pairs], counts[chunk.first : chunk.last]
             )
             yield RowGrads(rows[chunk.first : chunk.last], sums)
 
     def sum_of_squares(self, device: torch.device) -> Tensor:
         """Sum of the squares of all elements: () float64."""
         total = torch.zeros((), dtype=torch.float64, device=device)
+        joined = self.joined()
+        if joined is None:
+            return total
+        if has_row_kernels(joined.values, joined.rows):
+            squares = row_squares(joined.values, joined.rows, joined.pairs)
+            factor = 1.0 if self.factor is None else self.factor.double()
+            return squares.sum(dtype=torch.float64) * factor**2
         for _, grads in self.row_grads():
             total += grads.double().square_().sum()
         return total
 
-    def _merged(self) -> PairGrad:
-        """Gradients of all backward passes as one, by expert; of equal ones the earlier first."""
-        if not self._is_merged:
-            first_tokens, total = [], 0
-            for grad in self.grads:
-                first_tokens.append(total)
-                total += grad.rows.shape[0]
-            rows = [grad.rows for grad in self.grads]
-            joined = PairGrad(
-                torch.cat([grad.expert_ids for grad in self.grads]),
-                torch.cat(
-                    [
-                        grad.token_ids + first
-                        for grad, first in zip(self.grads, first_tokens, strict=True)
-                    ]
-                ),
-                torch.cat([grad.values for grad in self.grads]),
-                rows[0] if len(rows) == 1 else torch.cat(rows),
-            )
-            # Once, also where clipping sums them before the step does.
-            self.grads, self._is_merged = [joined.by_expert()], True
-        return self.grads[0]
+
+def _by_expert(grad: PairGrad) -> _SortedPairs:
+    """Sort the pairs by expert; of equal ones the earlier first."""
+    expert_ids, order = grad.pairs.expert_ids.sort(stable=True)
+    present = expert_ids >= 0
+    order = order[present]
+    return _SortedPairs(expert_ids[present], grad.pairs.token_ids[order], grad.values[order])
 
 
 def _row_sums(rows_TH: Tensor, token_ids: Tensor, values: Tensor, counts: Tensor) -> Tensor:

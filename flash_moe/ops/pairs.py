@@ -258,6 +258,22 @@ class Pairs:
             hot = HotPairs.in_workspace(saved.hot_workspace, num_tokens, top_k, num_experts)
         return cls(ids_N, num_experts, top_k, top_k, None, slot_order, hot)
 
+    @classmethod
+    def joined(cls, patterns: "list[Pairs]") -> "Pairs":
+        """Return several patterns of the same experts as one over all their tokens, in order.
+
+        None of them partitions hot pairs or has ids past its last offset.
+        """
+        ids_N = torch.cat([one.expert_ids for one in patterns])
+        num_experts, top_k = patterns[0].num_experts, patterns[0].top_k
+        if top_k and all(one.top_k == top_k for one in patterns):
+            return cls(ids_N, num_experts, top_k, top_k)
+        offsets, num_pairs = [patterns[0].row_offsets[:1]], 0
+        for one in patterns:
+            offsets.append(one.row_offsets[1:] + num_pairs)
+            num_pairs += one.num_pairs
+        return cls.from_checked_offsets(torch.cat(offsets), ids_N, num_experts)
+
     def saved(self, scores_N: Tensor) -> SavedPairs:
         """Collect what the backward pass needs: the scores, and this pattern."""
         ids, offsets, order = self.expert_ids, self.given_row_offsets, self.slot_order

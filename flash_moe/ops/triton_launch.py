@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *args: Tensor | int | float, **options: Any) -> None:
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
     """Run kernel[grid](*args, **options) on the device of the first argument, a tensor."""
     first = args[0]
     assert isinstance(first, Tensor)

@@ -20,13 +20,16 @@ def round_stochastically(values: Tensor, rows: Tensor, touches: Tensor, seed: in
         touches: (U,) how often each was touched before.
     """
     columns = torch.arange(values.shape[1], device=values.device)
-    # As a signed number modulo 2^64.
-    start = (seed * GOLDEN + 2**63) % 2**64 - 2**63
-    keys = _mix(_mix(rows.long() + start) + touches.long() * GOLDEN)
+    keys = _mix(_mix(rows.long() + start_of_seed(seed)) + touches.long() * GOLDEN)
     noise = _mix(keys.unsqueeze(1) + columns * GOLDEN) & 0xFFFF
     bits = values.view(torch.int32)
     rounded = ((bits.long() + noise) >> 16).to(torch.int16).view(torch.bfloat16)
     return torch.where(values.isfinite(), rounded, values.to(torch.bfloat16))
+
+
+def start_of_seed(seed: int) -> int:
+    """Number that rows are counted from, as a signed number modulo 2^64."""
+    return (seed * GOLDEN + 2**63) % 2**64 - 2**63
 
 
 def _mix(numbers: Tensor) -> Tensor:

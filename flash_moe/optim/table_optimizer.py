@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from flash_moe.arguments import checked_int, checked_number
-from flash_moe.ops.pair_grads import RowGrads, collect_pair_grads, stop_collecting
+from flash_moe.ops.pair_grads import PairGrad, RowGrads, collect_pair_grads, stop_collecting
+from flash_moe.ops.row_updates import RowRule, RowState, has_row_kernels, update_rows
 from flash_moe.optim.split_float import join, split
-from flash_moe.optim.stochastic_rounding import round_stochastically
+from flash_moe.optim.stochastic_rounding import round_stochastically, start_of_seed
 
 DTYPES = (torch.bfloat16, torch.float32, torch.float64)
 # Names of state that does not depend on the formula.
@@ -70,6 +71,14 @@ class TableOptimizer(torch.optim.Optimizer):
 
     def state_of(self, num_rows: int, hidden_size: int) -> dict[str, StateTensor]:
         """Name the state tensors of a table."""
+        raise NotImplementedError
+
+    def moments(self, state: dict[str, Tensor]) -> tuple[Tensor | None, Tensor | None]:
+        """Average of gradients and average or sum of their squares; None of what there is none."""
+        raise NotImplementedError
+
+    def rule(self, group: dict[str, Any]) -> RowRule:
+        """Numbers of the update, from the options of a group."""
         raise NotImplementedError
 
     def update(
@@ -144,10 +153,24 @@ class TableOptimizer(torch.optim.Optimizer):
                 "op, or from before the optimizer was made"
             )
         collected = collect_pair_grads(table)
-        if collected.factor is None or bool(collected.factor.isfinite()):
-            state = {name: _local(one) for name, one in self.state[table].items()}
+        state = {name: _local(one) for name, one in self.state[table].items()}
+        local, first_row = _local(table), _first_row(table)
+        joined = collected.joined()
+        if joined is not None and _has_kernel(joined, local):
+            rule = self.rule(group)._replace(
+                first_row=first_row, seed_bits=start_of_seed(self.seed)
+            )
+            low_bits = state.get(LOW_BITS)
+            arrays = RowState(
+                local,
+                None if low_bits is None else low_bits.view(torch.int16),
+                *self.moments(state),
+                state.get(TOUCHES),
+            )
+            update_rows(joined.values, joined.rows, joined.pairs, collected.factor, arrays, rule)
+        elif collected.factor is None or bool(collected.factor.isfinite()):
             for touched in collected.row_grads():
-                self._update_rows(_local(table), touched, state, group, _first_row(table))
+                self._update_rows(local, touched, state, group, first_row)
         collected.clear()
 
     def _update_rows(
@@ -251,6 +274,14 @@ def _local(tensor: Tensor) -> Tensor:
     """This rank's part of a sharded tensor, or the tensor."""
     to_local: Any = getattr(tensor, "to_local", None)
     return tensor if to_local is None else to_local()
+
+
+def _has_kernel(grad: PairGrad, table: Tensor) -> bool:
+    return (
+        table.dtype != torch.float64
+        and table.stride(1) == 1
+        and has_row_kernels(grad.values, grad.rows)
+    )
 
 
 def _first_row(table: Any) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flash_moe.ops.row_updates import RowRule
 from flash_moe.optim.table_optimizer import StateTensor, TableOptimizer
 
 
@@ -65,6 +66,12 @@ class RowwiseAdam(TableOptimizer):
     def second_moment_shape(self, num_rows: int, hidden_size: int) -> tuple[int, ...]:
         return (num_rows,)
 
+    def moments(self, state: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        return state["exp_avg"], state["exp_avg_sq"]
+
+    def rule(self, group: dict[str, Any]) -> RowRule:
+        return RowRule(group["lr"], group["weight_decay"], group["eps"], group["betas"])
+
     def update(
         self, weights: Tensor, grads: Tensor, state: dict[str, Tensor], group: dict[str, Any]
     ) -> Tensor:
@@ -118,6 +125,12 @@ class RowwiseAdagrad(TableOptimizer):
     def state_of(self, num_rows: int, hidden_size: int) -> dict[str, StateTensor]:
         return {"sum": StateTensor((num_rows,), torch.float32)}
 
+    def moments(self, state: dict[str, Tensor]) -> tuple[None, Tensor]:
+        return None, state["sum"]
+
+    def rule(self, group: dict[str, Any]) -> RowRule:
+        return RowRule(group["lr"], group["weight_decay"], group["eps"])
+
     def update(
         self, weights: Tensor, grads: Tensor, state: dict[str, Tensor], group: dict[str, Any]
     ) -> Tensor:
@@ -148,6 +161,12 @@ class SGD(TableOptimizer):
 
     def state_of(self, num_rows: int, hidden_size: int) -> dict[str, StateTensor]:
         return {}
+
+    def moments(self, state: dict[str, Tensor]) -> tuple[None, None]:
+        return None, None
+
+    def rule(self, group: dict[str, Any]) -> RowRule:
+        return RowRule(group["lr"], group["weight_decay"])
 
     def update(
         self, weights: Tensor, grads: Tensor, state: dict[str, Tensor], group: dict[str, Any]

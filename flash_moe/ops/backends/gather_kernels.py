@@ -178,7 +178,7 @@ def _pair_and_token(expert_order, tokens_by_expert, position, end, TOP_K: tl.con
 
 
 @triton.jit
-def _token_sums(
+def token_sums(
     begin,
     end,
     expert_order,
@@ -221,6 +221,98 @@ def token_ids_kernel(row_offsets, token_ids, BLOCK: tl.constexpr):
     for block in range(begin + tl.program_id(1) * BLOCK, end, tl.num_programs(1) * BLOCK):
         pairs = block + tl.arange(0, BLOCK)
         tl.store(token_ids + pairs, token, mask=pairs < end)
+
+
+@triton.jit
+def store_partial_sums(
+    split,
+    values_0,
+    rows_0,
+    stride_0,
+    values_1,
+    rows_1,
+    stride_1,
+    partial_sums,
+    expert_ids,
+    tokens_by_expert,
+    expert_order,
+    expert_offsets,
+    num_pairs,
+    hidden,
+    in_row,
+    zeros,
+    TOP_K: tl.constexpr,
+    HIDDEN_SIZE: tl.constexpr,
+    SPLIT: tl.constexpr,
+    TABLES: tl.constexpr,
+):
+    """Sum a split's pairs of experts that have more than SPLIT: see `spmm_t_kernel`."""
+    split_begin = split * SPLIT
+    split_end = tl.minimum(split_begin + SPLIT, num_pairs)
+    first = tl.load(expert_ids + tl.load(expert_order + split_begin))
+    last = tl.load(expert_ids + tl.load(expert_order + split_end - 1))
+    for side in range(2):
+        expert = tl.where(side == 0, first, last)
+        if (expert >= 0) & ((side == 0) | (first != last)):
+            begin = tl.load(expert_offsets + expert)
+            end = tl.load(expert_offsets + expert + 1)
+            if end - begin > SPLIT:
+                total_0, total_1 = token_sums(
+                    tl.maximum(begin, split_begin),
+                    tl.minimum(end, split_end),
+                    expert_order,
+                    tokens_by_expert,
+                    values_0,
+                    rows_0,
+                    stride_0,
+                    values_1,
+                    rows_1,
+                    stride_1,
+                    hidden,
+                    in_row,
+                    zeros,
+                    zeros,
+                    TOP_K,
+                    TABLES,
+                )
+                offset = (split * 2 + side) * TABLES * HIDDEN_SIZE + hidden
+                tl.store(partial_sums + offset, total_0, mask=in_row)
+                if TABLES == 2:
+                    tl.store(partial_sums + offset + HIDDEN_SIZE, total_1, mask=in_row)
+
+
+@triton.jit
+def add_partial_sums_of_expert(
+    partial_sums,
+    split,
+    begin,
+    end,
+    table,
+    hidden,
+    in_row,
+    HIDDEN_SIZE: tl.constexpr,
+    BLOCK_SPLITS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    TABLES: tl.constexpr,
+):
+    """Add up what `store_partial_sums` stored for the expert of the pairs from begin to end.
+
+    split: where its pairs begin.
+    """
+    side = tl.where(begin > split * SPLIT, 1, 0)
+    stride = TABLES * HIDDEN_SIZE
+    source = partial_sums + table * HIDDEN_SIZE + hidden
+    total = tl.load(source + (split * 2 + side) * stride, mask=in_row, other=0.0)
+    splits_end = tl.cdiv(end, SPLIT)
+    for block in range(split + 1, splits_end, BLOCK_SPLITS):
+        splits = block + tl.arange(0, BLOCK_SPLITS)
+        loaded = tl.load(
+            source[None, :] + (splits * 2 * stride)[:, None],
+            mask=(splits < splits_end)[:, None] & in_row[None, :],
+            other=0.0,
+        )
+        total += tl.sum(loaded, 0)
+    return total
 
 
 @triton.jit
@@ -269,7 +361,7 @@ def spmm_t_kernel(
         if HAS_HOT:
             mine = mine & (tl.load(hot_index + expert) < 0)
         if mine:
-            total_0, total_1 = _token_sums(
+            total_0, total_1 = token_sums(
                 begin,
                 end,
                 expert_order,
@@ -291,38 +383,28 @@ def spmm_t_kernel(
             if TABLES == 2:
                 store_rounded(out_1 + expert * HIDDEN_SIZE + hidden, total_1 * scale, in_row)
     else:
-        split_begin = program * SPLIT
-        split_end = tl.minimum(split_begin + SPLIT, num_pairs)
-        first = tl.load(expert_ids + tl.load(expert_order + split_begin))
-        last = tl.load(expert_ids + tl.load(expert_order + split_end - 1))
-        for side in range(2):
-            expert = tl.where(side == 0, first, last)
-            if (expert >= 0) & ((side == 0) | (first != last)):
-                begin = tl.load(expert_offsets + expert)
-                end = tl.load(expert_offsets + expert + 1)
-                if end - begin > SPLIT:
-                    total_0, total_1 = _token_sums(
-                        tl.maximum(begin, split_begin),
-                        tl.minimum(end, split_end),
-                        expert_order,
-                        tokens_by_expert,
-                        values_0,
-                        rows_0,
-                        stride_0,
-                        values_1,
-                        rows_1,
-                        stride_1,
-                        hidden,
-                        in_row,
-                        zeros,
-                        zeros,
-                        TOP_K,
-                        TABLES,
-                    )
-                    offset = (program * 2 + side) * TABLES * HIDDEN_SIZE + hidden
-                    tl.store(partial_sums + offset, total_0, mask=in_row)
-                    if TABLES == 2:
-                        tl.store(partial_sums + offset + HIDDEN_SIZE, total_1, mask=in_row)
+        store_partial_sums(
+            program,
+            values_0,
+            rows_0,
+            stride_0,
+            values_1,
+            rows_1,
+            stride_1,
+            partial_sums,
+            expert_ids,
+            tokens_by_expert,
+            expert_order,
+            expert_offsets,
+            num_pairs,
+            hidden,
+            in_row,
+            zeros,
+            TOP_K,
+            HIDDEN_SIZE,
+            SPLIT,
+            TABLES,
+        )
 
 
 @triton.jit
@@ -356,19 +438,19 @@ def spmm_t_splits_kernel(
             table = tl.program_id(2)
             hidden = tl.program_id(1) * BLOCK_HIDDEN + tl.arange(0, BLOCK_HIDDEN)
             in_row = hidden < HIDDEN_SIZE
-            side = tl.where(begin > split_begin, 1, 0)
-            stride = TABLES * HIDDEN_SIZE
-            source = partial_sums + table * HIDDEN_SIZE + hidden
-            total = tl.load(source + (split * 2 + side) * stride, mask=in_row, other=0.0)
-            splits_end = tl.cdiv(end, SPLIT)
-            for block in range(split + 1, splits_end, BLOCK_SPLITS):
-                splits = block + tl.arange(0, BLOCK_SPLITS)
-                loaded = tl.load(
-                    source[None, :] + (splits * 2 * stride)[:, None],
-                    mask=(splits < splits_end)[:, None] & in_row[None, :],
-                    other=0.0,
-                )
-                total += tl.sum(loaded, 0)
+            total = add_partial_sums_of_expert(
+                partial_sums,
+                split,
+                begin,
+                end,
+                table,
+                hidden,
+                in_row,
+                HIDDEN_SIZE,
+                BLOCK_SPLITS,
+                SPLIT,
+                TABLES,
+            )
             offset = expert.to(tl.int64) * HIDDEN_SIZE + hidden
             if table == 0:
                 store_rounded(out_0 + offset, total * scale, in_row)

@@ -1,0 +1,203 @@
+"""Kernels that update a table's rows against the operations of PyTorch that do the same."""
+
+import math
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from cases import INTERPRETED_TOLERANCES, assert_close
+from torch import Tensor, nn
+
+from flash_moe.ops import row_updates
+from flash_moe.ops.pair_grads import PairGrad, collect_pair_grads
+from flash_moe.ops.pairs import Pairs
+from flash_moe.ops.row_updates import has_row_kernels
+from flash_moe.optim import SGD, LazyAdam, RowwiseAdagrad, RowwiseAdam
+from flash_moe.optim.split_float import join
+from flash_moe.optim.table_optimizer import TableOptimizer
+from flash_moe_dist import clip_grad_norm_
+
+HIDDEN_SIZE, NUM_EXPERTS, HOT = 20, 40, 3
+# Sums of up to 60 float32 numbers in another order.
+FLOAT32 = 1e-5
+ADAM = {"lr": 0.02, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1}
+KINDS: list[Any] = [
+    pytest.param(RowwiseAdam, {**ADAM, "moment_dtype": torch.float32}, id="RowwiseAdam"),
+    pytest.param(LazyAdam, {**ADAM, "moment_dtype": torch.float32}, id="LazyAdam"),
+    pytest.param(RowwiseAdam, {**ADAM, "betas": (0.0, 0.0)}, id="RowwiseAdam without memory"),
+    pytest.param(
+        RowwiseAdagrad, {"lr": 0.1, "eps": 1e-6, "weight_decay": 0.1}, id="RowwiseAdagrad"
+    ),
+    pytest.param(SGD, {"lr": 0.1, "weight_decay": 0.1}, id="SGD"),
+]
+
+
+def pair_grad(seed: int, device: torch.device, is_ragged: bool = False) -> PairGrad:
+    """Pairs of which most use one expert, and none the last ten; some slots are empty."""
+    draw = torch.Generator().manual_seed(seed)
+    tokens, slots = 17, 6
+    ids = torch.randint(-1, NUM_EXPERTS - 10, (tokens, slots), generator=draw)
+    ids[:, :3] = HOT
+    rows = torch.randn(tokens, HIDDEN_SIZE, generator=draw).to(device, torch.bfloat16)
+    values = torch.randn(tokens * slots, generator=draw).to(device)
+    pairs = Pairs.from_checked_indices(ids.to(device), NUM_EXPERTS)
+    if is_ragged:
+        offsets = torch.tensor([0, 0, *range(slots, tokens * slots + 1, slots)], device=device)
+        offsets = offsets[torch.arange(tokens + 1)].contiguous()
+        offsets[-1] = tokens * slots
+        pairs = Pairs.from_checked_offsets(offsets, ids.flatten().int().to(device), NUM_EXPERTS)
+    return PairGrad(pairs, values, rows)
+
+
+class Table(NamedTuple):
+    """A table and its optimizer."""
+
+    weights: nn.Parameter
+    optimizer: TableOptimizer
+
+    @classmethod
+    def new(
+        cls, kind: Any, options: dict[str, Any], dtype: torch.dtype, device: torch.device
+    ) -> "Table":
+        torch.manual_seed(0)
+        weights = nn.Parameter(torch.randn(NUM_EXPERTS, HIDDEN_SIZE).to(device, dtype))
+        return cls(weights, kind([weights], **options))
+
+    def step(self, grads: list[PairGrad], max_norm: float = math.inf) -> Tensor:
+        collected = collect_pair_grads(self.weights)
+        for grad in grads:
+            collected.add(grad)
+        norm = clip_grad_norm_([self.weights], max_norm)
+        self.optimizer.step()
+        return norm
+
+    def wide(self) -> Tensor:
+        """The float32 weights that a bfloat16 table and its low bits are."""
+        low_bits = self.tensors()["low_bits"].view(torch.int16)
+        return join(self.weights.detach(), low_bits)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"weights": self.weights.detach(), **self.optimizer.state[self.weights]}
+
+
+def two_tables(*arguments: Any) -> tuple[Table, Table]:
+    return Table.new(*arguments), Table.new(*arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("kind", "options"), KINDS)
+@pytest.mark.parametrize("split_pairs", [8, 1024])
+def test_steps_and_norms(
+    kind: Any,
+    options: dict[str, Any],
+    dtype: torch.dtype,
+    split_pairs: int,
+    device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    by_kernel, by_operations = two_tables(kind, options, dtype, device)
+    for seed in range(3):
+        # One pattern, ragged ones, and several passes in one step.
+        grads = [pair_grad(seed, device, is_ragged=seed == 1)]
+        grads += [pair_grad(9, device)] if seed == 2 else []
+        assert has_row_kernels(grads[0].values, grads[0].rows)
+        with row_updates.tuning(split_pairs=split_pairs):
+            norm = by_kernel.step(grads, max_norm=20.0)
+        with monkeypatch.context() as patch:
+            patch.setenv("FLASH_MOE_BACKEND", "reference")
+            expected = by_operations.step(grads, max_norm=20.0)
+        assert expected > 20
+        assert_close(norm, expected, FLOAT32, "norm")
+    if dtype == torch.bfloat16:
+        assert_close(by_kernel.wide(), by_operations.wide(), FLOAT32, "weights and low bits")
+    wanted = by_operations.tensors()
+    for name, tensor in by_kernel.tensors().items():
+        if name != "low_bits":
+            narrow = INTERPRETED_TOLERANCES[torch.bfloat16]
+            tolerance = narrow if tensor.dtype == torch.bfloat16 else FLOAT32
+            assert_close(tensor, wanted[name], tolerance, name)
+    untouched = slice(NUM_EXPERTS - 10, None)
+    assert torch.equal(by_kernel.weights[untouched], by_operations.weights[untouched])
+
+
+def test_stochastic_rounding_draws_the_same_numbers(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"lr": 2.0**-6, "stochastic_rounding": True, "seed": 2**40 + 5}
+    for kind in (SGD, RowwiseAdam):
+        by_kernel, by_operations = two_tables(kind, options, torch.bfloat16, device)
+        nearest = Table.new(kind, {"lr": 2.0**-6}, torch.bfloat16, device)
+        for seed in range(2):
+            grads = [pair_grad(seed, device)]
+            by_kernel.step(grads)
+            nearest.step(grads)
+            with monkeypatch.context() as patch:
+                patch.setenv("FLASH_MOE_BACKEND", "reference")
+                by_operations.step(grads)
+        # Another last bit before rounding may round another way.
+        same = by_kernel.weights == by_operations.weights
+        assert same.float().mean() > 0.99
+        assert (by_kernel.weights != nearest.weights).float().mean() > 0.1
+        one, other = by_kernel.tensors()["touches"], by_operations.tensors()["touches"]
+        assert torch.equal(one, other)
+
+
+def test_a_norm_that_is_not_finite_changes_nothing(device: torch.device) -> None:
+    for factor in (math.nan, math.inf):
+        table = Table.new(RowwiseAdam, {}, torch.bfloat16, device)
+        table.step([pair_grad(0, device)])
+        before = {name: tensor.clone() for name, tensor in table.tensors().items()}
+        bad = pair_grad(1, device)
+        bad.values[0] = factor
+        with row_updates.tuning(split_pairs=8):
+            assert not table.step([bad], max_norm=1.0).isfinite()
+        for name, tensor in table.tensors().items():
+            assert torch.equal(tensor, before[name]), name
+
+
+def test_a_learning_rate_that_is_a_tensor(device: torch.device) -> None:
+    one, other = two_tables(SGD, {"lr": 0.5}, torch.float32, device)
+    other.optimizer.param_groups[0]["lr"] = torch.tensor(0.5, device=device)
+    for table in (one, other):
+        table.step([pair_grad(0, device)])
+    assert torch.equal(one.weights, other.weights)
+
+
+def test_steps_are_bitwise_repeatable(device: torch.device) -> None:
+    one, other = two_tables(RowwiseAdam, {}, torch.bfloat16, device)
+    for table in (one, other):
+        with row_updates.tuning(split_pairs=8):
+            table.step([pair_grad(0, device), pair_grad(1, device, is_ragged=True)], max_norm=1.0)
+    for name, tensor in one.tensors().items():
+        assert torch.equal(tensor, other.tensors()[name]), name
+
+
+def test_no_pairs(device: torch.device) -> None:
+    table = Table.new(RowwiseAdam, {}, torch.float32, device)
+    before = table.weights.clone()
+    pairs = Pairs.from_checked_indices(torch.zeros(0, 4, dtype=torch.int64, device=device), 40)
+    nothing = PairGrad(
+        pairs, torch.zeros(0, device=device), torch.zeros(0, HIDDEN_SIZE, device=device)
+    )
+    assert table.step([nothing]) == 0
+    assert torch.equal(table.weights, before)
+
+
+@pytest.mark.gpu
+def test_a_step_in_a_cuda_graph_does_not_wait(device: torch.device) -> None:
+    captured, eager = two_tables(RowwiseAdam, {}, torch.bfloat16, device)
+    grads = [pair_grad(seed, device) for seed in range(4)]
+    given = pair_grad(0, device)
+    for table in (captured, eager):
+        table.step([grads[0]], max_norm=1.0)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured.step([given], max_norm=1.0)
+    for grad in grads[1:]:
+        for name in ("values", "rows"):
+            getattr(given, name).copy_(getattr(grad, name))
+        given.pairs.expert_ids.copy_(grad.pairs.expert_ids)
+        graph.replay()
+        eager.step([grad], max_norm=1.0)
+    for name, tensor in captured.tensors().items():
+        assert torch.equal(tensor, eager.tensors()[name]), name
