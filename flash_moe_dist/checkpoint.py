@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -54,6 +54,7 @@ from flash_moe_dist.checkpoint_unpickling import (
     SafeReader,
     SafeSavePlanner,
 )
+from flash_moe_dist.joined_optimizers import JoinedOptimizers
 from flash_moe_dist.optimizer_state import SavedOptimizer, optimizer_state
 from flash_moe_dist.runtime import DEFAULT_TIMEOUT, check_timeout
 from flash_moe_dist.same_tensors import check_same_model
@@ -109,7 +110,7 @@ class Checkpointer:
         self,
         step: int,
         model: nn.Module,
-        optimizer: Optimizer,
+        optimizer: Optimizer | Sequence[Optimizer],
         progress: Mapping[str, Any] | None = None,
     ) -> None:
         """Write all that training needs to continue after `step`, each rank its own shards.
@@ -119,6 +120,7 @@ class Checkpointer:
 
         Args:
             step: number of training steps done, 0 or more; must not have been saved yet.
+            optimizer: the optimizer, or several of different parameters, in the order of loading.
             progress: values to store with it by name, serializable as JSON, the same on all ranks;
                 without "step", which is added.
 
@@ -135,13 +137,13 @@ class Checkpointer:
         self.wait()
         with same_error_on_all_ranks(self._group):
             partial = self._folders.partial_path(step)
-            _check_model_and_optimizer(model, optimizer)
+            joined = _checked(model, optimizer)
         raise_differences({"step": step}, self._group)
         with same_error_on_all_ranks(self._group):
             progress_file = _progress_file(step, progress)
             state = {
                 "model": _with_opaque_extra_state(get_model_state_dict(model)),
-                "optimizer": optimizer_state(model, optimizer),
+                "optimizer": optimizer_state(model, joined),
                 "rng": {f"rank_{self._rank}": _generator_states(_device_of(model))},
             }
             if self._is_first:
@@ -241,7 +243,9 @@ class Checkpointer:
                 read_complete(path)
             return progress
 
-    def load(self, step: int, model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+    def load(
+        self, step: int, model: nn.Module, optimizer: Optimizer | Sequence[Optimizer]
+    ) -> dict[str, Any]:
         """Read the checkpoint of `step` into model and optimizer, resharding it to their layout.
 
         Every file is first read by one rank and compared with SHA256SUMS. That takes as long as
@@ -267,13 +271,13 @@ class Checkpointer:
         """
         progress = self.progress(step)
         with same_error_on_all_ranks(self._group):
-            _check_model_and_optimizer(model, optimizer)
+            joined = _checked(model, optimizer)
             path, device = self._folders.path(step), _device_of(model)
             metadata, sizes, sums = read_complete(path)
         model_state = get_model_state_dict(model)
         with same_error_on_all_ranks(self._group):
             check_same_model(model_state, metadata, path)
-            saved_optimizer = SavedOptimizer(metadata, path, model, optimizer)
+            saved_optimizer = SavedOptimizer(metadata, path, model, joined)
         if sums is None and self._is_first:
             warnings.warn(
                 f"{path} has no {MANIFEST}, as it was saved by an earlier version: changes to its "
@@ -364,9 +368,9 @@ def _causes(failure: CheckpointException) -> str:
     )
 
 
-def _check_model_and_optimizer(model: object, optimizer: object) -> None:
+def _checked(model: object, optimizer: Any) -> JoinedOptimizers:
     check_type("model", model, nn.Module)
-    check_type("optimizer", optimizer, Optimizer)
+    return JoinedOptimizers(optimizer)
 
 
 def _progress_file(step: int, progress: Mapping[str, Any] | None) -> bytes:

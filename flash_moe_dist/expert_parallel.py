@@ -358,7 +358,12 @@ class ExpertParallelFunc:
                 f"{table.placements} over {table.device_mesh}; with fully_shard, call the module "
                 "whose forward pass gathers them"
             )
-        local: Tensor = table.to_local()
+        if pair_grads_of(table) is None:
+            local: Tensor = table.to_local()
+        else:
+            # In torch 2.11 the backward pass of to_local makes zeros of a gradient that is None.
+            detached: Any = table.detach()
+            local = detached.to_local().requires_grad_(table.requires_grad)
         if local.is_meta:
             raise RuntimeError(
                 "tables are on the meta device: give them values by flash_moe_dist.materialize"

@@ -20,17 +20,18 @@ from torch.distributed.checkpoint.state_dict import _get_fqns
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor import empty as empty_dtensor
-from torch.optim import Optimizer
+
+from flash_moe_dist.joined_optimizers import JoinedOptimizers
 
 STATE = "optimizer.state."
 
 
-def optimizer_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+def optimizer_state(model: nn.Module, optimizer: JoinedOptimizers) -> dict[str, Any]:
     """Collect what a checkpoint stores of an optimizer; changes nothing.
 
     Returns:
-        "kind", the name of its class; "state", that of each parameter that has any, by the
-        parameter's (first) name in `model`; and "param_groups", with names as "params".
+        "kind", the name of its class, or of several; "state", that of each parameter that has any,
+        by the parameter's (first) name in `model`; and "param_groups", with names as "params".
 
     Raises:
         ValueError: the optimizer has a parameter that is not one of `model`.
@@ -48,7 +49,7 @@ def optimizer_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
         {**group, "params": own} for group, own in zip(packed["param_groups"], names, strict=True)
     ]
     storable: dict[str, Any] = _storable(
-        {"kind": type(optimizer).__name__, "state": state, "param_groups": groups}, "optimizer"
+        {"kind": optimizer.kind, "state": state, "param_groups": groups}, "optimizer"
     )
     return storable
 
@@ -77,7 +78,7 @@ class SavedOptimizer:
     """
 
     def __init__(
-        self, metadata: Metadata, path: Path, model: nn.Module, optimizer: Optimizer
+        self, metadata: Metadata, path: Path, model: nn.Module, optimizer: JoinedOptimizers
     ) -> None:
         self._metadata, self._path, self._optimizer = metadata, path, optimizer
         names = _names(model)
@@ -101,7 +102,7 @@ class SavedOptimizer:
                 its groups have options that were not saved.
         """
         saved = self._nested(self.options)
-        kind, here = saved.get("kind"), type(self._optimizer).__name__
+        kind, here = saved.get("kind"), self._optimizer.kind
         if kind not in (None, here):
             raise ValueError(
                 f"{self._path} was saved from a different model or optimizer: "
@@ -127,13 +128,15 @@ class SavedOptimizer:
     def state_entries(self) -> dict[str, Any]:
         """Name the entries that hold state, each with an uninitialized tensor, or None for others.
 
-        Tensors with the shape of their parameter get its layout; others are whole on every rank.
+        Tensors get the layout of what the optimizer has in their place, else, where they have the
+        shape of their parameter, its layout; others are whole on every rank.
         """
         groups = {
             parameter: group
             for own, group in zip(self._optimizer.param_groups, self._groups, strict=True)
             for parameter in own["params"]
         }
+        now = self._optimizer.state
         entries: dict[str, Any] = {}
         for name, one in self._metadata.state_dict_metadata.items():
             if name.startswith(STATE):
@@ -144,7 +147,8 @@ class SavedOptimizer:
                 elif parameter is None:
                     entries[name] = torch.empty(one.size, dtype=one.properties.dtype, device="cpu")
                 else:
-                    entries[name] = _empty(one, key, parameter, groups[parameter])
+                    own = now.get(parameter, {}).get(key[0]) if len(key) == 1 else None
+                    entries[name] = _empty(one, key, parameter, groups[parameter], own)
         return entries
 
     def restore(self, entries: Mapping[str, Any]) -> None:
@@ -214,7 +218,9 @@ def _names(model: nn.Module) -> dict[nn.Parameter, list[str]]:
     return names
 
 
-def _group_names(names: Mapping[nn.Parameter, list[str]], optimizer: Optimizer) -> list[list[str]]:
+def _group_names(
+    names: Mapping[nn.Parameter, list[str]], optimizer: JoinedOptimizers
+) -> list[list[str]]:
     """First names of the parameters of each group."""
     for number, group in enumerate(optimizer.param_groups):
         for parameter in group["params"]:
@@ -276,10 +282,20 @@ def _sizes(groups: list[list[str]]) -> str:
 
 
 def _empty(
-    saved: TensorStorageMetadata, key: list[Any], parameter: nn.Parameter, group: Mapping[str, Any]
+    saved: TensorStorageMetadata,
+    key: list[Any],
+    parameter: nn.Parameter,
+    group: Mapping[str, Any],
+    own: Any,
 ) -> Tensor:
-    """Allocate a tensor of a parameter's state as the optimizer would, uninitialized."""
+    """Allocate a tensor of a parameter's state as the optimizer would, uninitialized.
+
+    own: what the optimizer has under that key now, if anything.
+    """
     size, dtype = saved.size, saved.properties.dtype
+    if isinstance(own, DTensor) and own.shape == size:
+        # Sharded as the optimizer shards it, which may be unlike the parameter.
+        return torch.empty_like(own, dtype=dtype)
     is_step = key == ["step"]
     # As Optimizer.load_state_dict does: kernels that read the step need it on their device.
     on_cpu = is_step and not (group.get("capturable") or group.get("fused"))

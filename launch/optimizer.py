@@ -1,14 +1,24 @@
-"""The optimizer of the language models, and its learning rates."""
+"""The optimizers of the language models, and their learning rates."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from flash_moe import FlashExperts
+from flash_moe.optim import SGD, LazyAdam, RowwiseAdagrad, RowwiseAdam
 from flash_moe_dist import parameter_groups
 
 MAX_GRAD_NORM = 1.0
+BETAS = (0.9, 0.95)
+TableOptimizerName = Literal["adamw", "rowwise-adam", "lazy-adam", "rowwise-adagrad", "sgd"]
+TABLE_OPTIMIZERS: dict[str, Any] = {
+    "rowwise-adam": RowwiseAdam,
+    "lazy-adam": LazyAdam,
+    "rowwise-adagrad": RowwiseAdagrad,
+    "sgd": SGD,
+}
 
 
 def expert_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
@@ -18,26 +28,48 @@ def expert_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
             yield from module.parameters()
 
 
-def build_optimizer(model: nn.Module, lr: float) -> torch.optim.AdamW:
-    """Build AdamW with two parameter groups: dense parameters, then the experts' tables, if any."""
+def build_optimizers(
+    model: nn.Module, lr: float, table_optimizer: TableOptimizerName
+) -> list[torch.optim.Optimizer]:
+    """Build AdamW for the dense parameters and, if there are any, an optimizer of the tables.
+
+    With "adamw", that is one AdamW of two parameter groups, dense parameters first.
+    """
     tables = dict.fromkeys(expert_parameters(model))
     dense = [parameter for parameter in model.parameters() if parameter not in tables]
-    return torch.optim.AdamW(
-        [*parameter_groups(dense), *parameter_groups(tables)],
-        lr=lr,
-        betas=(0.9, 0.95),
-        weight_decay=0.0,
-        fused=True,
-    )
+    groups = parameter_groups(dense)
+    if table_optimizer == "adamw":
+        groups += parameter_groups(tables)
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(groups, lr=lr, betas=BETAS, weight_decay=0.0, fused=True)
+    ]
+    if tables and table_optimizer != "adamw":
+        options: dict[str, Any] = {"betas": BETAS} if table_optimizer.endswith("adam") else {}
+        optimizers.append(TABLE_OPTIMIZERS[table_optimizer](tables, lr=lr, **options))
+    return optimizers
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float, table_lr_scale: float) -> None:
+def narrow_tables(model: nn.Module, precision: str, table_optimizer: TableOptimizerName) -> None:
+    """Make the tables bfloat16 where activations are, if their optimizer keeps the missing bits.
+
+    model: on the meta device, not sharded yet.
+    """
+    if precision == "bfloat16" and table_optimizer != "adamw":
+        for module in model.modules():
+            if isinstance(module, FlashExperts):
+                module.to(torch.bfloat16)
+
+
+def set_learning_rate(
+    optimizers: Sequence[torch.optim.Optimizer], lr: float, table_lr_scale: float
+) -> None:
     """Set the learning rate of the dense parameters, and `table_lr_scale` times it for the tables.
 
-    optimizer: one of `build_optimizer`. Entries of its groups are saved in checkpoints, so that the
-        factor is none of them.
+    optimizers: those of `build_optimizers`. Entries of their groups are saved in checkpoints, so
+        that the factor is none of them.
     """
-    for group, scale in zip(optimizer.param_groups, (1.0, table_lr_scale), strict=False):
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    for group, scale in zip(groups, (1.0, table_lr_scale), strict=False):
         group["lr"] = lr * scale
 
 

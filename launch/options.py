@@ -6,9 +6,10 @@ import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from flash_moe.layers.router import BIAS_UPDATE_RATE
+from optimizer import TableOptimizerName
 from option_parser import RaisingParser
 
 # In messages and --help.
@@ -151,6 +152,13 @@ def add_shared_options(parser: argparse.ArgumentParser) -> None:
         type=float,
         help="learning rate of the experts' tables over that of the other parameters (default: "
         "512 / H, from 1 to 4)",
+    )
+    add(
+        "--table-optimizer",
+        choices=get_args(TableOptimizerName),
+        default="adamw",
+        help="optimizer of the experts' tables; all but adamw touch only the rows that a step "
+        "used, and keep tables in bfloat16 where activations are (default: adamw)",
     )
     add("--hidden-size", type=int, default=128, help="width H of the residual stream")
     add("--intermediate-size", type=int, default=256, help="width of the shared MLP")

@@ -23,6 +23,7 @@ BEFORE_OPTIONS = {
     "bias_update_rate": 0.0,
     "force_load_balance": False,
     "table_lr_scale": 1.0,
+    "table_optimizer": "adamw",
 }
 # Options of the model that its tensors do not depend on.
 CHANGEABLE = ("aux_loss_coef", "z_loss_coef", "force_load_balance")

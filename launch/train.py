@@ -55,9 +55,11 @@ from metrics import Line, MetricsFile, plot_metrics, speed
 from model import ModelConfig, Transformer, autocast, cross_entropy, evaluation_mode
 from optimizer import (
     MAX_GRAD_NORM,
-    build_optimizer,
+    TableOptimizerName,
+    build_optimizers,
     expert_parameters,
     learning_rate_factor,
+    narrow_tables,
     set_learning_rate,
 )
 from options import DESCRIPTION, SCORE_NORMS, SCRIPT, default_lr, default_table_lr_scale, parse_args
@@ -87,6 +89,12 @@ def runtime_for(args: argparse.Namespace, runtime: Runtime) -> Runtime:
     if runtime.world_size % args.ep_size:
         raise ValueError(
             f"--ep-size must divide the number of ranks = {runtime.world_size}, got {args.ep_size}"
+        )
+    if args.table_optimizer != "adamw" and args.ep_size < runtime.world_size:
+        raise ValueError(
+            "--table-optimizer must be adamw where --ep-size is less than the number of ranks = "
+            f"{runtime.world_size}, as several ranks hold a table row then, got "
+            f"{args.table_optimizer}"
         )
     if args.hidden_size % (runtime.world_size // args.ep_size):
         raise ValueError(
@@ -201,13 +209,20 @@ def prepare(
     return corpus, config
 
 
-def build_model(config: ModelConfig, seed: int, runtime: Runtime) -> Transformer:
+def build_model(
+    config: ModelConfig,
+    seed: int,
+    runtime: Runtime,
+    precision: str,
+    table_optimizer: TableOptimizerName,
+) -> Transformer:
     """Build the model: experts' tables sharded over the ep and efsdp axes, the rest over all ranks.
 
     Starts on the meta device, so that no rank ever holds a whole table.
     """
     with torch.device("meta"):
         model = Transformer(config)
+    narrow_tables(model, precision, table_optimizer)
     parallelize_module(model, runtime.ep_mesh, {"layers.*.moe.experts": ExpertParallel()})
     tables = set(expert_parameters(model))
     if runtime.efsdp_mesh.size() > 1:
@@ -296,8 +311,9 @@ class Run:
         self, args: argparse.Namespace, runtime: Runtime, corpus: Corpus, config: ModelConfig
     ) -> None:
         self.args, self.runtime, self.corpus, self.config = args, runtime, corpus, config
-        self.model = build_model(config, args.seed, runtime)
-        self.optimizer = build_optimizer(self.model, args.lr)
+        name: TableOptimizerName = args.table_optimizer
+        self.model = build_model(config, args.seed, runtime, args.precision, name)
+        self.optimizers = build_optimizers(self.model, args.lr, name)
         self.single_token_entropy = cache(corpus.single_token_entropy)
 
     def step(self, step: int, stop_asked: Callable[[], int] = lambda: 0) -> StepReport:
@@ -309,7 +325,7 @@ class Run:
                 process was asked to stop, 0 if it was not.
         """
         lr = self.args.lr * learning_rate_factor(step - 1, self.args.steps)
-        set_learning_rate(self.optimizer, lr, self.args.table_lr_scale)
+        set_learning_rate(self.optimizers, lr, self.args.table_lr_scale)
         timed: AbstractContextManager[dict[str, float]] = (
             time_phases(self.runtime.device) if self.args.time_phases else nullcontext({})
         )
@@ -323,12 +339,14 @@ class Run:
         losses, norms, stops = everyone.t().tolist()
         report = StepReport(losses, norms[0], int(max(stops)), layer_seconds)
         if report.is_finite:
-            self.optimizer.step()
+            for optimizer in self.optimizers:
+                optimizer.step()
         else:
             for module in self.model.modules():
                 if isinstance(module, ProductKeyRouter):
                     module.forget_batch()
-        self.optimizer.zero_grad()
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
         return report
 
     def progress(self) -> dict[str, Any]:
@@ -467,7 +485,7 @@ def train(
                 plot(run, metrics)
         if report.stop or step % args.checkpoint_interval == 0 or step == args.steps:
             progress_now = {**run.progress(), "run_id": run_id()}
-            checkpoints.save(step, run.model, run.optimizer, progress_now)
+            checkpoints.save(step, run.model, run.optimizers, progress_now)
         if stop := report.stop:
             break
     checkpoints.wait()
@@ -524,7 +542,7 @@ def main() -> None:
         run = Run(args, runtime, corpus, config)
         if last_step:
             with exit_on_shared_error(SCRIPT, runtime, (ValueError,)):
-                checkpoints.load(last_step, run.model, run.optimizer)
+                checkpoints.load(last_step, run.model, run.optimizers)
         count = sum(parameter.numel() for parameter in run.model.parameters())
         print_on_main_rank(
             runtime,

@@ -100,7 +100,9 @@ class Batch:
         return sorted({one for one in self.indices.flatten().tolist() if one >= 0})
 
     def loss(self, experts: nn.Module) -> Tensor:
-        out: Tensor = experts(self.x, self.indices, self.weights)
+        # Hidden states that need a gradient, as in a model.
+        x = self.x if self.x.requires_grad else self.x.detach().requires_grad_()
+        out: Tensor = experts(x, self.indices, self.weights)
         return out.square().sum()
 
     def joined(self, other: "Batch") -> "Batch":

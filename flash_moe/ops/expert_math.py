@@ -207,7 +207,7 @@ def collect_table_grads(
         if collection is not None and is_needed:
             assert values_N is not None
             scaled_N = values_N if scale == 1 else values_N * scale
-            collection.add(PairGrad(pairs, scaled_N, rows_TH))
+            collection.add(PairGrad(pairs, scaled_N, rows_TH.detach()))
     dense = needs_grad._replace(
         down=needs_grad.down and collections.down is None,
         up=needs_grad.up and collections.up is None,

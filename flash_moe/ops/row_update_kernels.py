@@ -8,8 +8,8 @@ are tuples:
     pairs     (values, rows, rows_stride, expert_ids, tokens_by_expert, expert_order,
               expert_offsets, num_pairs): see `gather_kernels`
     state     (table, table_stride, low_bits, first, second, touches)
-    numbers   (lr, weight_decay, eps, first_gain, second_gain, log_first_beta, log_second_beta,
-              first_row, seed_bits)
+    numbers   (lr, weight_decay, eps, max_row_norm, first_gain, second_gain, log_first_beta,
+              log_second_beta, first_row, seed_bits)
 
     partial_sums: see `spmm_t_kernel`, of one table
     factor    () float32, on all gradients; or None. No row is updated if it is not finite.
@@ -20,6 +20,7 @@ are tuples:
     second    SECOND 1: (E,), 2: (E, H), float32: averages of squares, sums unless FIRST; else None
     touches   (E,) int32, or None
     lr        number, or float32 tensor () if HAS_LR_TENSOR
+    max_row_norm: number, or None
     gains     1 - beta
     log_betas natural logarithms
 """
@@ -246,53 +247,63 @@ def _update_row(
     HAS_TOUCHES: tl.constexpr,
     HAS_LR_TENSOR: tl.constexpr,
 ):
-    """Store a row's new weights and state: the formulas of `flash_moe.optim.table_optimizers`."""
+    """Store a row's new weights and state: the formulas of `flash_moe.optim.table_optimizers`.
+
+    Stores nothing if its gradient is not finite.
+    """
     table, table_stride, low_bits, first, second, touches = state
-    lr, decay, eps, first_gain, second_gain, log_first, log_second, first_row, seed_bits = numbers
+    lr, decay, eps, max_norm, first_gain, second_gain, log_first, log_second = numbers[:8]
     weights, average, variance = loaded
     in_row = columns < HIDDEN_SIZE
     elements = expert * HIDDEN_SIZE + columns
-    if HAS_LR_TENSOR:
-        lr = tl.load(lr).to(tl.float32)
-    if HAS_TOUCHES:
-        touched = tl.load(touches + expert)
-        tl.store(touches + expert, touched + 1)
-    step = grads
-    if SECOND > 0:
-        new_squares = grads * grads
-        if SECOND == 1:
-            new_squares = tl.zeros(columns.shape, tl.float32) + tl.sum(new_squares, 0) / HIDDEN_SIZE
-        if FIRST:
-            variance += second_gain * (new_squares - variance)
+    squared_norm = tl.sum(grads * grads, 0)
+    if squared_norm < float("inf"):
+        if HAS_LR_TENSOR:
+            lr = tl.load(lr).to(tl.float32)
+        if HAS_TOUCHES:
+            touched = tl.load(touches + expert)
+            tl.store(touches + expert, touched + 1)
+        if max_norm is not None:
+            shrink = tl.minimum(max_norm / (tl.sqrt_rn(squared_norm) + 1e-6), 1.0)
+            grads *= shrink
+            squared_norm *= shrink * shrink
+        step = grads
+        if SECOND > 0:
+            if SECOND == 1:
+                new_squares = tl.zeros(columns.shape, tl.float32) + squared_norm / HIDDEN_SIZE
+            else:
+                new_squares = grads * grads
+            if FIRST:
+                variance += second_gain * (new_squares - variance)
+            else:
+                variance += new_squares
+            if SECOND == 1:
+                # All elements are the same number.
+                tl.store(second + expert, tl.max(variance, 0))
+            else:
+                tl.store(second + elements, variance, mask=in_row)
+            corrected = variance
+            if FIRST:
+                average += first_gain * (grads - average)
+                store_rounded(first + elements, average, in_row)
+                # In float64, as 1 - beta^t cancels.
+                times = (touched + 1).to(tl.float64)
+                step = average / (1 - tl.exp(times * log_first)).to(tl.float32)
+                corrected = variance / (1 - tl.exp(times * log_second)).to(tl.float32)
+            step = step / (tl.sqrt_rn(corrected) + eps)
+        weights -= lr * (step + decay * weights)
+        stored = table + expert * table_stride + columns
+        if WEIGHTS == 0:
+            tl.store(stored, weights, mask=in_row)
+        elif WEIGHTS == 1:
+            bits = weights.to(tl.int32, bitcast=True)
+            low = (bits << 16) >> 16
+            tl.store(stored, ((bits - low) >> 16).to(tl.int16), mask=in_row)
+            tl.store(low_bits + elements, low.to(tl.int16), mask=in_row)
         else:
-            variance += new_squares
-        if SECOND == 1:
-            # All elements are the same number.
-            tl.store(second + expert, tl.max(variance, 0))
-        else:
-            tl.store(second + elements, variance, mask=in_row)
-        corrected = variance
-        if FIRST:
-            average += first_gain * (grads - average)
-            store_rounded(first + elements, average, in_row)
-            # In float64, as 1 - beta^t cancels.
-            times = (touched + 1).to(tl.float64)
-            step = average / (1 - tl.exp(times * log_first)).to(tl.float32)
-            corrected = variance / (1 - tl.exp(times * log_second)).to(tl.float32)
-        step = step / (tl.sqrt_rn(corrected) + eps)
-    weights -= lr * (step + decay * weights)
-    stored = table + expert * table_stride + columns
-    if WEIGHTS == 0:
-        tl.store(stored, weights, mask=in_row)
-    elif WEIGHTS == 1:
-        bits = weights.to(tl.int32, bitcast=True)
-        low = (bits << 16) >> 16
-        tl.store(stored, ((bits - low) >> 16).to(tl.int16), mask=in_row)
-        tl.store(low_bits + elements, low.to(tl.int16), mask=in_row)
-    else:
-        row = expert + first_row
-        rounded = _round_stochastically(weights, row, touched, columns, seed_bits)
-        tl.store(stored, rounded, mask=in_row)
+            row = expert + numbers[8]
+            rounded = _round_stochastically(weights, row, touched, columns, numbers[9])
+            tl.store(stored, rounded, mask=in_row)
 
 
 @triton.jit

@@ -43,6 +43,7 @@ class RowRule(NamedTuple):
     """Numbers of an update.
 
     lr: a number, or a tensor of shape () on the table's device.
+    max_row_norm: largest norm of a row's gradient, which is scaled down to it; None: any.
     betas: of the averages of gradients and of their squares, where there are any.
     seed_bits: of stochastic rounding, see there; first_row: the table's row in the whole table.
     """
@@ -50,6 +51,7 @@ class RowRule(NamedTuple):
     lr: float | Tensor
     weight_decay: float = 0.0
     eps: float = 0.0
+    max_row_norm: float | None = None
     betas: tuple[float, float] = (0.0, 0.0)
     seed_bits: int = 0
     first_row: int = 0
@@ -101,7 +103,7 @@ def update_rows(
 
     Args:
         values_N: (N,), rows_TH: (T, H): the gradient of row e is the sum over the pairs of expert e
-            of the value times the row of the pair's token.
+            of the value times the row of the pair's token. A row that is not finite is skipped.
         pairs: the pattern.
         factor: () on all gradients; None for 1. Nothing changes if it is not finite.
         state: the table and its state.
@@ -113,6 +115,7 @@ def update_rows(
         rule.lr if is_tensor else float(rule.lr),
         float(rule.weight_decay),
         float(rule.eps),
+        None if rule.max_row_norm is None else float(rule.max_row_norm),
         1 - first_beta,
         1 - second_beta,
         math.log(first_beta) if first_beta > 0 else -math.inf,

@@ -32,7 +32,10 @@ class TableOptimizer(torch.optim.Optimizer):
     As long as it lives, backward passes of its tables leave `.grad` as None and give their
     gradients here. `step` applies and drops them, `zero_grad` drops them; several backward passes
     before a step add up. A step whose gradients were clipped by a norm that is not finite changes
-    nothing.
+    nothing; without clipping, a row whose gradient is not finite is left as it is.
+
+    Option `max_row_norm` of a group scales the gradient of each row down to that norm, as it is
+    summed: cheaper than a norm over all gradients, for which rows are summed twice.
 
     A bfloat16 table keeps the 16 bits that it lacks as state, `low_bits`: both are the float32
     weights exactly (`split_float`), so that training is that of a float32 table whose forward and
@@ -77,10 +80,6 @@ class TableOptimizer(torch.optim.Optimizer):
         """Average of gradients and average or sum of their squares; None of what there is none."""
         raise NotImplementedError
 
-    def rule(self, group: dict[str, Any]) -> RowRule:
-        """Numbers of the update, from the options of a group."""
-        raise NotImplementedError
-
     def update(
         self, weights: Tensor, grads: Tensor, state: dict[str, Tensor], group: dict[str, Any]
     ) -> Tensor:
@@ -98,8 +97,8 @@ class TableOptimizer(torch.optim.Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            for name in ("lr", "eps", "weight_decay"):
-                if name in group:
+            for name in ("lr", "eps", "weight_decay", "max_row_norm"):
+                if group.get(name) is not None:
                     checked_number(name, group[name], 0)
             if "betas" in group:
                 group["betas"] = checked_betas(group["betas"])
@@ -157,9 +156,8 @@ class TableOptimizer(torch.optim.Optimizer):
         local, first_row = _local(table), _first_row(table)
         joined = collected.joined()
         if joined is not None and _has_kernel(joined, local):
-            rule = self.rule(group)._replace(
-                first_row=first_row, seed_bits=start_of_seed(self.seed)
-            )
+            options = {name: group[name] for name in RowRule._fields if name in group}
+            rule = RowRule(**options, first_row=first_row, seed_bits=start_of_seed(self.seed))
             low_bits = state.get(LOW_BITS)
             arrays = RowState(
                 local,
@@ -182,6 +180,11 @@ class TableOptimizer(torch.optim.Optimizer):
         first_row: int,
     ) -> None:
         rows, grads = touched
+        norms = torch.linalg.vector_norm(grads, dim=1)
+        if not bool((is_finite := norms.isfinite()).all()):
+            rows, grads, norms = rows[is_finite], grads[is_finite], norms[is_finite]
+        if group["max_row_norm"] is not None:
+            grads = grads * (group["max_row_norm"] / (norms + 1e-6)).clamp(max=1.0).unsqueeze(1)
         before = {name: one.index_select(0, rows) for name, one in state.items()}
         after = dict(before)
         weights = table.index_select(0, rows)

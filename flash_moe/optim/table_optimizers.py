@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flash_moe.ops.row_updates import RowRule
 from flash_moe.optim.table_optimizer import StateTensor, TableOptimizer
 
 
@@ -28,6 +27,7 @@ class RowwiseAdam(TableOptimizer):
         betas: b1 and b2.
         eps: added to the root.
         weight_decay: decoupled decay of touched rows.
+        max_row_norm: see `TableOptimizer`.
         moment_dtype: of the first moment, bfloat16 or float32.
         stochastic_rounding, seed: see `TableOptimizer`.
 
@@ -45,13 +45,20 @@ class RowwiseAdam(TableOptimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         *,
+        max_row_norm: float | None = None,
         moment_dtype: torch.dtype = torch.bfloat16,
         stochastic_rounding: bool = False,
         seed: int = 0,
     ) -> None:
         if moment_dtype not in (torch.bfloat16, torch.float32):
             raise ValueError(f"moment_dtype must be bfloat16 or float32, got {moment_dtype}")
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "max_row_norm": max_row_norm,
+        }
         self.moment_dtype = moment_dtype
         super().__init__(params, defaults, stochastic_rounding, seed)
 
@@ -68,9 +75,6 @@ class RowwiseAdam(TableOptimizer):
 
     def moments(self, state: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         return state["exp_avg"], state["exp_avg_sq"]
-
-    def rule(self, group: dict[str, Any]) -> RowRule:
-        return RowRule(group["lr"], group["weight_decay"], group["eps"], group["betas"])
 
     def update(
         self, weights: Tensor, grads: Tensor, state: dict[str, Tensor], group: dict[str, Any]
@@ -106,7 +110,7 @@ class RowwiseAdagrad(TableOptimizer):
     (Duchi et al. 2011, JMLR 12; one sum for each row: "exact row-wise Adagrad" of FBGEMM.)
 
     Args:
-        params, lr, eps, weight_decay, stochastic_rounding, seed: see `RowwiseAdam`.
+        params, lr, eps, weight_decay, max_row_norm, stochastic_rounding, seed: see `RowwiseAdam`.
     """
 
     def __init__(
@@ -116,10 +120,16 @@ class RowwiseAdagrad(TableOptimizer):
         eps: float = 1e-10,
         weight_decay: float = 0.0,
         *,
+        max_row_norm: float | None = None,
         stochastic_rounding: bool = False,
         seed: int = 0,
     ) -> None:
-        defaults = {"lr": lr, "eps": eps, "weight_decay": weight_decay}
+        defaults = {
+            "lr": lr,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "max_row_norm": max_row_norm,
+        }
         super().__init__(params, defaults, stochastic_rounding, seed)
 
     def state_of(self, num_rows: int, hidden_size: int) -> dict[str, StateTensor]:
@@ -127,9 +137,6 @@ class RowwiseAdagrad(TableOptimizer):
 
     def moments(self, state: dict[str, Tensor]) -> tuple[None, Tensor]:
         return None, state["sum"]
-
-    def rule(self, group: dict[str, Any]) -> RowRule:
-        return RowRule(group["lr"], group["weight_decay"], group["eps"])
 
     def update(
         self, weights: Tensor, grads: Tensor, state: dict[str, Tensor], group: dict[str, Any]
@@ -144,7 +151,7 @@ class SGD(TableOptimizer):
     """Stochastic gradient descent: w = w - lr (g + weight_decay w), of touched rows alone.
 
     Args:
-        params, lr, weight_decay, stochastic_rounding, seed: see `RowwiseAdam`.
+        params, lr, weight_decay, max_row_norm, stochastic_rounding, seed: see `RowwiseAdam`.
     """
 
     def __init__(
@@ -153,10 +160,11 @@ class SGD(TableOptimizer):
         lr: float | Tensor = 1e-3,
         weight_decay: float = 0.0,
         *,
+        max_row_norm: float | None = None,
         stochastic_rounding: bool = False,
         seed: int = 0,
     ) -> None:
-        defaults = {"lr": lr, "weight_decay": weight_decay}
+        defaults = {"lr": lr, "weight_decay": weight_decay, "max_row_norm": max_row_norm}
         super().__init__(params, defaults, stochastic_rounding, seed)
 
     def state_of(self, num_rows: int, hidden_size: int) -> dict[str, StateTensor]:
@@ -164,9 +172,6 @@ class SGD(TableOptimizer):
 
     def moments(self, state: dict[str, Tensor]) -> tuple[None, None]:
         return None, None
-
-    def rule(self, group: dict[str, Any]) -> RowRule:
-        return RowRule(group["lr"], group["weight_decay"])
 
     def update(
         self, weights: Tensor, grads: Tensor, state: dict[str, Tensor], group: dict[str, Any]

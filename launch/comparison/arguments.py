@@ -48,7 +48,8 @@ def parse(description: str, argv: list[str]) -> argparse.Namespace:
         default=[],
         metavar="NAME:KEY=VALUE,...",
         help="a further variant, by the settings in which it differs from `default`: sizes, "
-        "options of routers, lr, table_lr_scale; may be given several times (default: none)",
+        "options of routers, lr, table_lr_scale, table_optimizer; may be given several times "
+        "(default: none)",
     )
     add(
         "--num-experts",

@@ -18,7 +18,13 @@ from data import VALIDATION_SEED, Corpus, Tokens, batch_at
 from flash_moe import router_loss
 from flash_moe_dist import clip_grad_norm_, count_load, materialize
 from model import Transformer, cross_entropy, evaluation_mode
-from optimizer import MAX_GRAD_NORM, build_optimizer, learning_rate_factor, set_learning_rate
+from optimizer import (
+    MAX_GRAD_NORM,
+    build_optimizers,
+    learning_rate_factor,
+    narrow_tables,
+    set_learning_rate,
+)
 
 # Steps that also compile and allocate; each counts as the median of the others.
 SLOW_STEPS = 5
@@ -64,9 +70,10 @@ class _Training:
         self.case, self.corpus, self.args, self.device = case, corpus, args, device
         with torch.device("meta"):
             self.model = Transformer(case.config)
+        narrow_tables(self.model, args.precision, case.table_optimizer)
         torch.manual_seed(case.seed)
         materialize(self.model, device)
-        self.optimizer = build_optimizer(self.model, case.lr)
+        self.optimizers = build_optimizers(self.model, case.lr, case.table_optimizer)
         self.seconds: list[float] = []
 
     def run(self, row: Row, deadline: float, save: Callable[[], None]) -> None:
@@ -109,12 +116,13 @@ class _Training:
         """Take a step; return its loss in nats per token, and the norm of its gradient."""
         begin = self.now()
         lr = self.case.lr * learning_rate_factor(step - 1, self.args.steps)
-        set_learning_rate(self.optimizer, lr, self.case.table_lr_scale)
+        set_learning_rate(self.optimizers, lr, self.case.table_lr_scale)
         loss = cross_entropy(self.model, inputs_BS, targets_BS, self.device, self.args.precision)
         (loss + router_loss(self.model)).backward()
         norm = clip_grad_norm_(self.model.parameters(), MAX_GRAD_NORM)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
         self.seconds.append(self.now() - begin)
         return loss.item(), norm.item()
 

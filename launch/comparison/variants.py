@@ -3,12 +3,13 @@
 import argparse
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from flash_moe.layers.router import ScoreNormName
 from model import ModelConfig, Transformer
+from optimizer import TableOptimizerName
 from options import MAX_OPTION, SCORE_NORMS, default_lr, default_table_lr_scale
 
 ROUTER_OFF: dict[str, Any] = {
@@ -25,6 +26,7 @@ BUILT_IN: dict[str, dict[str, Any]] = {
     "default": {},
     "batch-norm": {**ROUTER_OFF, "score_norm": "batch"},
 }
+OPTIMIZERS: dict[str, TableOptimizerName] = {name: name for name in get_args(TableOptimizerName)}
 SWITCHES = {"true": True, "false": False}
 
 
@@ -37,10 +39,12 @@ class Case:
     config: ModelConfig
     lr: float
     table_lr_scale: float
+    table_optimizer: TableOptimizerName
 
     @property
     def settings(self) -> dict[str, Any]:
-        return {**asdict(self.config), "lr": self.lr, "table_lr_scale": self.table_lr_scale}
+        own = {name: getattr(self, name) for name in ("lr", "table_lr_scale", "table_optimizer")}
+        return {**asdict(self.config), **own}
 
     def __str__(self) -> str:
         experts = f", {self.config.num_experts:,} experts" if self.config.num_experts else ""
@@ -121,6 +125,7 @@ def _case(
             ModelConfig(**{**sizes, "vocab_size": vocab_size}),
             given["lr"] or default_lr(given["hidden_size"]),
             given["table_lr_scale"] or default_table_lr_scale(given["hidden_size"]),
+            given["table_optimizer"],
         )
         # Lets the layers check the sizes, without memory for their parameters.
         with torch.device("meta"):
@@ -141,7 +146,13 @@ def _parsers() -> dict[str, Callable[[str], Any]]:
     found = {field.name: kinds[field.type] for field in fields(ModelConfig)}
     del found["vocab_size"]
     # 0 makes a dense model.
-    return {**found, "num_experts": _count, "lr": _positive, "table_lr_scale": _positive}
+    return {
+        **found,
+        "num_experts": _count,
+        "lr": _positive,
+        "table_lr_scale": _positive,
+        "table_optimizer": lambda text: OPTIMIZERS[text.lower()],
+    }
 
 
 def _count(text: str) -> int:
