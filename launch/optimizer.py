@@ -13,6 +13,8 @@ from flash_moe_dist import parameter_groups
 MAX_GRAD_NORM = 1.0
 BETAS = (0.9, 0.95)
 TableOptimizerName = Literal["adamw", "rowwise-adam", "lazy-adam", "rowwise-adagrad", "sgd"]
+# The best in findings/table_optimizers.md.
+DEFAULT_TABLE_OPTIMIZER: TableOptimizerName = "rowwise-adagrad"
 TABLE_OPTIMIZERS: dict[str, Any] = {
     "rowwise-adam": RowwiseAdam,
     "lazy-adam": LazyAdam,

@@ -150,15 +150,15 @@ def add_shared_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--table-lr-scale",
         type=float,
-        help="learning rate of the experts' tables over that of the other parameters (default: "
-        "512 / H, from 1 to 4)",
+        help="learning rate of the experts' tables over that of the other parameters (default: 4 "
+        "with rowwise-adagrad, else 512 / H, from 1 to 4)",
     )
     add(
         "--table-optimizer",
         choices=get_args(TableOptimizerName),
-        default="adamw",
         help="optimizer of the experts' tables; all but adamw touch only the rows that a step "
-        "used, and keep tables in bfloat16 where activations are (default: adamw)",
+        "used, and keep tables in bfloat16 where activations are (default: rowwise-adagrad; adamw "
+        "where --ep-size is less than the number of ranks)",
     )
     add("--hidden-size", type=int, default=128, help="width H of the residual stream")
     add("--intermediate-size", type=int, default=256, help="width of the shared MLP")
@@ -181,11 +181,14 @@ def default_lr(hidden_size: int) -> float:
     return 2e-3 * math.sqrt(128 / hidden_size)
 
 
-def default_table_lr_scale(hidden_size: int) -> float:
-    """Factor of the learning rate for the experts' tables if none is given: 512 / H, from 1 to 4.
+def default_table_lr_scale(hidden_size: int, table_optimizer: TableOptimizerName) -> float:
+    """Factor of the learning rate for the experts' tables if none is given.
 
-    The best factors measured are 4 at H=128 and 1 at H=512 (findings/router_balance.md).
+    4 with "rowwise-adagrad" (best at H=128 and 512: findings/table_optimizers.md), else 512 / H,
+    from 1 to 4 (AdamW: 4 is best at H=128, 1 at H=512: findings/router_balance.md).
     """
+    if table_optimizer == "rowwise-adagrad":
+        return 4.0
     return min(4.0, max(1.0, 512 / hidden_size))
 
 

@@ -54,6 +54,7 @@ from flash_moe_dist.runtime import DEFAULT_TIMEOUT, Runtime, distributed, own_de
 from metrics import Line, MetricsFile, plot_metrics, speed
 from model import ModelConfig, Transformer, autocast, cross_entropy, evaluation_mode
 from optimizer import (
+    DEFAULT_TABLE_OPTIMIZER,
     MAX_GRAD_NORM,
     TableOptimizerName,
     build_optimizers,
@@ -89,12 +90,6 @@ def runtime_for(args: argparse.Namespace, runtime: Runtime) -> Runtime:
     if runtime.world_size % args.ep_size:
         raise ValueError(
             f"--ep-size must divide the number of ranks = {runtime.world_size}, got {args.ep_size}"
-        )
-    if args.table_optimizer != "adamw" and args.ep_size < runtime.world_size:
-        raise ValueError(
-            "--table-optimizer must be adamw where --ep-size is less than the number of ranks = "
-            f"{runtime.world_size}, as several ranks hold a table row then, got "
-            f"{args.table_optimizer}"
         )
     if args.hidden_size % (runtime.world_size // args.ep_size):
         raise ValueError(
@@ -149,7 +144,8 @@ def prepare(
 ) -> tuple[Corpus, ModelConfig]:
     """Check options, data and checkpoint before any work; load the data and configure the model.
 
-    Replaces options of None that have a default by it: batch size, precision, learning rates.
+    Replaces options of None that have a default by it: batch size, precision, learning rates,
+    optimizer of the tables.
 
     Args:
         saved: progress of the checkpoint to resume from; empty for a new run.
@@ -162,8 +158,16 @@ def prepare(
         args.precision = "bfloat16" if runtime.device.type == "cuda" else "float32"
     if args.lr is None:
         args.lr = default_lr(args.hidden_size)
+    is_replicated = runtime.efsdp_mesh.size() > 1
+    if args.table_optimizer is None:
+        args.table_optimizer = "adamw" if is_replicated else DEFAULT_TABLE_OPTIMIZER
+    if args.table_optimizer != "adamw" and is_replicated:
+        raise ValueError(
+            "--table-optimizer must be adamw where --ep-size is less than the number of ranks = "
+            f"{world_size}, as several ranks hold each table row then, got {args.table_optimizer}"
+        )
     if args.table_lr_scale is None:
-        args.table_lr_scale = default_table_lr_scale(args.hidden_size)
+        args.table_lr_scale = default_table_lr_scale(args.hidden_size, args.table_optimizer)
     if args.batch_size is None:
         args.batch_size = saved.get("batch_size", DEFAULT_BATCH_SIZE)
         args.batch_size = -(-args.batch_size // world_size) * world_size

@@ -19,7 +19,7 @@ SMALL = (
     *("--steps", str(STEPS), "--batch-size", "12", "--seq-len", "16", "--hidden-size", "16"),
     *("--intermediate-size", "16", "--num-layers", "2", "--num-heads", "2"),
     *("--num-experts", "50", "--num-experts-per-tok", "4", "--precision", "float32"),
-    *("--lr", "0.002"),
+    *("--lr", "0.002", "--table-optimizer", "adamw"),
 )
 # For runs that are interrupted; neither divides the other, so that a restart repeats steps.
 INTERVALS = ("--checkpoint-interval", "6", "--validation-interval", "5", "--sample-tokens", "4")
@@ -47,8 +47,9 @@ def everything_in(run: Any) -> dict[str, Tensor]:
     found = {}
     for name, parameter in run.model.named_parameters():
         found[name] = whole(parameter).clone()
-        for key, value in run.optimizer.state.get(parameter, {}).items():
-            found[f"{key} of {name}"] = whole(value).clone()
+        for optimizer in run.optimizers:
+            for key, value in optimizer.state.get(parameter, {}).items():
+                found[f"{key} of {name}"] = whole(value).clone()
     return found
 
 

@@ -6,6 +6,7 @@ import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,8 @@ NUM_EXPERTS = (50, 48, 2)
 
 
 def run_of(data: str, ep_size: int | None = None, **options: str) -> Any:
-    given = [word for name, value in options.items() for word in (f"--{name}", value)]
-    return small_run(data, ep_size, *given)
+    given = ((f"--{name.replace('_', '-')}", value) for name, value in options.items())
+    return small_run(data, ep_size, *chain(*given))
 
 
 def run_of_all_sizes(data: str, ep_size: int | None = None) -> Any:
@@ -56,7 +57,7 @@ def save(
     for step in (1, 2):
         run.step(step)
     saved = everything_in(run)
-    checkpoints.save(2, run.model, run.optimizer, {"seen": [1, 2]})
+    checkpoints.save(2, run.model, run.optimizers, {"seen": [1, 2]})
     losses = [run.step(step).loss for step in (3, 4)]
     checkpoints.close()
     return saved, losses
@@ -74,7 +75,7 @@ def load(
         for parameter in run.model.parameters():
             parameter.fill_(float("nan"))
     assert checkpoints.newest() == 2
-    assert checkpoints.load(2, run.model, run.optimizer) == {"step": 2, "seen": [1, 2]}
+    assert checkpoints.load(2, run.model, run.optimizers) == {"step": 2, "seen": [1, 2]}
     loaded = everything_in(run)
     losses = [run.step(step).loss for step in (3, 4)]
     checkpoints.close()
@@ -116,6 +117,32 @@ def test_saved_and_loaded_with_any_ranks_and_meshes(
                 assert next_losses == pytest.approx(losses, rel=1e-5)
                 if (loading, other_ep_size) == (saving, ep_size):
                     assert next_losses == losses
+
+
+def save_tables(data: str, folder: str, name: str) -> Any:
+    return save(data, folder, run=run_of(data, table_optimizer=name))
+
+
+def load_tables(data: str, folder: str, name: str) -> Any:
+    return load(data, folder, run=run_of(data, table_optimizer=name))
+
+
+@pytest.mark.parametrize("name", ["rowwise-adam", "rowwise-adagrad"])
+def test_optimizers_of_tables_on_other_numbers_of_ranks(
+    name: str, text: str, tmp_path: Path, rank_pools: RankPools
+) -> None:
+    folder = str(tmp_path / "checkpoints")
+    saved, losses = rank_pools.run(2, save_tables, text, folder, name)[0]
+    own = {"rowwise-adam": {"exp_avg", "exp_avg_sq", "touches"}, "rowwise-adagrad": {"sum"}}[name]
+    tables = {key.split(" of ")[0] for key in saved if key.endswith("experts.down_weights")}
+    assert tables - {"layers.0.moe.experts.down_weights"} >= own
+    for loading in (1, 2, 3):
+        for loaded, next_losses in rank_pools.run(loading, load_tables, text, folder, name):
+            assert_equal(loaded, saved)
+            assert next_losses == pytest.approx(losses, rel=1e-5)
+    message = rank_pools.run(1, load_refused, text, folder, "ValueError", {})[0]
+    wanted = {"rowwise-adam": "RowwiseAdam", "rowwise-adagrad": "RowwiseAdagrad"}[name]
+    assert f"optimizer.kind: saved AdamW, {wanted}, here AdamW" in message
 
 
 @pytest.mark.gpu
@@ -181,10 +208,10 @@ def draws_around_a_checkpoint(data: str, folder: str) -> tuple[Tensor, Tensor]:
     checkpoints = Checkpointer(Path(folder))
     run = run_of(data)
     torch.manual_seed(torch.distributed.get_rank() + 5)
-    checkpoints.save(1, run.model, run.optimizer)
+    checkpoints.save(1, run.model, run.optimizers)
     drawn = torch.rand(3)
     torch.manual_seed(1)
-    checkpoints.load(1, run.model, run.optimizer)
+    checkpoints.load(1, run.model, run.optimizers)
     checkpoints.close()
     return drawn, torch.rand(3)
 
@@ -207,8 +234,8 @@ def save_before_any_step(data: str, folder: str) -> tuple[list[float], list[floa
 
     plain, saved = run_of(data), run_of(data)
     checkpoints = Checkpointer(Path(folder))
-    checkpoints.save(0, saved.model, saved.optimizer)
-    checkpoints.load(0, saved.model, saved.optimizer)
+    checkpoints.save(0, saved.model, saved.optimizers)
+    checkpoints.load(0, saved.model, saved.optimizers)
     checkpoints.close()
     return [[run.step(step).loss for step in (1, 2, 3)] for run in (plain, saved)]  # type: ignore
 
@@ -227,7 +254,7 @@ def save_four_times(data: str, folder: str, asynchronous: bool) -> list[list[str
     run = run_of(data)
     found = []
     for step in (1, 2, 30, 4):
-        checkpoints.save(step, run.model, run.optimizer)
+        checkpoints.save(step, run.model, run.optimizers)
         checkpoints.wait()
         found.append(sorted(path.name for path in Path(folder).iterdir()))
         torch.distributed.barrier()
@@ -257,10 +284,10 @@ def load_refused(
     checkpoints = Checkpointer(Path(folder))
     run = run_of(data, None, **options)
     if optimizer != "AdamW":
-        run.optimizer = getattr(torch.optim, optimizer)(run.model.parameters(), lr=0.1)
+        run.optimizers = [getattr(torch.optim, optimizer)(run.model.parameters(), lr=0.1)]
     before, drawn = everything_in(run), torch.get_rng_state()
     with pytest.raises((ValueError, RuntimeError)) as raised:
-        checkpoints.load(2, run.model, run.optimizer)
+        checkpoints.load(2, run.model, run.optimizers)
     assert raised.type.__name__ == kind
     assert_equal(everything_in(run), before)
     assert torch.equal(torch.get_rng_state(), drawn)
@@ -455,21 +482,21 @@ def save_without_space(data: str, folder: str, asynchronous: bool) -> str:
 
     checkpoints = Checkpointer(Path(folder), asynchronous=asynchronous)
     run = run_of(data)
-    checkpoints.save(1, run.model, run.optimizer)
+    checkpoints.save(1, run.model, run.optimizers)
     checkpoints.wait()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     if torch.distributed.get_rank() == 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1024, limits[1]))
     try:
         if asynchronous:
-            checkpoints.save(2, run.model, run.optimizer)
+            checkpoints.save(2, run.model, run.optimizers)
         with pytest.raises(RuntimeError) as raised:
-            checkpoints.wait() if asynchronous else checkpoints.save(2, run.model, run.optimizer)
+            checkpoints.wait() if asynchronous else checkpoints.save(2, run.model, run.optimizers)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert checkpoints.newest() == 1
-    checkpoints.load(1, run.model, run.optimizer)
-    checkpoints.save(2, run.model, run.optimizer)
+    checkpoints.load(1, run.model, run.optimizers)
+    checkpoints.save(2, run.model, run.optimizers)
     checkpoints.wait()
     assert checkpoints.newest() == 2
     checkpoints.close()
@@ -494,9 +521,9 @@ def save_where_not_all_see_the_same(data: str, folders: list[str]) -> str:
     checkpoints = Checkpointer(Path(folders[torch.distributed.get_rank()]))
     run = run_of(data)
     with pytest.raises(ValueError, match=r"ranks must agree on step \(rank 0: 5, rank 1: 6\)"):
-        checkpoints.save(5 + torch.distributed.get_rank(), run.model, run.optimizer)
+        checkpoints.save(5 + torch.distributed.get_rank(), run.model, run.optimizers)
     with pytest.raises(RuntimeError) as raised:
-        checkpoints.save(1, run.model, run.optimizer)
+        checkpoints.save(1, run.model, run.optimizers)
     assert checkpoints.newest() is None
     checkpoints.close()
     return str(raised.value)
@@ -515,9 +542,9 @@ def load_while_saving(data: str, folder: str) -> int | None:
     run = run_of(data)
     run.step(1)
     for step in (1, 2, 3):
-        checkpoints.save(step, run.model, run.optimizer)
-        assert checkpoints.load(step, run.model, run.optimizer) == {"step": step}
-        checkpoints.save(step + 10, run.model, run.optimizer)
+        checkpoints.save(step, run.model, run.optimizers)
+        assert checkpoints.load(step, run.model, run.optimizers) == {"step": step}
+        checkpoints.save(step + 10, run.model, run.optimizers)
         assert checkpoints.newest() == step + 10
     found = checkpoints.newest()
     checkpoints.close()
@@ -535,19 +562,19 @@ def save_refused(data: str, folder: str) -> list[str]:
 
     run, messages = run_of(data), []
     checkpoints = Checkpointer(Path(folder))
-    checkpoints.save(1, run.model, run.optimizer)
+    checkpoints.save(1, run.model, run.optimizers)
     for step, progress in ((1, None), (2, {"unknown": object()})):
         with pytest.raises((ValueError, TypeError)) as raised:
-            checkpoints.save(step, run.model, run.optimizer, progress)
+            checkpoints.save(step, run.model, run.optimizers, progress)
         messages.append(str(raised.value))
     with pytest.raises(ValueError, match='progress must not have "step"'):
-        checkpoints.save(2, run.model, run.optimizer, {"step": 3})
+        checkpoints.save(2, run.model, run.optimizers, {"step": 3})
     with pytest.raises(ValueError, match="keep must be at least 1, got 0"):
         Checkpointer(Path(folder), keep=0)
     checkpoints.close()
     unwritable = Checkpointer(Path(folder) / "step-00000001" / ".metadata")
     with pytest.raises(RuntimeError) as raised_too:
-        unwritable.save(1, run.model, run.optimizer)
+        unwritable.save(1, run.model, run.optimizers)
     unwritable.close()
     return [*messages, str(raised_too.value)]
 

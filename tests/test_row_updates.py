@@ -29,6 +29,8 @@ KINDS: list[Any] = [
         RowwiseAdagrad, {"lr": 0.1, "eps": 1e-6, "weight_decay": 0.1}, id="RowwiseAdagrad"
     ),
     pytest.param(SGD, {"lr": 0.1, "weight_decay": 0.1}, id="SGD"),
+    pytest.param(SGD, {"lr": 0.1, "max_row_norm": 0.5}, id="SGD, rows clipped"),
+    pytest.param(RowwiseAdagrad, {"lr": 0.1, "max_row_norm": 0.5}, id="Adagrad, rows clipped"),
 ]
 
 
@@ -62,6 +64,13 @@ class Table(NamedTuple):
         torch.manual_seed(0)
         weights = nn.Parameter(torch.randn(NUM_EXPERTS, HIDDEN_SIZE).to(device, dtype))
         return cls(weights, kind([weights], **options))
+
+    def take(self, grads: list[PairGrad]) -> None:
+        """Take a step without clipping."""
+        collected = collect_pair_grads(self.weights)
+        for grad in grads:
+            collected.add(grad)
+        self.optimizer.step()
 
     def step(self, grads: list[PairGrad], max_norm: float = math.inf) -> Tensor:
         collected = collect_pair_grads(self.weights)
@@ -153,6 +162,39 @@ def test_a_norm_that_is_not_finite_changes_nothing(device: torch.device) -> None
             assert not table.step([bad], max_norm=1.0).isfinite()
         for name, tensor in table.tensors().items():
             assert torch.equal(tensor, before[name]), name
+
+
+@pytest.mark.parametrize("backend", ["gather", "reference"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_row_whose_gradient_is_not_finite_is_left_as_it_is(
+    backend: str, bad: float, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FLASH_MOE_BACKEND", backend)
+    table = Table.new(RowwiseAdam, {"max_row_norm": 1.0}, torch.bfloat16, device)
+    good, broken = pair_grad(0, device), pair_grad(1, device)
+    table.take([good])
+    before = {name: tensor.clone() for name, tensor in table.tensors().items()}
+    # Many pairs of the hot expert, one pair of another.
+    rows = {HOT, int(broken.pairs.expert_ids[broken.pairs.expert_ids != HOT].max())}
+    for row in rows:
+        broken.values[(broken.pairs.expert_ids == row).nonzero()[0]] = bad
+    with row_updates.tuning(split_pairs=8):
+        table.take([broken])
+    touched = set(broken.pairs.expert_ids.tolist()) - {-1}
+    for name, tensor in table.tensors().items():
+        changed = {row for row in range(NUM_EXPERTS) if not tensor[row].equal(before[name][row])}
+        assert changed <= touched - rows, name
+        assert name != "touches" or changed == touched - rows
+
+
+def test_a_clipped_row_moves_as_far_as_allowed(device: torch.device) -> None:
+    table = Table.new(SGD, {"lr": 1.0, "max_row_norm": 0.25}, torch.float32, device)
+    before = table.weights.detach().clone()
+    table.take([pair_grad(0, device)])
+    moved = (table.weights.detach() - before).norm(dim=1)
+    touched = pair_grad(0, device).pairs.expert_ids.unique()
+    touched = touched[touched >= 0].long()
+    assert_close(moved[touched], torch.full_like(moved[touched], 0.25), 1e-5, "length of the move")
 
 
 def test_a_learning_rate_that_is_a_tensor(device: torch.device) -> None:

@@ -121,7 +121,10 @@ def test_bad_options(options: list[str], message: str, text: str) -> None:
     def check() -> None:
         args = parse_args("", ["--data", text, *options])
         device = torch.device("cpu")
-        runtime: Any = SimpleNamespace(world_size=2, device=device, timeout=timedelta(1))
+        mesh = SimpleNamespace(size=lambda: 1)
+        runtime: Any = SimpleNamespace(
+            world_size=2, device=device, timeout=timedelta(1), efsdp_mesh=mesh
+        )
         prepare(args, runtime_for(args, runtime), {})
 
     with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
@@ -259,7 +262,7 @@ def step_with_router_loss(data: str) -> list[Any]:
         patch.setattr(train, "router_loss", router_loss)
         expected = run.loss(run.corpus.train, 1, run.args.seed).item()
         report = run.step(1)
-    rates = [group["lr"] / run.args.lr for group in run.optimizer.param_groups]
+    rates = [group["lr"] / run.args.lr for group in run.optimizers[0].param_groups]
     return [report.loss - expected, gradients[0], *rates]
 
 

@@ -9,7 +9,7 @@ import torch
 
 from flash_moe.layers.router import ScoreNormName
 from model import ModelConfig, Transformer
-from optimizer import TableOptimizerName
+from optimizer import DEFAULT_TABLE_OPTIMIZER, TableOptimizerName
 from options import MAX_OPTION, SCORE_NORMS, default_lr, default_table_lr_scale
 
 ROUTER_OFF: dict[str, Any] = {
@@ -117,6 +117,7 @@ def _case(
     args: argparse.Namespace, vocab_size: int, name: str, seed: int, settings: dict[str, Any]
 ) -> Case:
     given = {**vars(args), **settings}
+    table_optimizer = given["table_optimizer"] or DEFAULT_TABLE_OPTIMIZER
     sizes = {field.name: given[field.name] for field in fields(ModelConfig) if field.name in given}
     try:
         case = Case(
@@ -124,8 +125,9 @@ def _case(
             seed,
             ModelConfig(**{**sizes, "vocab_size": vocab_size}),
             given["lr"] or default_lr(given["hidden_size"]),
-            given["table_lr_scale"] or default_table_lr_scale(given["hidden_size"]),
-            given["table_optimizer"],
+            given["table_lr_scale"]
+            or default_table_lr_scale(given["hidden_size"], table_optimizer),
+            table_optimizer,
         )
         # Lets the layers check the sizes, without memory for their parameters.
         with torch.device("meta"):
