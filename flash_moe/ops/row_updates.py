@@ -13,7 +13,7 @@ from torch import Tensor
 from flash_moe.ops.backend_choice import default_backend, uses_triton
 from flash_moe.ops.backends.gather import contiguous_rows, tokens_by_expert
 from flash_moe.ops.pairs import Pairs
-from flash_moe.ops.row_update_kernels import (
+from flash_moe.ops.row_updates_kernels import (
     row_squares_kernel,
     row_squares_splits_kernel,
     row_update_kernel,
