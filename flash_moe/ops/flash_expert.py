@@ -19,7 +19,6 @@ from flash_moe.ops.expert_math import (
     backward_scores,
     collect_table_grads,
     expert_forward,
-    table_grads,
     token_grads,
 )
 from flash_moe.ops.indices import poll_index_errors
@@ -298,21 +297,58 @@ def _backward_op(
         top_k: K; None for ragged rows.
         needs_grad: the fields of `NeedsGrad`.
     """
-    poll_index_errors(hidden_TH.device)
-    tables, needed = ExpertTables(down_EH, up_EH), NeedsGrad(*needs_grad)
     saved = SavedPairs(scores, expert_ids, slot_order, row_offsets, hot_workspace)
-    pairs = Pairs.from_saved(saved, down_EH.shape[0], top_k)
-    score_grads = backward_scores(grad_TH, tables, pairs, scores, weights, needed, backend)
+    grads = _input_grads(
+        grad_TH,
+        hidden_TH,
+        ExpertTables(down_EH, up_EH),
+        weights,
+        saved,
+        top_k,
+        NeedsGrad(*needs_grad),
+        weight_grad_scale,
+        backend,
+        TableCollections(None, None),
+    )
+    return ExpertGrads.from_optional(hidden_TH, *grads)
+
+
+def _input_grads(
+    grad_TH: Tensor,
+    hidden_TH: Tensor,
+    tables: ExpertTables,
+    weights: Tensor,
+    saved: SavedPairs,
+    top_k: int | None,
+    needed: NeedsGrad,
+    weight_grad_scale: float,
+    backend: str,
+    collections: TableCollections,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Compute the gradients of hidden states, tables and weights; None if collected or not needed.
+
+    Args: see `_backward_op`.
+    """
+    poll_index_errors(hidden_TH.device)
+    pairs = Pairs.from_saved(saved, tables.down.shape[0], top_k)
+    score_grads = backward_scores(grad_TH, tables, pairs, saved.scores, weights, needed, backend)
     hidden_grad = None
     if needed.hidden:
         output = WholeOutput(hidden_TH.shape, hidden_TH.dtype, hidden_TH.device)
         token_grads(score_grads, tables, pairs, backend, output.chunks)
         hidden_grad = output.value
-    down_grad, up_grad = table_grads(
-        score_grads, hidden_TH, grad_TH, tables, pairs, needed, backend, weight_grad_scale
+    of_tables = collect_table_grads(
+        collections,
+        score_grads,
+        hidden_TH,
+        grad_TH,
+        tables,
+        pairs,
+        needed,
+        backend,
+        weight_grad_scale,
     )
-    grads = (hidden_grad, down_grad, up_grad, score_grads.weights)
-    return ExpertGrads.from_optional(hidden_TH, *grads)
+    return hidden_grad, *of_tables, score_grads.weights
 
 
 @_backward_op.register_fake
@@ -385,22 +421,20 @@ class _ExpertsWithPairGrads(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_TH: Tensor) -> tuple[Tensor | None, ...]:
         hidden_TH, down_EH, up_EH, weights, *saved_tensors = ctx.saved_tensors
-        poll_index_errors(hidden_TH.device)
-        saved, tables = SavedPairs(*saved_tensors), ExpertTables(down_EH, up_EH)
         hidden, down, up, _, _, needs_weights, *_ = ctx.needs_input_grad
-        needed, backend = NeedsGrad(hidden, down, up, needs_weights), ctx.backend
-        pairs, scores_N = Pairs.from_saved(saved, down_EH.shape[0], ctx.top_k), saved.scores
-        score_grads = backward_scores(grad_TH, tables, pairs, scores_N, weights, needed, backend)
-        hidden_grad = None
-        if needed.hidden:
-            output = WholeOutput(hidden_TH.shape, hidden_TH.dtype, hidden_TH.device)
-            token_grads(score_grads, tables, pairs, backend, output.chunks)
-            hidden_grad = output.value
-        rows = (hidden_TH, grad_TH)
-        of_tables = collect_table_grads(
-            ctx.collections, score_grads, *rows, tables, pairs, needed, backend, ctx.scale
+        hidden_grad, down_grad, up_grad, weights_grad = _input_grads(
+            grad_TH,
+            hidden_TH,
+            ExpertTables(down_EH, up_EH),
+            weights,
+            SavedPairs(*saved_tensors),
+            ctx.top_k,
+            NeedsGrad(hidden, down, up, needs_weights),
+            ctx.scale,
+            ctx.backend,
+            ctx.collections,
         )
-        return hidden_grad, *of_tables, None, None, score_grads.weights, None, None, None
+        return hidden_grad, down_grad, up_grad, None, None, weights_grad, None, None, None
 
 
 def _refuse(ctx: Any, *grads: Tensor) -> None:

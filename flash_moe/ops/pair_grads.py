@@ -5,6 +5,7 @@ of expert e of value * row of the pair's token. As a dense gradient it takes E H
 N values beside the rows of the tokens, which the backward pass has anyway.
 """
 
+import sys
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -124,19 +125,16 @@ class PairGrads:
             self._sorted = _by_expert(joined)
         expert_ids, token_ids, values = self._sorted
         rows, counts = torch.unique_consecutive(expert_ids, return_counts=True)
-        rows, ends = rows.long(), counts.cumsum(0)
+        rows, bounds = rows.long(), torch.nn.functional.pad(counts.cumsum(0), (1, 0))
         dtype = accumulator_dtype(values.dtype, joined.rows.dtype)
         token_rows, values = joined.rows.to(dtype), values.to(dtype)
         if self.factor is not None:
             values = values * self.factor.to(dtype)
-        numbers = CHUNK_NUMBERS_CPU if rows.is_cpu else CHUNK_NUMBERS
-        most_pairs = max(1, numbers // max(1, token_rows.shape[1]))
         # On the host, as it decides how many rows are summed at a time.
-        for chunk in _chunks(ends.tolist(), most_pairs):
+        for chunk in _chunks(bounds.tolist(), *_chunk_limits(token_rows)):
             pairs = slice(chunk.first_pair, chunk.last_pair)
-            sums = _row_sums(
-                token_rows, token_ids[pairs], values[pairs], counts[chunk.first : chunk.last]
-            )
+            offsets = bounds[chunk.first : chunk.last + 1] - chunk.first_pair
+            sums = _row_sums(token_rows, token_ids[pairs], values[pairs], offsets)
             yield RowGrads(rows[chunk.first : chunk.last], sums)
 
     def sum_of_squares(self, device: torch.device) -> Tensor:
@@ -162,16 +160,16 @@ def _by_expert(grad: PairGrad) -> _SortedPairs:
     return _SortedPairs(expert_ids[present], grad.pairs.token_ids[order], grad.values[order])
 
 
-def _row_sums(rows_TH: Tensor, token_ids: Tensor, values: Tensor, counts: Tensor) -> Tensor:
-    """Sum consecutive pairs, counts (U,) of them, into rows (U, H)."""
-    if rows_TH.is_cpu and torch_sparse.is_supported(rows_TH):
-        offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
-        matrix_UT = torch_sparse.csr_matrix(offsets, token_ids, values, rows_TH.shape[0])
-        sums = rows_TH.new_empty(counts.shape[0], rows_TH.shape[1])
-        torch_sparse.multiply_into(matrix_UT, rows_TH, sums)
-        return sums
+def _has_bags(rows_TH: Tensor) -> bool:
+    return rows_TH.is_cpu and rows_TH.dtype == torch.float32 and rows_TH.shape[1] > 0
+
+
+def _row_sums(rows_TH: Tensor, token_ids: Tensor, values: Tensor, offsets: Tensor) -> Tensor:
+    """Sum consecutive pairs, from each of offsets (U + 1,) to the next, into rows (U, H)."""
+    if _has_bags(rows_TH):
+        return torch_sparse.sums_of_rows(rows_TH, token_ids, offsets, values)
     terms = rows_TH.index_select(0, token_ids) * values.unsqueeze(1)
-    return torch.segment_reduce(terms, "sum", lengths=counts, axis=0)
+    return torch.segment_reduce(terms, "sum", offsets=offsets, axis=0)
 
 
 class _Chunk(NamedTuple):
@@ -183,16 +181,26 @@ class _Chunk(NamedTuple):
     last_pair: int
 
 
-def _chunks(ends: list[int], most_pairs: int) -> Iterator[_Chunk]:
-    """Yield chunks of whole rows with up to `most_pairs` pairs, or one row with more.
+def _chunk_limits(rows_TH: Tensor) -> tuple[int, int]:
+    """Most rows, and most pairs, that are summed at a time."""
+    at_a_time = max(1, CHUNK_NUMBERS // max(1, rows_TH.shape[1]))
+    if _has_bags(rows_TH):
+        # Pairs take no memory there, and rows stay in the caches.
+        return max(1, CHUNK_NUMBERS_CPU // max(1, rows_TH.shape[1])), sys.maxsize
+    return at_a_time, at_a_time
 
-    ends: last pair of each row, exclusive.
+
+def _chunks(bounds: list[int], most_rows: int, most_pairs: int) -> Iterator[_Chunk]:
+    """Yield chunks of whole rows within both limits, or of one row with more pairs.
+
+    bounds: (U + 1), first pair of each row, and the number of all pairs.
     """
-    first = first_pair = 0
-    while first < len(ends):
-        last = max(first + 1, bisect_right(ends, first_pair + most_pairs))
-        yield _Chunk(first, last, first_pair, ends[last - 1])
-        first, first_pair = last, ends[last - 1]
+    first = 0
+    while first < len(bounds) - 1:
+        last = bisect_right(bounds, bounds[first] + most_pairs) - 1
+        last = min(max(first + 1, last), first + most_rows)
+        yield _Chunk(first, last, bounds[first], bounds[last])
+        first = last
 
 
 # Attribute of a parameter that an optimizer holds: `torch.compile` can tell whether it is there.

@@ -81,12 +81,18 @@ class TableOptimizer(torch.optim.Optimizer):
         raise NotImplementedError
 
     def update(
-        self, weights: Tensor, grads: Tensor, state: dict[str, Tensor], group: dict[str, Any]
-    ) -> Tensor:
-        """Return new weights (U, H) of touched rows; replace their state in `state`.
+        self,
+        weights: Tensor,
+        grads: Tensor,
+        norms: Tensor,
+        state: dict[str, Tensor],
+        group: dict[str, Any],
+    ) -> None:
+        """Update touched rows, and their state in `state`; may change all tensors in place.
 
         Args:
             weights, grads: (U, H) float32, or float64 for such tables.
+            norms: (U,), of the rows of `grads`.
             state: rows of the state tensors, by name.
             group: options of the group.
         """
@@ -184,14 +190,16 @@ class TableOptimizer(torch.optim.Optimizer):
         if not bool((is_finite := norms.isfinite()).all()):
             rows, grads, norms = rows[is_finite], grads[is_finite], norms[is_finite]
         if group["max_row_norm"] is not None:
-            grads = grads * (group["max_row_norm"] / (norms + 1e-6)).clamp(max=1.0).unsqueeze(1)
+            shrink = (group["max_row_norm"] / (norms + 1e-6)).clamp(max=1.0)
+            grads, norms = grads.mul_(shrink.unsqueeze(1)), norms * shrink
         before = {name: one.index_select(0, rows) for name, one in state.items()}
         after = dict(before)
         weights = table.index_select(0, rows)
         if LOW_BITS in before:
             weights = join(weights, before[LOW_BITS].view(torch.int16))
         wide = torch.promote_types(weights.dtype, torch.float32)
-        weights = self.update(weights.to(wide), grads.to(wide), after, group)
+        weights, grads, norms = weights.to(wide), grads.to(wide), norms.to(wide)
+        self.update(weights, grads, norms, after, group)
         if LOW_BITS in before:
             weights, low = split(weights)
             after[LOW_BITS] = low.view(torch.uint8)

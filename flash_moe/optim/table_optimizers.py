@@ -77,20 +77,24 @@ class RowwiseAdam(TableOptimizer):
         return state["exp_avg"], state["exp_avg_sq"]
 
     def update(
-        self, weights: Tensor, grads: Tensor, state: dict[str, Tensor], group: dict[str, Any]
-    ) -> Tensor:
+        self,
+        weights: Tensor,
+        grads: Tensor,
+        norms: Tensor,
+        state: dict[str, Tensor],
+        group: dict[str, Any],
+    ) -> None:
         first, second = group["betas"]
-        squares = grads.square()
-        if state["exp_avg_sq"].ndim == 1:
-            squares = squares.mean(1)
+        is_rowwise = state["exp_avg_sq"].ndim == 1
+        squares = norms.square() / grads.shape[1] if is_rowwise else grads.square()
         touches = state["touches"] + 1
-        average = torch.lerp(state["exp_avg"].to(grads.dtype), grads, 1 - first)
-        variance = torch.lerp(state["exp_avg_sq"].to(grads.dtype), squares, 1 - second)
+        average = state["exp_avg"].to(grads.dtype).lerp_(grads, 1 - first)
+        variance = state["exp_avg_sq"].to(grads.dtype).lerp_(squares, 1 - second)
         state.update(touches=touches, exp_avg=average, exp_avg_sq=variance)
         times = touches.double()
-        corrected = variance.view(len(grads), -1) / _column(1 - second**times, grads)
-        step = average / _column(1 - first**times, grads) / (corrected.sqrt() + group["eps"])
-        return weights - group["lr"] * (step + group["weight_decay"] * weights)
+        root = variance.view(len(grads), -1) / _column(1 - second**times, grads)
+        step = average / root.sqrt_().add_(group["eps"]).mul_(_column(1 - first**times, grads))
+        _decay(weights, group).sub_(step.mul_(group["lr"]))
 
 
 class LazyAdam(RowwiseAdam):
@@ -139,12 +143,17 @@ class RowwiseAdagrad(TableOptimizer):
         return None, state["sum"]
 
     def update(
-        self, weights: Tensor, grads: Tensor, state: dict[str, Tensor], group: dict[str, Any]
-    ) -> Tensor:
-        total = state["sum"].to(grads.dtype) + grads.square().mean(1)
+        self,
+        weights: Tensor,
+        grads: Tensor,
+        norms: Tensor,
+        state: dict[str, Tensor],
+        group: dict[str, Any],
+    ) -> None:
+        total = state["sum"].to(grads.dtype) + norms.square() / grads.shape[1]
         state["sum"] = total
-        step = grads / (total.sqrt() + group["eps"]).unsqueeze(1)
-        return weights - group["lr"] * (step + group["weight_decay"] * weights)
+        rate = group["lr"] / (total.sqrt() + group["eps"])
+        _decay(weights, group).sub_(grads.mul_(rate.unsqueeze(1)))
 
 
 class SGD(TableOptimizer):
@@ -174,9 +183,21 @@ class SGD(TableOptimizer):
         return None, None
 
     def update(
-        self, weights: Tensor, grads: Tensor, state: dict[str, Tensor], group: dict[str, Any]
-    ) -> Tensor:
-        return weights - group["lr"] * (grads + group["weight_decay"] * weights)
+        self,
+        weights: Tensor,
+        grads: Tensor,
+        norms: Tensor,
+        state: dict[str, Tensor],
+        group: dict[str, Any],
+    ) -> None:
+        _decay(weights, group).sub_(grads.mul_(group["lr"]))
+
+
+def _decay(weights: Tensor, group: dict[str, Any]) -> Tensor:
+    """Decay weights in place, by lr * weight_decay of their old value."""
+    if group["weight_decay"] == 0:
+        return weights
+    return weights.mul_(1 - group["lr"] * group["weight_decay"])
 
 
 def _column(values: Tensor, like: Tensor) -> Tensor:

@@ -59,8 +59,12 @@ def spmm(values_N: Tensor, table_EH: Tensor, pairs: Pairs, outputs: Outputs) -> 
     dtype = accumulator_dtype(values_N.dtype, table_EH.dtype)
     full, positions = pairs.occupied
     values = (values_N if positions is None else values_N[positions]).to(dtype)
-    matrix_TE = csr_matrix(full.row_offsets, full.expert_ids, values, full.num_experts)
     chunks = outputs()
+    if dtype == torch.float32 and table_EH.shape[1] > 0:
+        table_EH = table_EH.to(dtype)
+        fill_chunks(sums_of_rows(table_EH, full.expert_ids, full.row_offsets, values), chunks)
+        return
+    matrix_TE = csr_matrix(full.row_offsets, full.expert_ids, values, full.num_experts)
     shape = (pairs.num_tokens, table_EH.shape[1])
     sums_TH = memory_for_sums(chunks, shape, dtype, table_EH.device)
     multiply_into(matrix_TE, table_EH.to(dtype), sums_TH)
@@ -90,6 +94,29 @@ def spmm_t(
 
 
 spmm_t_both = partial(spmm_t_in_turn, spmm_t)
+
+
+def sums_of_rows(table_RH: Tensor, ids: Tensor, offsets: Tensor, values: Tensor) -> Tensor:
+    """Sum values[n] * table[ids[n]] over n from offsets[i] to offsets[i + 1]; float32.
+
+    For rows scattered over a table, a tenth of the time of a product with a CSR matrix.
+
+    Args:
+        table_RH: (R, H), H > 0; values: (N,), ids: (N,) integers in [0, R).
+        offsets: (S + 1,) integers, ascending from 0 to N.
+
+    Returns:
+        (S, H).
+    """
+    sums: Tensor = torch.nn.functional.embedding_bag(
+        ids.to(offsets.dtype),
+        table_RH,
+        offsets,
+        mode="sum",
+        per_sample_weights=values,
+        include_last_offset=True,
+    )
+    return sums
 
 
 def multiply_into(matrix: Tensor, dense: Tensor, out: Tensor) -> None:
