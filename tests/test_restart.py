@@ -36,7 +36,7 @@ def names(*steps: int) -> list[str]:
 # Where and in which step, one restart after the other, and whether torchrun's store is not for its
 # processes, as launch/train.sh has it. Step 3 comes before any checkpoint.
 KILLED_IN_A_STEP = [
-    ([("before dispatch", 3), ("in dispatch", 9), ("after dispatch", 13)], "0"),
+    ([("before dispatch", 3), ("after dispatch", 13)], "0"),
     ([("in dispatch", 9)], "1"),
 ]
 

@@ -380,6 +380,15 @@ def test_training_is_the_same_on_any_ranks(
     rank_pools.run(world_size, sharded_training, kind, options, torch.float64)
 
 
+@pytest.mark.gpu
+def test_training_is_the_same_with_nccl(rank_pools: RankPools) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip(f"needs two GPUs, this machine has {torch.cuda.device_count()}")
+    rank_pools.run(2, sharded_training, RowwiseAdam, {}, torch.bfloat16, backend="nccl")
+    options = {"max_row_norm": 0.1}
+    rank_pools.run(2, sharded_training, RowwiseAdagrad, options, torch.float32, backend="nccl")
+
+
 def saved_state(folder: str, steps: int) -> None:
     experts, optimizer = new_sharded()
     for number in range(steps):
