@@ -179,6 +179,7 @@ def check_command(words: list[str]) -> None:
     from flash_moe.bench.__main__ import parse as parse_bench
     from options import parse_args
     from scaling.arguments import parse as parse_scaling
+    from table_optimizers.arguments import parse as parse_table_optimizers
 
     match words:
         case [assigned, *command] if assigned.startswith("TORCHRUN_ARGS="):
@@ -191,6 +192,8 @@ def check_command(words: list[str]) -> None:
             parse_scaling("", taken.training_script_args, False, int(taken.nproc_per_node))
         case ["python", "launch/compare.py", *options]:
             parse_comparison("", options)
+        case ["python", "launch/bench_table_optimizers.py", *options]:
+            parse_table_optimizers("", options, False)
         case ["launch/train.sh", *options]:
             parse_args("", options)
         case ["sbatch", *options]:

@@ -1,0 +1,1 @@
+"""Modules of launch/bench_table_optimizers.py."""
