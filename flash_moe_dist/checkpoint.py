@@ -120,7 +120,8 @@ class Checkpointer:
 
         Args:
             step: number of training steps done, 0 or more; must not have been saved yet.
-            optimizer: the optimizer, or several of different parameters, in the order of loading.
+            optimizer: the optimizer, or several of different parameters, in the order
+                in which they will be loaded.
             progress: values to store with it by name, serializable as JSON, the same on all ranks;
                 without "step", which is added.
 

@@ -358,7 +358,7 @@ class ExpertParallelFunc:
                 f"{table.placements} over {table.device_mesh}; with fully_shard, call the module "
                 "whose forward pass gathers them"
             )
-        if pair_grads_of(table) is None:
+        if pair_grads_of(table) is None or not torch.is_grad_enabled():
             local: Tensor = table.to_local()
         else:
             # In torch 2.11 the backward pass of to_local makes zeros of a gradient that is None.

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from flash_moe.arguments import check_type
+from flash_moe.optim.table_optimizer import TableOptimizer
 
 
 class JoinedOptimizers:
@@ -52,6 +53,16 @@ class JoinedOptimizers:
     def state(self) -> Mapping[Tensor, dict[str, Any]]:
         """State of each parameter that has any; changes of an inner dict are the optimizer's."""
         return {parameter: own for one in self._optimizers for parameter, own in one.state.items()}
+
+    @property
+    def fixed_state(self) -> dict[Tensor, set[str]]:
+        """Names of the state of each table whose optimizer has state from the start."""
+        return {
+            table: set(own)
+            for one in self._optimizers
+            if isinstance(one, TableOptimizer)
+            for table, own in one.state.items()
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """Return what `Optimizer.state_dict` does, with parameters counted through."""

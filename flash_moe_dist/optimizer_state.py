@@ -128,6 +128,9 @@ class SavedOptimizer:
     def state_entries(self) -> dict[str, Any]:
         """Name the entries that hold state, each with an uninitialized tensor, or None for others.
 
+        Raises:
+            ValueError: the state of a table is not what its optimizer keeps.
+
         Tensors get the layout of what the optimizer has in their place, else, where they have the
         shape of their parameter, its layout; others are whole on every rank.
         """
@@ -138,10 +141,12 @@ class SavedOptimizer:
         }
         now = self._optimizer.state
         entries: dict[str, Any] = {}
+        keys: dict[Any, set[str]] = {}
         for name, one in self._metadata.state_dict_metadata.items():
             if name.startswith(STATE):
                 owner, *key = self._metadata.planner_data[name][2:]
                 parameter = self._parameters.get(owner)
+                keys.setdefault(parameter, set()).add(".".join(map(str, key)))
                 if not isinstance(one, TensorStorageMetadata):
                     entries[name] = None
                 elif parameter is None:
@@ -149,6 +154,13 @@ class SavedOptimizer:
                 else:
                     own = now.get(parameter, {}).get(key[0]) if len(key) == 1 else None
                     entries[name] = _empty(one, key, parameter, groups[parameter], own)
+        for table, wanted in self._optimizer.fixed_state.items():
+            if (saved := keys.get(table, set())) != wanted:
+                raise ValueError(
+                    f"{self._path} was saved from a different optimizer: its tables have "
+                    f"{_listed(saved)}, here {_listed(wanted)}: stochastic_rounding and the dtype "
+                    "of the tables must be the same"
+                )
         return entries
 
     def restore(self, entries: Mapping[str, Any]) -> None:
@@ -170,9 +182,11 @@ class SavedOptimizer:
                 ],
             }
         )
+        all_state, own_dtypes = self._optimizer.state, self._optimizer.fixed_state
         for name in state.keys() & numbers.keys():
-            now = self._optimizer.state[self._parameters[name]]
-            for key, value in state[name].items():
+            parameter = self._parameters[name]
+            now = all_state[parameter]
+            for key, value in () if parameter in own_dtypes else state[name].items():
                 # load_state_dict casts all but "step" to the dtype of the parameter.
                 if isinstance(value, Tensor) and now[key].dtype != value.dtype:
                     now[key] = value
@@ -206,6 +220,10 @@ class SavedOptimizer:
         else:
             options.pop("param_names", None)
         return options
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(sorted(names)) or "no state"
 
 
 def _names(model: nn.Module) -> dict[nn.Parameter, list[str]]:

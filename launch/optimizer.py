@@ -63,16 +63,19 @@ def narrow_tables(model: nn.Module, precision: str, table_optimizer: TableOptimi
 
 
 def set_learning_rate(
-    optimizers: Sequence[torch.optim.Optimizer], lr: float, table_lr_scale: float
+    model: nn.Module,
+    optimizers: Sequence[torch.optim.Optimizer],
+    lr: float,
+    table_lr_scale: float,
 ) -> None:
     """Set the learning rate of the dense parameters, and `table_lr_scale` times it for the tables.
 
     optimizers: those of `build_optimizers`. Entries of their groups are saved in checkpoints, so
         that the factor is none of them.
     """
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    for group, scale in zip(groups, (1.0, table_lr_scale), strict=False):
-        group["lr"] = lr * scale
+    tables = set(expert_parameters(model))
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        group["lr"] = lr * table_lr_scale if group["params"][0] in tables else lr
 
 
 def learning_rate_factor(step: int, steps: int) -> float:

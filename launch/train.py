@@ -91,6 +91,12 @@ def runtime_for(args: argparse.Namespace, runtime: Runtime) -> Runtime:
         raise ValueError(
             f"--ep-size must divide the number of ranks = {runtime.world_size}, got {args.ep_size}"
         )
+    if args.table_optimizer not in (None, "adamw") and args.ep_size < runtime.world_size:
+        raise ValueError(
+            "--table-optimizer must be adamw where --ep-size is less than the number of ranks = "
+            f"{runtime.world_size}, as several ranks hold each table row then, got "
+            f"{args.table_optimizer}; --resume keeps that of the checkpoint"
+        )
     if args.hidden_size % (runtime.world_size // args.ep_size):
         raise ValueError(
             f"--hidden-size must be a multiple of the number of ranks over --ep-size = "
@@ -158,14 +164,9 @@ def prepare(
         args.precision = "bfloat16" if runtime.device.type == "cuda" else "float32"
     if args.lr is None:
         args.lr = default_lr(args.hidden_size)
-    is_replicated = runtime.efsdp_mesh.size() > 1
     if args.table_optimizer is None:
+        is_replicated = (args.ep_size or world_size) < world_size
         args.table_optimizer = "adamw" if is_replicated else DEFAULT_TABLE_OPTIMIZER
-    if args.table_optimizer != "adamw" and is_replicated:
-        raise ValueError(
-            "--table-optimizer must be adamw where --ep-size is less than the number of ranks = "
-            f"{world_size}, as several ranks hold each table row then, got {args.table_optimizer}"
-        )
     if args.table_lr_scale is None:
         args.table_lr_scale = default_table_lr_scale(args.hidden_size, args.table_optimizer)
     if args.batch_size is None:
@@ -329,7 +330,7 @@ class Run:
                 process was asked to stop, 0 if it was not.
         """
         lr = self.args.lr * learning_rate_factor(step - 1, self.args.steps)
-        set_learning_rate(self.optimizers, lr, self.args.table_lr_scale)
+        set_learning_rate(self.model, self.optimizers, lr, self.args.table_lr_scale)
         timed: AbstractContextManager[dict[str, float]] = (
             time_phases(self.runtime.device) if self.args.time_phases else nullcontext({})
         )

@@ -134,11 +134,12 @@ def test_runs_from_before_there_were_options_of_routers(data: Path) -> None:
     routers = ("score_norm", "aux_loss_coef", "z_loss_coef", "bias_update_rate")
     for name in (*routers, "force_load_balance"):
         del saved["model"][name], saved["options"][name]
-    del saved["options"]["table_lr_scale"]
+    del saved["options"]["table_lr_scale"], saved["options"]["table_optimizer"]
     again = prepared(["--resume"], saved)
     assert again.config.score_norm is None
     assert [getattr(again.args, name) for name in routers] == ["none", 0.0, 0.0, 0.0]
     assert (again.args.lr, again.args.table_lr_scale) == (0.5, 1.0)
+    assert again.args.table_optimizer == "adamw"
     assert changed(again, saved) == []
     with pytest.raises(ValueError, match="a model with score_norm = None, here batch"):
         prepared(["--resume", "--score-norm", "batch"], saved)
@@ -149,6 +150,38 @@ def test_runs_from_before_there_were_options_of_routers(data: Path) -> None:
         "changed: --table-lr-scale 1.0 before, 4.0 now",
         "changed: --aux-loss-coef 0.0 before, 0.5 now",
     ]
+
+
+def test_optimizer_of_the_tables_unless_given(data: Path) -> None:
+    for options, world_size, wanted, scale in (
+        ((), 2, "rowwise-adagrad", 4.0),
+        (("--ep-size", "1"), 2, "adamw", 1.0),
+        (("--ep-size", "1"), 1, "rowwise-adagrad", 4.0),
+        (("--table-optimizer", "lazy-adam"), 2, "lazy-adam", 1.0),
+    ):
+        given = ["--data", data.name, "--seq-len", "16", "--hidden-size", "512", *options]
+        args = prepared(given, {}, world_size=world_size).args
+        assert (args.table_optimizer, args.table_lr_scale) == (wanted, scale)
+
+
+def test_tables_are_narrow_where_their_optimizer_keeps_the_missing_bits() -> None:
+    from model import ModelConfig, Transformer
+    from optimizer import build_optimizers, narrow_tables
+
+    config = ModelConfig(10, 16, 16, 1, 2, 50, 4)
+    for precision, name, dtype in (
+        ("bfloat16", "rowwise-adagrad", torch.bfloat16),
+        ("bfloat16", "adamw", torch.float32),
+        ("float32", "rowwise-adagrad", torch.float32),
+    ):
+        model = Transformer(config)
+        narrow_tables(model, precision, name)  # type: ignore[arg-type]
+        parameters = dict(model.named_parameters())
+        tables = [parameters[f"layers.0.moe.experts.{one}_weights"] for one in ("down", "up")]
+        assert {table.dtype for table in tables} == {dtype}
+        assert parameters["layers.0.moe.router.keys.weight"].dtype == torch.float32
+        kinds = [type(one).__name__ for one in build_optimizers(model, 1.0, name)]  # type: ignore[arg-type]
+        assert kinds == (["AdamW"] if name == "adamw" else ["AdamW", "RowwiseAdagrad"])
 
 
 def test_learning_rate_falls_with_the_hidden_size_unless_recorded(data: Path) -> None:

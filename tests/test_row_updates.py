@@ -11,13 +11,20 @@ from torch import Tensor, nn
 from flash_moe.ops import row_updates
 from flash_moe.ops.pair_grads import PairGrad, collect_pair_grads
 from flash_moe.ops.pairs import Pairs
-from flash_moe.ops.row_updates import has_row_kernels
+from flash_moe.ops.row_updates import (
+    RowState,
+    RowUpdateOptions,
+    has_row_kernels,
+    update_rows,
+)
 from flash_moe.optim import SGD, LazyAdam, RowwiseAdagrad, RowwiseAdam
 from flash_moe.optim.split_float import join
+from flash_moe.optim.stochastic_rounding import round_stochastically, start_of_seed
 from flash_moe.optim.table_optimizer import TableOptimizer
 from flash_moe_dist import clip_grad_norm_
 
 HIDDEN_SIZE, NUM_EXPERTS, HOT = 20, 40, 3
+TOKENS, SLOTS = 17, 6
 # Sums of up to 60 float32 numbers in another order.
 FLOAT32 = 1e-5
 ADAM = {"lr": 0.02, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1}
@@ -34,19 +41,22 @@ KINDS: list[Any] = [
 ]
 
 
-def pair_grad(seed: int, device: torch.device, is_ragged: bool = False) -> PairGrad:
-    """Pairs of which most use one expert, and none the last ten; some slots are empty."""
+def pair_grad(
+    seed: int, device: torch.device, is_ragged: bool = False, hidden_size: int = HIDDEN_SIZE
+) -> PairGrad:
+    """Pairs of which most use one expert, and none the last ten; some slots are empty.
+
+    is_ragged: the first token has no pairs, the last twice as many as others.
+    """
     draw = torch.Generator().manual_seed(seed)
-    tokens, slots = 17, 6
-    ids = torch.randint(-1, NUM_EXPERTS - 10, (tokens, slots), generator=draw)
+    ids = torch.randint(-1, NUM_EXPERTS - 10, (TOKENS, SLOTS), generator=draw)
     ids[:, :3] = HOT
-    rows = torch.randn(tokens, HIDDEN_SIZE, generator=draw).to(device, torch.bfloat16)
-    values = torch.randn(tokens * slots, generator=draw).to(device)
+    rows = torch.randn(TOKENS, hidden_size, generator=draw).to(device, torch.bfloat16)
+    values = torch.randn(TOKENS * SLOTS, generator=draw).to(device)
     pairs = Pairs.from_checked_indices(ids.to(device), NUM_EXPERTS)
     if is_ragged:
-        offsets = torch.tensor([0, 0, *range(slots, tokens * slots + 1, slots)], device=device)
-        offsets = offsets[torch.arange(tokens + 1)].contiguous()
-        offsets[-1] = tokens * slots
+        starts = [0, *range(0, (TOKENS - 1) * SLOTS, SLOTS), TOKENS * SLOTS]
+        offsets = torch.tensor(starts, device=device)
         pairs = Pairs.from_checked_offsets(offsets, ids.flatten().int().to(device), NUM_EXPERTS)
     return PairGrad(pairs, values, rows)
 
@@ -59,10 +69,15 @@ class Table(NamedTuple):
 
     @classmethod
     def new(
-        cls, kind: Any, options: dict[str, Any], dtype: torch.dtype, device: torch.device
+        cls,
+        kind: Any,
+        options: dict[str, Any],
+        dtype: torch.dtype,
+        device: torch.device,
+        hidden_size: int = HIDDEN_SIZE,
     ) -> "Table":
         torch.manual_seed(0)
-        weights = nn.Parameter(torch.randn(NUM_EXPERTS, HIDDEN_SIZE).to(device, dtype))
+        weights = nn.Parameter(torch.randn(NUM_EXPERTS, hidden_size).to(device, dtype))
         return cls(weights, kind([weights], **options))
 
     def take(self, grads: list[PairGrad]) -> None:
@@ -125,8 +140,57 @@ def test_steps_and_norms(
             narrow = INTERPRETED_TOLERANCES[torch.bfloat16]
             tolerance = narrow if tensor.dtype == torch.bfloat16 else FLOAT32
             assert_close(tensor, wanted[name], tolerance, name)
+    start = Table.new(kind, options, dtype, device).weights
     untouched = slice(NUM_EXPERTS - 10, None)
-    assert torch.equal(by_kernel.weights[untouched], by_operations.weights[untouched])
+    assert torch.equal(by_kernel.weights[untouched], start[untouched])
+    assert not torch.equal(by_kernel.weights, start)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("hidden_size", [1000, 1024, 8192])
+def test_rows_of_several_warps(
+    hidden_size: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = ({**ADAM, "moment_dtype": torch.float32}, torch.bfloat16, device, hidden_size)
+    by_kernel, again, by_operations = (Table.new(RowwiseAdam, *given) for _ in range(3))
+    for seed in range(5):
+        grads = [pair_grad(seed, device, hidden_size=hidden_size)]
+        with row_updates.tuning(split_pairs=8):
+            by_kernel.step(grads, max_norm=20.0)
+            again.step(grads, max_norm=20.0)
+        with monkeypatch.context() as patch:
+            patch.setenv("FLASH_MOE_BACKEND", "reference")
+            by_operations.step(grads, max_norm=20.0)
+    assert_close(by_kernel.wide(), by_operations.wide(), FLOAT32, "weights and low bits")
+    for name, tensor in by_kernel.tensors().items():
+        assert torch.equal(tensor, again.tensors()[name]), name
+
+
+def test_norms_too_long_and_too_short_for_squares_in_float32(device: torch.device) -> None:
+    for size in (1e-25, 1e20):
+        grad = pair_grad(0, device)
+        grad.values.mul_(size)
+        table = Table.new(SGD, {}, torch.float32, device)
+        expected = Table.new(SGD, {}, torch.float32, device).step([pair_grad(0, device)])
+        assert_close(table.step([grad]) / size, expected, FLOAT32, "norm")
+
+
+def test_stochastic_rounding_counts_rows_of_the_whole_table(device: torch.device) -> None:
+    grad = pair_grad(0, device)
+    found = []
+    for first_row in (0, 7):
+        table = Table.new(SGD, {}, torch.bfloat16, device).weights.detach()
+        wide = table.float()
+        touches = torch.zeros(NUM_EXPERTS, dtype=torch.int32, device=device)
+        for one, kept in ((table, touches), (wide, None)):
+            state = RowState(one, low_bits=None, first=None, second=None, touches=kept)
+            options = RowUpdateOptions(lr=2.0**-6, seed_bits=start_of_seed(3), first_row=first_row)
+            update_rows(grad.values, grad.rows, grad.pairs, None, state, options)
+        rows = torch.arange(NUM_EXPERTS, device=device)[touches > 0]
+        expected = round_stochastically(wide[rows], rows + first_row, 0 * rows, 3)
+        assert torch.equal(table[rows], expected)
+        found.append(table)
+    assert not torch.equal(*found)
 
 
 def test_stochastic_rounding_draws_the_same_numbers(

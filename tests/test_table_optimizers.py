@@ -3,6 +3,7 @@
 import copy
 import gc
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,7 +31,8 @@ from flash_moe.optim import SGD, LazyAdam, RowwiseAdagrad, RowwiseAdam
 from flash_moe.optim.split_float import join, split
 from flash_moe.optim.stochastic_rounding import round_stochastically
 from flash_moe.optim.table_optimizer import TableOptimizer
-from flash_moe_dist import ExpertParallel, clip_grad_norm_
+from flash_moe_dist import Checkpointer, ExpertParallel, clip_grad_norm_
+from flash_moe_dist.joined_optimizers import JoinedOptimizers
 
 HIDDEN_SIZE, NUM_EXPERTS, SLOTS = 12, 30, 4
 TIGHT = 1e-11
@@ -223,7 +225,9 @@ def test_stochastic_rounding_is_right_on_average() -> None:
     assert round_stochastically(exact * torch.nan, rows[:1], rows[:1], 0).isnan().all()
 
 
-def test_stochastic_rounding_trains_without_more_state() -> None:
+def test_stochastic_rounding_trains_without_more_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Without kernels: 600 steps.
+    monkeypatch.setenv("FLASH_MOE_BACKEND", "reference")
     table = nn.Parameter(torch.zeros(NUM_EXPERTS, HIDDEN_SIZE, dtype=torch.bfloat16))
     wide = nn.Parameter(torch.zeros(NUM_EXPERTS, HIDDEN_SIZE))
     # Steps far below half of the last bit, once weights have grown.
@@ -534,3 +538,83 @@ def test_gradients_are_dense_again_once_the_optimizer_is_gone() -> None:
     gc.collect()
     Batch(6, 0).loss(experts).backward()
     assert all(table.grad is not None for table in experts.parameters())
+
+
+def test_hidden_states_that_change_before_the_step_are_refused() -> None:
+    experts = new_experts()
+    optimizer = SGD(experts.parameters())
+    batch = Batch(6, 0)
+    batch.x = batch.x.clone()
+    experts(batch.x, batch.indices, batch.weights).sum().backward()
+    batch.x.zero_()
+    with pytest.raises(RuntimeError, match="hidden states must not be changed in place"):
+        optimizer.step()
+    optimizer.zero_grad()
+    optimizer.step()
+
+
+def test_state_from_before_rows_were_clipped() -> None:
+    experts = new_experts()
+    optimizer = SGD(experts.parameters(), max_row_norm=1.0)
+    state = optimizer.state_dict()
+    del state["param_groups"][0]["max_row_norm"]
+    optimizer.load_state_dict(state)
+    Batch(6, 0).loss(experts).backward()
+    optimizer.step()
+
+
+def test_optimizers_that_cannot_be_joined() -> None:
+    table, other = (nn.Parameter(torch.ones(4, 3)) for _ in range(2))
+    sgd, tables = torch.optim.SGD([other], lr=0.1), RowwiseAdam([table])
+    assert JoinedOptimizers([sgd, tables]).kind == "SGD, RowwiseAdam"
+    wrong: list[Any] = [[], [sgd, tables, sgd], [sgd, 3], nn.Linear(2, 2)]
+    for several, error, match in zip(
+        wrong,
+        (ValueError, ValueError, TypeError, TypeError),
+        ("or several, got none", "different parameters, got two with the same", "", ""),
+        strict=True,
+    ):
+        with pytest.raises(error, match=f"^optimizer must be .*{match}"):
+            JoinedOptimizers(several)
+
+
+def test_a_checkpoint_with_other_state_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+    table, other = nn.Parameter(torch.ones(4, 3).bfloat16()), nn.Parameter(torch.ones(3))
+    model = nn.ParameterList([table, other])
+    adam = torch.optim.Adam([other], lr=0.1)
+    checkpoints = Checkpointer(tmp_path)
+    checkpoints.save(0, model, [adam, SGD([table])])
+    with torch.no_grad():
+        other.zero_()
+    adam.param_groups[0]["lr"] = 0.2
+    rounding = SGD([table], stochastic_rounding=True)
+    with pytest.raises(ValueError, match="tables have low_bits, here touches"):
+        checkpoints.load(0, model, [adam, rounding])
+    assert (other.sum().item(), adam.param_groups[0]["lr"]) == (0, 0.2)
+
+
+def test_moments_keep_their_own_dtype(tmp_path: Path) -> None:
+    table = nn.Parameter(torch.ones(4, 3))
+    model = nn.ParameterList([table])
+    checkpoints = Checkpointer(tmp_path)
+    checkpoints.save(0, model, RowwiseAdam([table], moment_dtype=torch.float32))
+    optimizer = RowwiseAdam([table])
+    checkpoints.load(0, model, optimizer)
+    assert optimizer.state[table]["exp_avg"].dtype == torch.bfloat16
+
+
+def sharded_evaluation() -> None:
+    experts, _ = new_sharded()
+    batch = batch_of(0, 0)
+    batch.x = batch.x.to(torch.bfloat16)
+    with torch.inference_mode():
+        found = experts(batch.x, batch.indices, batch.weights)
+    with torch.no_grad():
+        assert torch.equal(found, experts(batch.x, batch.indices, batch.weights))
+
+
+def test_evaluation_of_a_sharded_layer_whose_tables_have_an_optimizer(
+    rank_pools: RankPools,
+) -> None:
+    for ranks in (1, 2):
+        rank_pools.run(ranks, sharded_evaluation)

@@ -107,6 +107,10 @@ BAD_OPTIONS = {
         ["--table-lr-scale", "0"],
         "--table-lr-scale must be positive, got 0.0",
     ),
+    "table rows that several ranks hold": (
+        ["--ep-size", "1", "--table-optimizer", "sgd"],
+        "--table-optimizer must be adamw where --ep-size is less than the number of ranks = 2",
+    ),
     "negative seed": (["--seed", "-1"], "--seed must not be negative, got -1"),
     "unknown option": (["--stepz", "1"], "unrecognized arguments: --stepz 1"),
 }
@@ -121,10 +125,7 @@ def test_bad_options(options: list[str], message: str, text: str) -> None:
     def check() -> None:
         args = parse_args("", ["--data", text, *options])
         device = torch.device("cpu")
-        mesh = SimpleNamespace(size=lambda: 1)
-        runtime: Any = SimpleNamespace(
-            world_size=2, device=device, timeout=timedelta(1), efsdp_mesh=mesh
-        )
+        runtime: Any = SimpleNamespace(world_size=2, device=device, timeout=timedelta(1))
         prepare(args, runtime_for(args, runtime), {})
 
     with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
@@ -242,11 +243,12 @@ def test_defaults_are_those_of_the_layer() -> None:
     assert router.force_load_balance
 
 
-def step_with_router_loss(data: str) -> list[Any]:
+def step_with_router_loss(data: str, table_optimizer: str) -> list[Any]:
     """Loss and learning rates of a step to which the routers' loss adds, and the keys' gradient."""
     import train
 
-    run = small_run(data, None, "--table-lr-scale", "4")
+    options = ("--table-lr-scale", "4", "--table-optimizer", table_optimizer)
+    run = small_run(data, None, *options)
     gradients = []
 
     def recorded(parameters: Any, max_norm: float) -> torch.Tensor:
@@ -262,12 +264,16 @@ def step_with_router_loss(data: str) -> list[Any]:
         patch.setattr(train, "router_loss", router_loss)
         expected = run.loss(run.corpus.train, 1, run.args.seed).item()
         report = run.step(1)
-    rates = [group["lr"] / run.args.lr for group in run.optimizers[0].param_groups]
+    groups = [group for optimizer in run.optimizers for group in optimizer.param_groups]
+    rates = [group["lr"] / run.args.lr for group in groups]
     return [report.loss - expected, gradients[0], *rates]
 
 
-def test_router_loss_is_trained_on_and_not_reported(text: str, rank_pools: RankPools) -> None:
-    (found,) = rank_pools.run(1, step_with_router_loss, text)
+@pytest.mark.parametrize("table_optimizer", ["adamw", "rowwise-adagrad"])
+def test_router_loss_is_trained_on_and_not_reported(
+    table_optimizer: str, text: str, rank_pools: RankPools
+) -> None:
+    (found,) = rank_pools.run(1, step_with_router_loss, text, table_optimizer)
     assert found == pytest.approx([0.0, 1000.0, 1.0, 4.0], abs=1.0)
     assert found[0] == pytest.approx(0.0, abs=1e-5)
 

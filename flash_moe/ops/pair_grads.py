@@ -8,7 +8,7 @@ N values beside the rows of the tokens, which the backward pass has anyway.
 import sys
 from bisect import bisect_right
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -30,11 +30,25 @@ class PairGrad:
     pairs: the pattern.
     values: (N,) in the dtype of sums.
     rows: (T, H), hidden states or gradients of outputs.
+    version: of `rows`, which autograd counts up with each change in place.
     """
 
     pairs: Pairs
     values: Tensor
     rows: Tensor
+    version: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "version", self.rows._version)
+
+    def check_unchanged(self) -> None:
+        """Raise RuntimeError if `rows` have been changed in place, as autograd does."""
+        if self.rows._version != self.version:
+            raise RuntimeError(
+                "hidden states must not be changed in place between the forward pass and the step "
+                f"of the tables' optimizer, got a tensor of shape {tuple(self.rows.shape)} at "
+                f"version {self.rows._version}, expected {self.version}"
+            )
 
     @classmethod
     def joined(cls, grads: "list[PairGrad]") -> "PairGrad":
@@ -109,6 +123,8 @@ class PairGrads:
         """Return the gradients of all backward passes as one, without the factor."""
         if not self._grads:
             return None
+        for grad in self._grads:
+            grad.check_unchanged()
         # Once, also where clipping sums them before the step does.
         self._grads = [PairGrad.joined(self._grads)]
         return self._grads[0]
@@ -160,13 +176,13 @@ def _by_expert(grad: PairGrad) -> _SortedPairs:
     return _SortedPairs(expert_ids[present], grad.pairs.token_ids[order], grad.values[order])
 
 
-def _has_bags(rows_TH: Tensor) -> bool:
+def _uses_embedding_bag(rows_TH: Tensor) -> bool:
     return rows_TH.is_cpu and rows_TH.dtype == torch.float32 and rows_TH.shape[1] > 0
 
 
 def _row_sums(rows_TH: Tensor, token_ids: Tensor, values: Tensor, offsets: Tensor) -> Tensor:
     """Sum consecutive pairs, from each of offsets (U + 1,) to the next, into rows (U, H)."""
-    if _has_bags(rows_TH):
+    if _uses_embedding_bag(rows_TH):
         return torch_sparse.sums_of_rows(rows_TH, token_ids, offsets, values)
     terms = rows_TH.index_select(0, token_ids) * values.unsqueeze(1)
     return torch.segment_reduce(terms, "sum", offsets=offsets, axis=0)
@@ -184,7 +200,7 @@ class _Chunk(NamedTuple):
 def _chunk_limits(rows_TH: Tensor) -> tuple[int, int]:
     """Most rows, and most pairs, that are summed at a time."""
     at_a_time = max(1, CHUNK_NUMBERS // max(1, rows_TH.shape[1]))
-    if _has_bags(rows_TH):
+    if _uses_embedding_bag(rows_TH):
         # Pairs take no memory there, and rows stay in the caches.
         return max(1, CHUNK_NUMBERS_CPU // max(1, rows_TH.shape[1])), sys.maxsize
     return at_a_time, at_a_time

@@ -22,8 +22,10 @@ from flash_moe.ops.row_updates_kernels import (
 from flash_moe.ops.triton_launch import cdiv, launch, next_power_of_2
 from flash_moe.ops.tuning import Tuning
 
-# Elements that a thread holds of a row; the longest row that stays in registers.
-THREAD_ELEMENTS, MAX_HIDDEN = 8, 8192
+# Elements of a row for each thread, as long as there are no more than MAX_WARPS warps.
+THREAD_ELEMENTS, MAX_WARPS = 8, 16
+# Longer rows do not stay in registers.
+MAX_HIDDEN = 8192
 
 
 @dataclass(frozen=True)
@@ -39,8 +41,8 @@ class RowUpdateConfig:
 tuning = Tuning(RowUpdateConfig())
 
 
-class RowRule(NamedTuple):
-    """Numbers of an update.
+class RowUpdateOptions(NamedTuple):
+    """Learning rate and other numbers by which `update_rows` updates each row.
 
     lr: a number, or a tensor of shape () on the table's device.
     max_row_norm: largest norm of a row's gradient, which is scaled down to it; None: any.
@@ -58,7 +60,7 @@ class RowRule(NamedTuple):
 
 
 class RowState(NamedTuple):
-    """A table and the state of its rows; None of what there is none of. See the kernels.
+    """A table and the optimizer state of its rows; None where the optimizer keeps none.
 
     table: (E, H) float32 or bfloat16.
     low_bits: (E, H) int16.
@@ -84,8 +86,8 @@ def has_row_kernels(values_N: Tensor, rows_TH: Tensor) -> bool:
 
 
 def row_squares(values_N: Tensor, rows_TH: Tensor, pairs: Pairs) -> Tensor:
-    """Squared norms of the rows of a table's gradient: (E,) float32, 0 of untouched rows."""
-    squares = torch.empty(pairs.num_experts, device=rows_TH.device)
+    """Compute the squared norm of each row of a table's gradient: (E,) float64, 0 if untouched."""
+    squares = torch.empty(pairs.num_experts, device=rows_TH.device, dtype=torch.float64)
     kernels = (row_squares_kernel, row_squares_splits_kernel)
     _launch(kernels, values_N, rows_TH, pairs, (squares,))
     return squares
@@ -97,7 +99,7 @@ def update_rows(
     pairs: Pairs,
     factor: Tensor | None,
     state: RowState,
-    rule: RowRule,
+    options: RowUpdateOptions,
 ) -> None:
     """Update the touched rows of a table and their state, in place.
 
@@ -107,21 +109,21 @@ def update_rows(
         pairs: the pattern.
         factor: () on all gradients; None for 1. Nothing changes if it is not finite.
         state: the table and its state.
-        rule: learning rate and other numbers.
+        options: learning rate and other numbers.
     """
-    first_beta, second_beta = rule.betas
-    is_tensor = isinstance(rule.lr, Tensor) and rule.lr.device == rows_TH.device
+    first_beta, second_beta = options.betas
+    is_tensor = isinstance(options.lr, Tensor) and options.lr.device == rows_TH.device
     numbers = (
-        rule.lr if is_tensor else float(rule.lr),
-        float(rule.weight_decay),
-        float(rule.eps),
-        None if rule.max_row_norm is None else float(rule.max_row_norm),
+        options.lr if is_tensor else float(options.lr),
+        float(options.weight_decay),
+        float(options.eps),
+        None if options.max_row_norm is None else float(options.max_row_norm),
         1 - first_beta,
         1 - second_beta,
         math.log(first_beta) if first_beta > 0 else -math.inf,
         math.log(second_beta) if second_beta > 0 else -math.inf,
-        rule.first_row,
-        rule.seed_bits,
+        options.first_row,
+        options.seed_bits,
     )
     table, low_bits, first, second, touches = state
     weights = 0 if table.dtype == torch.float32 else 2 if low_bits is None else 1
@@ -150,7 +152,7 @@ def _launch(
     rows_TH: Tensor,
     pairs: Pairs,
     arguments: tuple[Any, ...],
-    **options: int,
+    **constants: int,
 ) -> None:
     """Launch a kernel over experts, and its second one over splits, if there are several."""
     kernel, splits_kernel = kernels
@@ -171,11 +173,11 @@ def _launch(
         pairs.expert_offsets,
         pairs.num_pairs,
     )
-    options |= {
+    constants |= {
         "HIDDEN_SIZE": hidden_size,
         "BLOCK_HIDDEN": block_hidden,
         "SPLIT": split_pairs,
-        "num_warps": min(16, max(1, block_hidden // (32 * THREAD_ELEMENTS))),
+        "num_warps": min(MAX_WARPS, max(1, block_hidden // (32 * THREAD_ELEMENTS))),
     }
     if pairs.num_experts > 0:
         grid = (num_splits + pairs.num_experts,)
@@ -187,7 +189,7 @@ def _launch(
             num_splits,
             *arguments,
             TOP_K=pairs.top_k or 0,
-            **options,
+            **constants,
         )
     if num_splits > 0:
         launch(
@@ -197,5 +199,5 @@ def _launch(
             pattern,
             *arguments,
             BLOCK_SPLITS=4,
-            **options,
+            **constants,
         )

@@ -13,7 +13,7 @@ are tuples:
 
     partial_sums: see `spmm_t_kernel`, of one table
     factor    () float32, on all gradients; or None. No row is updated if it is not finite.
-    squares   (E,) float32
+    squares   (E,) float64
     table     (E, H); WEIGHTS 0: float32; 1, 2: the bits of bfloat16, as int16
     low_bits  (E, H) int16, see `split_float`; None unless WEIGHTS is 1
     first     (E, H) float32 or bfloat16, averages of gradients; None unless FIRST
@@ -38,7 +38,7 @@ from flash_moe.ops.backends.gather_kernels import (
 )
 from flash_moe.ops.backends.kernel_utils import store_rounded
 
-# Of SplitMix64, as in `flash_moe.optim.stochastic_rounding`.
+# Constants of SplitMix64, as in `flash_moe.optim.stochastic_rounding`.
 GOLDEN = tl.constexpr(0x9E3779B97F4A7C15)
 MIX_FIRST = tl.constexpr(0xBF58476D1CE4E5B9)
 MIX_SECOND = tl.constexpr(0x94D049BB133111EB)
@@ -68,7 +68,7 @@ def _round_stochastically(values, row, touches, columns, seed_bits):
 
 @triton.jit
 def _expert_of_split(split, pairs, SPLIT: tl.constexpr):
-    """Expert of more than SPLIT pairs that begin in a split, and the bounds of its pairs; or -1."""
+    """Find the expert whose pairs, more than SPLIT, begin in this split, and their bounds."""
     _, _, _, expert_ids, _, expert_order, expert_offsets, num_pairs = pairs
     split_begin = split * SPLIT
     split_end = tl.minimum(split_begin + SPLIT, num_pairs)
@@ -77,6 +77,13 @@ def _expert_of_split(split, pairs, SPLIT: tl.constexpr):
     end = tl.load(expert_offsets + expert + 1, mask=expert >= 0, other=0)
     is_long = (expert >= 0) & (begin >= split_begin) & (end - begin > SPLIT)
     return tl.where(is_long, expert, -1), begin, end
+
+
+@triton.jit
+def _bounds(expert, pairs):
+    """Load where an expert's pairs begin and end in the order by expert."""
+    _, _, _, _, _, _, expert_offsets, _ = pairs
+    return tl.load(expert_offsets + expert), tl.load(expert_offsets + expert + 1)
 
 
 @triton.jit
@@ -161,11 +168,11 @@ def row_squares_kernel(
     columns = tl.arange(0, BLOCK_HIDDEN)
     if program >= num_splits:
         expert = program - num_splits
-        begin = tl.load(pairs[6] + expert)
-        end = tl.load(pairs[6] + expert + 1)
+        begin, end = _bounds(expert, pairs)
         if end - begin <= SPLIT:
             grads = _sum_row(begin, end, pairs, columns, HIDDEN_SIZE, TOP_K)
-            tl.store(squares + expert, tl.sum(grads * grads, 0))
+            wide = grads.to(tl.float64)
+            tl.store(squares + expert, tl.sum(wide * wide, 0))
     else:
         _sum_split(program, pairs, partial_sums, columns, HIDDEN_SIZE, TOP_K, SPLIT)
 
@@ -198,7 +205,8 @@ def row_squares_splits_kernel(
             SPLIT,
             1,
         )
-        tl.store(squares + expert, tl.sum(grads * grads, 0))
+        wide = grads.to(tl.float64)
+        tl.store(squares + expert, tl.sum(wide * wide, 0))
 
 
 @triton.jit
@@ -210,9 +218,10 @@ def _load_row(
     FIRST: tl.constexpr,
     SECOND: tl.constexpr,
     WEIGHTS: tl.constexpr,
+    HAS_TOUCHES: tl.constexpr,
 ):
-    """Load an expert's weights, averages and squares; zeros of what there is none of."""
-    table, table_stride, low_bits, first, second, _ = state
+    """Load an expert's weights, averages, squares and touches; zeros for those not kept."""
+    table, table_stride, low_bits, first, second, touches = state
     in_row = columns < HIDDEN_SIZE
     elements = expert * HIDDEN_SIZE + columns
     average = tl.zeros(columns.shape, tl.float32)
@@ -229,7 +238,11 @@ def _load_row(
         variance += tl.load(second + expert)
     if SECOND == 2:
         variance = tl.load(second + elements, mask=in_row, other=0.0)
-    return weights, average, variance
+    touched = tl.full([], 0, tl.int32)
+    if HAS_TOUCHES:
+        # Here, so that a barrier lies between this and the store of one thread.
+        touched = tl.load(touches + expert)
+    return weights, average, variance, touched
 
 
 @triton.jit
@@ -252,8 +265,10 @@ def _update_row(
     Stores nothing if its gradient is not finite.
     """
     table, table_stride, low_bits, first, second, touches = state
-    lr, decay, eps, max_norm, first_gain, second_gain, log_first, log_second = numbers[:8]
-    weights, average, variance = loaded
+    lr, decay, eps, max_norm, first_gain, second_gain, log_first, log_second, first_row, seed = (
+        numbers
+    )
+    weights, average, variance, touched = loaded
     in_row = columns < HIDDEN_SIZE
     elements = expert * HIDDEN_SIZE + columns
     squared_norm = tl.sum(grads * grads, 0)
@@ -261,7 +276,6 @@ def _update_row(
         if HAS_LR_TENSOR:
             lr = tl.load(lr).to(tl.float32)
         if HAS_TOUCHES:
-            touched = tl.load(touches + expert)
             tl.store(touches + expert, touched + 1)
         if max_norm is not None:
             shrink = tl.minimum(max_norm / (tl.sqrt_rn(squared_norm) + 1e-6), 1.0)
@@ -301,8 +315,8 @@ def _update_row(
             tl.store(stored, ((bits - low) >> 16).to(tl.int16), mask=in_row)
             tl.store(low_bits + elements, low.to(tl.int16), mask=in_row)
         else:
-            row = expert + numbers[8]
-            rounded = _round_stochastically(weights, row, touched, columns, numbers[9])
+            row = expert + first_row
+            rounded = _round_stochastically(weights, row, touched, columns, seed)
             tl.store(stored, rounded, mask=in_row)
 
 
@@ -335,11 +349,12 @@ def row_update_kernel(
         scale = tl.load(factor)
     if program >= num_splits:
         expert = program - num_splits
-        begin = tl.load(pairs[6] + expert)
-        end = tl.load(pairs[6] + expert + 1)
+        begin, end = _bounds(expert, pairs)
         if (begin < end) & (end - begin <= SPLIT) & (tl.abs(scale) < float("inf")):
             # Before the sum, so that both wait for memory at once.
-            loaded = _load_row(expert, columns, state, HIDDEN_SIZE, FIRST, SECOND, WEIGHTS)
+            loaded = _load_row(
+                expert, columns, state, HIDDEN_SIZE, FIRST, SECOND, WEIGHTS, HAS_TOUCHES
+            )
             grads = scale * _sum_row(begin, end, pairs, columns, HIDDEN_SIZE, TOP_K)
             _update_row(
                 grads,
@@ -384,7 +399,7 @@ def row_update_splits_kernel(
         scale = tl.load(factor)
     expert, begin, end = _expert_of_split(split, pairs, SPLIT)
     if (expert >= 0) & (tl.abs(scale) < float("inf")):
-        loaded = _load_row(expert, columns, state, HIDDEN_SIZE, FIRST, SECOND, WEIGHTS)
+        loaded = _load_row(expert, columns, state, HIDDEN_SIZE, FIRST, SECOND, WEIGHTS, HAS_TOUCHES)
         grads = scale * add_partial_sums_of_expert(
             partial_sums,
             split,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from flash_moe.arguments import checked_int, checked_number
 from flash_moe.ops.pair_grads import PairGrad, RowGrads, collect_pair_grads, stop_collecting
-from flash_moe.ops.row_updates import RowRule, RowState, has_row_kernels, update_rows
+from flash_moe.ops.row_updates import RowState, RowUpdateOptions, has_row_kernels, update_rows
 from flash_moe.optim.split_float import join, split
 from flash_moe.optim.stochastic_rounding import round_stochastically, start_of_seed
 
@@ -32,7 +32,8 @@ class TableOptimizer(torch.optim.Optimizer):
     As long as it lives, backward passes of its tables leave `.grad` as None and give their
     gradients here. `step` applies and drops them, `zero_grad` drops them; several backward passes
     before a step add up. A step whose gradients were clipped by a norm that is not finite changes
-    nothing; without clipping, a row whose gradient is not finite is left as it is.
+    nothing; without clipping, a row whose gradient is not finite is left as it is (in float32, also
+    one longer than 1.8e19).
 
     Option `max_row_norm` of a group scales the gradient of each row down to that norm, as it is
     summed: cheaper than a norm over all gradients, for which rows are summed twice.
@@ -77,7 +78,7 @@ class TableOptimizer(torch.optim.Optimizer):
         raise NotImplementedError
 
     def moments(self, state: dict[str, Tensor]) -> tuple[Tensor | None, Tensor | None]:
-        """Average of gradients and average or sum of their squares; None of what there is none."""
+        """Select averages of gradients, and averages or sums of their squares; None if not kept."""
         raise NotImplementedError
 
     def update(
@@ -103,9 +104,11 @@ class TableOptimizer(torch.optim.Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            for name in ("lr", "eps", "weight_decay", "max_row_norm"):
-                if group.get(name) is not None:
-                    checked_number(name, group[name], 0)
+            checked_number("lr", group["lr"], 0)
+            for name in ("eps", "weight_decay", "max_row_norm"):
+                # As numbers of Python, which a step need not read from a GPU.
+                if name in group and (name != "max_row_norm" or group[name] is not None):
+                    group[name] = checked_number(name, group[name], 0)
             if "betas" in group:
                 group["betas"] = checked_betas(group["betas"])
             for table in group["params"]:
@@ -162,8 +165,15 @@ class TableOptimizer(torch.optim.Optimizer):
         local, first_row = _local(table), _first_row(table)
         joined = collected.joined()
         if joined is not None and _has_kernel(joined, local):
-            options = {name: group[name] for name in RowRule._fields if name in group}
-            rule = RowRule(**options, first_row=first_row, seed_bits=start_of_seed(self.seed))
+            options = RowUpdateOptions(
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=group.get("eps", 0.0),
+                max_row_norm=group["max_row_norm"],
+                betas=group.get("betas", (0.0, 0.0)),
+                seed_bits=start_of_seed(self.seed),
+                first_row=first_row,
+            )
             low_bits = state.get(LOW_BITS)
             arrays = RowState(
                 local,
@@ -171,13 +181,13 @@ class TableOptimizer(torch.optim.Optimizer):
                 *self.moments(state),
                 state.get(TOUCHES),
             )
-            update_rows(joined.values, joined.rows, joined.pairs, collected.factor, arrays, rule)
+            update_rows(joined.values, joined.rows, joined.pairs, collected.factor, arrays, options)
         elif collected.factor is None or bool(collected.factor.isfinite()):
             for touched in collected.row_grads():
-                self._update_rows(local, touched, state, group, first_row)
+                self._update_by_operations(local, touched, state, group, first_row)
         collected.clear()
 
-    def _update_rows(
+    def _update_by_operations(
         self,
         table: Tensor,
         touched: RowGrads,
@@ -246,6 +256,8 @@ class TableOptimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for group in self.param_groups:
+            # State from before there was this option.
+            group.setdefault("max_row_norm", None)
             self._collect(group["params"])
 
 

@@ -166,16 +166,12 @@ class ShardedExperts(torch.autograd.Function):
             if weights_returned is not None:
                 weights_returned.scatter_on_side_stream()
         with phase("experts_backward"):
-            rows_RH = arriving.rows_RH
-            if ctx.collections.up is not None:
-                # Rows may arrive in a buffer that the next pass uses again.
-                rows_RH = rows_RH.clone()
             # The loss is averaged over the ranks.
             of_tables = collect_table_grads(
                 ctx.collections,
                 score_grads,
                 saved.rows_RH,
-                rows_RH,
+                arriving.rows_RH,
                 tables,
                 pairs,
                 needs_grad,

@@ -116,7 +116,7 @@ class _Training:
         """Take a step; return its loss in nats per token, and the norm of its gradient."""
         begin = self.now()
         lr = self.case.lr * learning_rate_factor(step - 1, self.args.steps)
-        set_learning_rate(self.optimizers, lr, self.case.table_lr_scale)
+        set_learning_rate(self.model, self.optimizers, lr, self.case.table_lr_scale)
         loss = cross_entropy(self.model, inputs_BS, targets_BS, self.device, self.args.precision)
         (loss + router_loss(self.model)).backward()
         norm = clip_grad_norm_(self.model.parameters(), MAX_GRAD_NORM)
