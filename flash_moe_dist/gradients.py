@@ -59,7 +59,8 @@ def clip_grad_norm_(
         # By the parameter where it has no gradient: ranks may differ in that, and all take part.
         layout = _layout(parameter if parameter.grad is None else parameter.grad)
         by_layout.setdefault(layout, []).append(parameter)
-        if layout is not None and parameter.grad is not None:
+        has_gradient = parameter.grad is not None or pair_grads_of(parameter) is not None
+        if layout is not None and has_gradient:
             _warn_of_missing_ranks(layout[0].size() * stages)
     device = next((parameter.device for parameter in unique), None)
     total = torch.zeros((), dtype=torch.float64, device=device)

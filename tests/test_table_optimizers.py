@@ -540,17 +540,91 @@ def test_gradients_are_dense_again_once_the_optimizer_is_gone() -> None:
     assert all(table.grad is not None for table in experts.parameters())
 
 
-def test_hidden_states_that_change_before_the_step_are_refused() -> None:
+def test_tensors_that_change_after_the_backward_pass() -> None:
+    """A buffer used for all micro-batches, and a gradient that autograd adds up in place."""
+    results = []
+    for kind in (SGD, torch.optim.SGD):
+        experts = new_experts()
+        position = nn.Parameter(torch.zeros(1, 6, HIDDEN_SIZE, dtype=torch.float64))
+        optimizer: Any = kind(experts.parameters(), lr=0.5)
+        buffer = torch.empty(6, HIDDEN_SIZE, dtype=torch.float64)
+        for seed in range(2):
+            batch = Batch(6, seed)
+            buffer.copy_(batch.x)
+            out = experts(buffer, batch.indices, batch.weights) + position.view_as(buffer)
+            out.backward(batch.x)
+            batch.x.zero_()
+        clip_grad_norm_([*experts.parameters(), position], 1.0)
+        optimizer.step()
+        results.append(experts)
+    for one, other in zip(*(experts.parameters() for experts in results), strict=True):
+        assert_close(one, other, TIGHT, "table")
+
+
+def test_gradients_of_other_tensors_alone() -> None:
     experts = new_experts()
+    before = copy.deepcopy(experts.state_dict())
     optimizer = SGD(experts.parameters())
     batch = Batch(6, 0)
-    batch.x = batch.x.clone()
-    experts(batch.x, batch.indices, batch.weights).sum().backward()
-    batch.x.zero_()
-    with pytest.raises(RuntimeError, match="hidden states must not be changed in place"):
-        optimizer.step()
-    optimizer.zero_grad()
+    batch.x.requires_grad_()
+    torch.autograd.grad(batch.loss(experts), batch.x)
+    batch.loss(experts).backward(inputs=[batch.x])
     optimizer.step()
+    assert all(torch.equal(one, before[name]) for name, one in experts.state_dict().items())
+    with pytest.raises(RuntimeError, match=r"torch.autograd.grad must not be asked for"):
+        torch.autograd.grad(batch.loss(experts), list(experts.parameters()))
+    batch.loss(experts).backward(inputs=[experts.up_weights])
+    optimizer.step()
+    assert torch.equal(experts.down_weights, before["down_weights"])
+    assert not torch.equal(experts.up_weights, before["up_weights"])
+
+
+def test_a_model_saved_without_its_optimizer_has_dense_gradients(tmp_path: Path) -> None:
+    experts = new_experts()
+    optimizer = SGD(experts.parameters())
+    torch.save(experts, tmp_path / "model")
+    loaded = torch.load(tmp_path / "model", weights_only=False)
+    Batch(6, 0).loss(loaded).backward()
+    assert all(table.grad is not None for table in loaded.parameters())
+    assert optimizer.state
+
+
+def test_clipping_before_the_first_pass() -> None:
+    experts = new_experts()
+    optimizer = SGD(experts.parameters())
+    assert clip_grad_norm_(experts.parameters(), 1.0) == 0
+    Batch(6, 0).loss(experts).backward()
+    optimizer.step()
+
+
+def test_state_of_another_shape_is_refused_before_anything_is_loaded() -> None:
+    adam, lazy = (
+        kind(new_experts().parameters(), lr=lr)
+        for kind, lr in ((RowwiseAdam, 0.5), (LazyAdam, 0.1))
+    )
+    with pytest.raises(ValueError, match=r"exp_avg_sq of shape \(30, 12\), got \(30,\)"):
+        lazy.load_state_dict(adam.state_dict())
+    assert lazy.param_groups[0]["lr"] == 0.1
+
+
+def test_tables_converted_after_their_optimizer_was_made_are_refused() -> None:
+    for before, after in ((torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)):
+        experts = new_experts(before)
+        optimizer = RowwiseAdam(experts.parameters())
+        experts.to(after)
+        with pytest.raises(RuntimeError, match="tables must have the dtype that they had"):
+            optimizer.step()
+
+
+def test_no_table_changes_if_one_cannot() -> None:
+    tables = [nn.Parameter(torch.ones(4, 3)) for _ in range(2)]
+    optimizer = SGD(tables, lr=1.0)
+    pairs = Pairs.from_checked_indices(torch.tensor([[0]]), 4)
+    collect_pair_grads(tables[0]).add(PairGrad(pairs, torch.ones(1), torch.ones(1, 3)))
+    tables[1].grad = torch.ones(4, 3)
+    with pytest.raises(RuntimeError, match="must have no dense gradient"):
+        optimizer.step()
+    assert torch.equal(tables[0], torch.ones(4, 3))
 
 
 def test_state_from_before_rows_were_clipped() -> None:

@@ -197,7 +197,10 @@ def collect_table_grads(
     backend: str,
     scale: float = 1.0,
 ) -> TableGrads:
-    """Give gradients to `collections`; return, as `table_grads` does, those of other tables."""
+    """Give gradients to `collections`; return, as `table_grads` does, those of other tables.
+
+    The collections keep hidden_TH and grad_TH, which nothing else may change.
+    """
     pairs.wait_expert_sort()
     terms = (
         (collections.down, needs_grad.down, score_grads.scores, hidden_TH),

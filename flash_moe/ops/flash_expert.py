@@ -24,7 +24,7 @@ from flash_moe.ops.expert_math import (
 from flash_moe.ops.indices import poll_index_errors
 from flash_moe.ops.input_checks import check_expert_inputs, check_ragged_inputs
 from flash_moe.ops.overlap import WholeOutput
-from flash_moe.ops.pair_grads import pair_grads_of
+from flash_moe.ops.pair_grads import pair_grads_of, reaches_table
 from flash_moe.ops.pairs import Pairs, SavedPairs
 
 
@@ -337,11 +337,12 @@ def _input_grads(
         output = WholeOutput(hidden_TH.shape, hidden_TH.dtype, hidden_TH.device)
         token_grads(score_grads, tables, pairs, backend, output.chunks)
         hidden_grad = output.value
+    # Copies, as user code and autograd may change both in place after this pass.
     of_tables = collect_table_grads(
         collections,
         score_grads,
-        hidden_TH,
-        grad_TH,
+        hidden_TH if collections.down is None else hidden_TH.clone(),
+        grad_TH if collections.up is None else grad_TH.clone(),
         tables,
         pairs,
         needed,
@@ -422,6 +423,9 @@ class _ExpertsWithPairGrads(torch.autograd.Function):
     def backward(ctx: Any, grad_TH: Tensor) -> tuple[Tensor | None, ...]:
         hidden_TH, down_EH, up_EH, weights, *saved_tensors = ctx.saved_tensors
         hidden, down, up, _, _, needs_weights, *_ = ctx.needs_input_grad
+        _, down_node, up_node, *_ = (node for node, _ in ctx.next_functions)
+        down = down and (ctx.collections.down is None or reaches_table(down_node))
+        up = up and (ctx.collections.up is None or reaches_table(up_node))
         hidden_grad, down_grad, up_grad, weights_grad = _input_grads(
             grad_TH,
             hidden_TH,

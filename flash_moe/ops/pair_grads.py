@@ -8,8 +8,8 @@ N values beside the rows of the tokens, which the backward pass has anyway.
 import sys
 from bisect import bisect_right
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,25 +30,11 @@ class PairGrad:
     pairs: the pattern.
     values: (N,) in the dtype of sums.
     rows: (T, H), hidden states or gradients of outputs.
-    version: of `rows`, which autograd counts up with each change in place.
     """
 
     pairs: Pairs
     values: Tensor
     rows: Tensor
-    version: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "version", self.rows._version)
-
-    def check_unchanged(self) -> None:
-        """Raise RuntimeError if `rows` have been changed in place, as autograd does."""
-        if self.rows._version != self.version:
-            raise RuntimeError(
-                "hidden states must not be changed in place between the forward pass and the step "
-                f"of the tables' optimizer, got a tensor of shape {tuple(self.rows.shape)} at "
-                f"version {self.rows._version}, expected {self.version}"
-            )
 
     @classmethod
     def joined(cls, grads: "list[PairGrad]") -> "PairGrad":
@@ -109,8 +95,9 @@ class PairGrads:
         self._sorted = None
 
     def scale(self, factor: Tensor) -> None:
-        """Multiply all gradients by a tensor of shape ()."""
-        self.factor = factor if self.factor is None else self.factor * factor
+        """Multiply all gradients, if there are any, by a tensor of shape ()."""
+        if self._grads:
+            self.factor = factor if self.factor is None else self.factor * factor
 
     def __reduce__(self) -> tuple[type["PairGrads"], tuple[()]]:
         # A saved model has no gradients.
@@ -123,8 +110,6 @@ class PairGrads:
         """Return the gradients of all backward passes as one, without the factor."""
         if not self._grads:
             return None
-        for grad in self._grads:
-            grad.check_unchanged()
         # Once, also where clipping sums them before the step does.
         self._grads = [PairGrad.joined(self._grads)]
         return self._grads[0]
@@ -235,8 +220,34 @@ def collect_pair_grads(table: Tensor) -> PairGrads:
 
 
 def pair_grads_of(table: Tensor) -> PairGrads | None:
-    """Return the collection of a table, None if its gradient is dense."""
-    return getattr(table, COLLECTION, None)
+    """Return the collection of a table, None if its gradient is dense.
+
+    A table that was saved with a collection, and loaded without its optimizer, has a dense one.
+    """
+    found: PairGrads | None = getattr(table, COLLECTION, None)
+    return found if found is not None and found.num_optimizers > 0 else None
+
+
+def reaches_table(node: Any) -> bool:
+    """Whether the backward pass that is running gives a gradient to a table.
+
+    As dense gradients: not if only gradients of other tensors are asked for.
+
+    Args:
+        node: `next_functions` of the op's node, where the table's gradient goes.
+
+    Raises:
+        RuntimeError: torch.autograd.grad was asked for the table's gradient, which is not formed.
+    """
+    if node is None:
+        return False
+    try:
+        return bool(torch._C._will_engine_execute_node(node))
+    except RuntimeError as error:
+        raise RuntimeError(
+            "torch.autograd.grad must not be asked for gradients of tables that an optimizer of "
+            "flash_moe.optim holds, as they are never formed: call backward"
+        ) from error
 
 
 def stop_collecting(tables: list[Tensor]) -> None:

@@ -142,24 +142,36 @@ class TableOptimizer(torch.optim.Optimizer):
         """Update the touched rows, and drop the gradients.
 
         Raises:
-            RuntimeError: a table has a dense gradient, from a use other than by the expert op.
+            RuntimeError: a table has a dense gradient, or another dtype than before. No table has
+                been changed then.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            for table in group["params"]:
-                self._step_table(table, group)
+        tables = [(table, group) for group in self.param_groups for table in group["params"]]
+        # All before any is changed.
+        for table, _ in tables:
+            self._check_before_step(table)
+        for table, group in tables:
+            self._step_table(table, group)
         return loss
 
-    def _step_table(self, table: Tensor, group: dict[str, Any]) -> None:
+    def _check_before_step(self, table: Tensor) -> None:
         if table.grad is not None:
             raise RuntimeError(
                 f"tables must have no dense gradient with {type(self).__name__}, got one of shape "
-                f"{tuple(table.shape)}: it comes from a use of the table other than by the expert "
-                "op, or from before the optimizer was made"
+                f"{tuple(table.shape)}: it is no table of FlashExperts, or fully_shard shards it, "
+                "or it is used other than by the expert op, or was so before the optimizer was made"
             )
+        keeps_bits = table.dtype == torch.bfloat16 and not self.stochastic_rounding
+        if keeps_bits != (LOW_BITS in self.state[table]):
+            raise RuntimeError(
+                "tables must have the dtype that they had when their optimizer was made, got "
+                f"{table.dtype}: convert the model before"
+            )
+
+    def _step_table(self, table: Tensor, group: dict[str, Any]) -> None:
         collected = collect_pair_grads(table)
         state = {name: _local(one) for name, one in self.state[table].items()}
         local, first_row = _local(table), _first_row(table)
@@ -241,8 +253,14 @@ class TableOptimizer(torch.optim.Optimizer):
             own = kept[table]
             if loaded.keys() != own.keys():
                 raise ValueError(
-                    f"state_dict must hold {', '.join(own)} of each table, got {', '.join(loaded)}"
+                    f"state_dict must hold {_listed(own)} of each table, got {_listed(loaded)}"
                 )
+            shapes = [(name, one.shape, loaded[name].shape) for name, one in own.items()]
+            for name, wanted, got in shapes:
+                if wanted != got:
+                    raise ValueError(
+                        f"state_dict must hold {name} of shape {tuple(wanted)}, got {tuple(got)}"
+                    )
         # Refuses other numbers of tables.
         super().load_state_dict(state_dict)
         for table, loaded in zip(tables, states, strict=True):
@@ -270,6 +288,10 @@ def checked_betas(betas: Any) -> tuple[float, float]:
     if first >= 1 or second >= 1:
         raise ValueError(f"{BETAS}, got {betas!r}")
     return first, second
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(names) or "nothing"
 
 
 def _check_table(table: Tensor) -> None:

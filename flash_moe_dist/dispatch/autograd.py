@@ -21,6 +21,7 @@ from flash_moe.ops.expert_math import (
     token_grads,
 )
 from flash_moe.ops.overlap import Outputs
+from flash_moe.ops.pair_grads import reaches_table
 from flash_moe.ops.pairs import Pairs, SavedPairs
 from flash_moe_dist.dispatch.base import (
     Dispatcher,
@@ -132,6 +133,9 @@ class ShardedExperts(torch.autograd.Function):
             MetadataTensors(slots_P=saved.slots_P, tokens_S=saved.tokens_S, sent_TW=saved.sent_TW)
         )
         hidden, down, up, _, weights, *_ = ctx.needs_input_grad
+        _, down_node, up_node, *_ = (node for node, _ in ctx.next_functions)
+        down = down and (ctx.collections.down is None or reaches_table(down_node))
+        up = up and (ctx.collections.up is None or reaches_table(up_node))
         needs_grad = NeedsGrad(hidden, down, up, weights)
         tables = ExpertTables(saved.down_eH, saved.up_eH)
         num_local_experts, hidden_size = saved.down_eH.shape
