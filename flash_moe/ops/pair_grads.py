@@ -48,14 +48,6 @@ class PairGrad:
         )
 
 
-class _SortedPairs(NamedTuple):
-    """Pairs in the order of their experts, without empty slots: three times (N,)."""
-
-    expert_ids: Tensor
-    token_ids: Tensor
-    values: Tensor
-
-
 class RowGrads(NamedTuple):
     """Gradients of some rows of a table.
 
@@ -78,7 +70,6 @@ class PairGrads:
         self.num_optimizers = 0
         self.factor: Tensor | None = None
         self._grads: list[PairGrad] = []
-        self._sorted: _SortedPairs | None = None
 
     def add(self, grad: PairGrad) -> None:
         """Add the gradient of a backward pass.
@@ -92,7 +83,6 @@ class PairGrads:
                 "after clip_grad_norm_, without optimizer.step() or zero_grad() between"
             )
         self._grads.append(grad)
-        self._sorted = None
 
     def scale(self, factor: Tensor) -> None:
         """Multiply all gradients, if there are any, by a tensor of shape ()."""
@@ -104,7 +94,7 @@ class PairGrads:
         return PairGrads, ()
 
     def clear(self) -> None:
-        self._grads, self.factor, self._sorted = [], None, None
+        self._grads, self.factor = [], None
 
     def joined(self) -> PairGrad | None:
         """Return the gradients of all backward passes as one, without the factor."""
@@ -122,13 +112,9 @@ class PairGrads:
         joined = self.joined()
         if joined is None:
             return
-        if self._sorted is None:
-            self._sorted = _by_expert(joined)
-        expert_ids, token_ids, values = self._sorted
-        rows, counts = torch.unique_consecutive(expert_ids, return_counts=True)
-        rows, bounds = rows.long(), torch.nn.functional.pad(counts.cumsum(0), (1, 0))
-        dtype = accumulator_dtype(values.dtype, joined.rows.dtype)
-        token_rows, values = joined.rows.to(dtype), values.to(dtype)
+        rows, bounds, order, token_ids = joined.pairs.touched
+        dtype = accumulator_dtype(joined.values.dtype, joined.rows.dtype)
+        token_rows, values = joined.rows.to(dtype), joined.values[order].to(dtype)
         if self.factor is not None:
             values = values * self.factor.to(dtype)
         # On the host, as it decides how many rows are summed at a time.
@@ -151,14 +137,6 @@ class PairGrads:
         for _, grads in self.row_grads():
             total += grads.double().square_().sum()
         return total
-
-
-def _by_expert(grad: PairGrad) -> _SortedPairs:
-    """Sort the pairs by expert; of equal ones the earlier first."""
-    expert_ids, order = grad.pairs.expert_ids.sort(stable=True)
-    present = expert_ids >= 0
-    order = order[present]
-    return _SortedPairs(expert_ids[present], grad.pairs.token_ids[order], grad.values[order])
 
 
 def _uses_embedding_bag(rows_TH: Tensor) -> bool:

@@ -123,6 +123,21 @@ class ExpertOrder(NamedTuple):
     offsets: Tensor
 
 
+class TouchedExperts(NamedTuple):
+    """Experts that have pairs, and their pairs, without empty slots.
+
+    experts: (U,) int64, ascending.
+    bounds: (U+1,) int64, pairs of the i-th are order[bounds[i]:bounds[i+1]].
+    order: (M,) int64, positions of the pairs, by expert; of equal ones the earlier first.
+    token_ids: (M,) int32, tokens of the pairs in that order.
+    """
+
+    experts: Tensor
+    bounds: Tensor
+    order: Tensor
+    token_ids: Tensor
+
+
 @dataclass(eq=False)
 class Pairs:
     """Which experts each token uses, with arrays derived from that on first use.
@@ -391,6 +406,19 @@ class Pairs:
             targets = shift_B[sorted_ids + 1] + torch.arange(len(chunk), device=ids.device)
             order[targets] = positions.add_(number * chunk_size)
         return ExpertOrder(order, ends_B)
+
+    @cached_property
+    def touched(self) -> TouchedExperts:
+        """Experts that have pairs, in arrays that are no longer than these are many.
+
+        The host waits for the device.
+        """
+        expert_ids, order = self.expert_ids.sort(stable=True)
+        present = expert_ids >= 0
+        order = order[present]
+        experts, counts = torch.unique_consecutive(expert_ids[present], return_counts=True)
+        bounds = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+        return TouchedExperts(experts.long(), bounds, order, self.token_ids[order])
 
     @cached_property
     def occupied(self) -> "tuple[Pairs, Tensor | None]":

@@ -3,6 +3,7 @@
 U touched rows, H hidden size; g is the gradient of a row, w its weights, t its number of touches.
 """
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -91,9 +92,9 @@ class RowwiseAdam(TableOptimizer):
         average = state["exp_avg"].to(grads.dtype).lerp_(grads, 1 - first)
         variance = state["exp_avg_sq"].to(grads.dtype).lerp_(squares, 1 - second)
         state.update(touches=touches, exp_avg=average, exp_avg_sq=variance)
-        times = touches.double()
-        root = variance.view(len(grads), -1) / _column(1 - second**times, grads)
-        step = average / root.sqrt_().add_(group["eps"]).mul_(_column(1 - first**times, grads))
+        root = variance.view(len(grads), -1) / _bias_correction(second, touches, grads)
+        root.sqrt_().add_(group["eps"]).mul_(_bias_correction(first, touches, grads))
+        step = average.div(root)
         _decay(weights, group).sub_(step.mul_(group["lr"]))
 
 
@@ -200,5 +201,7 @@ def _decay(weights: Tensor, group: dict[str, Any]) -> Tensor:
     return weights.mul_(1 - group["lr"] * group["weight_decay"])
 
 
-def _column(values: Tensor, like: Tensor) -> Tensor:
-    return values.to(like.dtype).unsqueeze(1)
+def _bias_correction(beta: float, touches: Tensor, like: Tensor) -> Tensor:
+    """1 - beta^t as a column, computed in float64, as it cancels."""
+    log_beta = math.log(beta) if beta > 0 else -math.inf
+    return -torch.expm1(touches.double() * log_beta).to(like.dtype).unsqueeze(1)
