@@ -38,7 +38,7 @@ class JoinedOptimizers:
 
     @property
     def kind(self) -> str:
-        """Names of their classes."""
+        """Class names of the optimizers, separated by commas."""
         return ", ".join(type(one).__name__ for one in self._optimizers)
 
     @property
@@ -65,7 +65,7 @@ class JoinedOptimizers:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what `Optimizer.state_dict` does, with parameters counted through."""
+        """Return what `Optimizer.state_dict` does, with the parameters of all numbered in turn."""
         state: dict[Any, Any] = {}
         groups: list[dict[str, Any]] = []
         first = 0

@@ -70,8 +70,7 @@ def set_learning_rate(
 ) -> None:
     """Set the learning rate of the dense parameters, and `table_lr_scale` times it for the tables.
 
-    optimizers: those of `build_optimizers`. Entries of their groups are saved in checkpoints, so
-        that the factor is none of them.
+    optimizers: those of `build_optimizers`. Groups hold no factor, as checkpoints save them.
     """
     tables = set(expert_parameters(model))
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):

@@ -7,12 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 import bench_table_optimizers
 from flash_moe.ops.row_updates import update_rows
 from flash_moe.optim import SGD, LazyAdam, RowwiseAdagrad, RowwiseAdam, table_optimizer
-from flash_moe.optim.table_optimizer import TableOptimizer
+from flash_moe.optim.table_optimizer import TableOptimizer, TouchedRows
 from flash_moe_dist import clip_grad_norm_
 from table_optimizers import measure, training
 from table_optimizers.training import KINDS, Case, Training, make_inputs
@@ -74,10 +73,10 @@ def test_rows(
 def scaled(update: Any) -> Any:
     """The change of weights by an optimizer's `update`, times 1.01."""
 
-    def wrong(self: object, weights: Tensor, *arguments: Any) -> None:
-        before = weights.clone()
-        update(self, weights, *arguments)
-        weights.add_(0.01 * (weights - before))
+    def wrong(self: object, touched: TouchedRows, group: dict[str, Any]) -> None:
+        before = touched.weights.clone()
+        update(self, touched, group)
+        touched.weights.add_(0.01 * (touched.weights - before))
 
     return wrong
 

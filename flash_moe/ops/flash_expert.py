@@ -341,8 +341,8 @@ def _input_grads(
     of_tables = collect_table_grads(
         collections,
         score_grads,
-        hidden_TH if collections.down is None else hidden_TH.clone(),
-        grad_TH if collections.up is None else grad_TH.clone(),
+        hidden_TH.clone() if needed.down and collections.down is not None else hidden_TH,
+        grad_TH.clone() if needed.up and collections.up is not None else grad_TH,
         tables,
         pairs,
         needed,

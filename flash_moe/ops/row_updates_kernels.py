@@ -54,7 +54,7 @@ def _mix(numbers):
 
 @triton.jit
 def _round_stochastically(values, row, touches, columns, seed_bits):
-    """Bits of bfloat16 numbers, as int16; see `round_stochastically`."""
+    """Round float32 values at random, to the bits of bfloat16; see `round_stochastically`."""
     golden = tl.full([], GOLDEN, tl.uint64)
     start = tl.cast(seed_bits, tl.int64).to(tl.uint64, bitcast=True)
     key = _mix(_mix(row.to(tl.uint64) + start) + touches.to(tl.uint64) * golden)

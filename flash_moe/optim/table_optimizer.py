@@ -1,5 +1,6 @@
 """Base of the tables' optimizers: whatever does not depend on the formula."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 from weakref import finalize
@@ -26,7 +27,21 @@ class StateTensor(NamedTuple):
     dtype: torch.dtype
 
 
-class TableOptimizer(torch.optim.Optimizer):
+class TouchedRows(NamedTuple):
+    """Rows of a table that a step updates.
+
+    weights, grads: (U, H) float32, or float64 for such tables.
+    norms: (U,), of the rows of `grads`.
+    state: rows of the state tensors, by name.
+    """
+
+    weights: Tensor
+    grads: Tensor
+    norms: Tensor
+    state: dict[str, Tensor]
+
+
+class TableOptimizer(torch.optim.Optimizer, ABC):
     """Optimizer whose backward pass gives gradients as pairs, and whose step sums them row by row.
 
     As long as it lives, backward passes of its tables leave `.grad` as None and give their
@@ -57,6 +72,9 @@ class TableOptimizer(torch.optim.Optimizer):
 
     # Attributes that copies have too.
     settings: tuple[str, ...] = ("stochastic_rounding", "seed")
+    # Names of the state that averages gradients, and of that which adds up or averages squares.
+    first_moment: str | None = None
+    second_moment: str | None = None
 
     def __init__(
         self,
@@ -73,31 +91,16 @@ class TableOptimizer(torch.optim.Optimizer):
         self.seed = checked_int("seed", seed, 0)
         super().__init__(params, defaults)
 
+    @abstractmethod
     def state_of(self, num_rows: int, hidden_size: int) -> dict[str, StateTensor]:
         """Name the state tensors of a table."""
-        raise NotImplementedError
 
-    def moments(self, state: dict[str, Tensor]) -> tuple[Tensor | None, Tensor | None]:
-        """Select averages of gradients, and averages or sums of their squares; None if not kept."""
-        raise NotImplementedError
+    @abstractmethod
+    def update(self, touched: TouchedRows, group: dict[str, Any]) -> None:
+        """Update touched rows and their state by the options of a group.
 
-    def update(
-        self,
-        weights: Tensor,
-        grads: Tensor,
-        norms: Tensor,
-        state: dict[str, Tensor],
-        group: dict[str, Any],
-    ) -> None:
-        """Update touched rows, and their state in `state`; may change all tensors in place.
-
-        Args:
-            weights, grads: (U, H) float32, or float64 for such tables.
-            norms: (U,), of the rows of `grads`.
-            state: rows of the state tensors, by name.
-            group: options of the group.
+        Weights change in place, new state goes into `touched.state`; tensors may be overwritten.
         """
-        raise NotImplementedError
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add tables; see `torch.optim.Optimizer`."""
@@ -189,9 +192,10 @@ class TableOptimizer(torch.optim.Optimizer):
             low_bits = state.get(LOW_BITS)
             arrays = RowState(
                 local,
-                None if low_bits is None else low_bits.view(torch.int16),
-                *self.moments(state),
-                state.get(TOUCHES),
+                low_bits=None if low_bits is None else low_bits.view(torch.int16),
+                first=state.get(self.first_moment or ""),
+                second=state.get(self.second_moment or ""),
+                touches=state.get(TOUCHES),
             )
             update_rows(joined.values, joined.rows, joined.pairs, collected.factor, arrays, options)
         elif collected.factor is None or bool(collected.factor.isfinite()):
@@ -221,7 +225,7 @@ class TableOptimizer(torch.optim.Optimizer):
             weights = join(weights, before[LOW_BITS].view(torch.int16))
         wide = torch.promote_types(weights.dtype, torch.float32)
         weights, grads, norms = weights.to(wide), grads.to(wide), norms.to(wide)
-        self.update(weights, grads, norms, after, group)
+        self.update(TouchedRows(weights, grads, norms, after), group)
         if LOW_BITS in before:
             weights, low = split(weights)
             after[LOW_BITS] = low.view(torch.uint8)

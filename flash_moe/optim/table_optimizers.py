@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flash_moe.optim.table_optimizer import StateTensor, TableOptimizer
+from flash_moe.optim.table_optimizer import StateTensor, TableOptimizer, TouchedRows
 
 
 class RowwiseAdam(TableOptimizer):
@@ -37,6 +37,7 @@ class RowwiseAdam(TableOptimizer):
     """
 
     settings = (*TableOptimizer.settings, "moment_dtype")
+    first_moment, second_moment = "exp_avg", "exp_avg_sq"
 
     def __init__(
         self,
@@ -74,17 +75,8 @@ class RowwiseAdam(TableOptimizer):
     def second_moment_shape(self, num_rows: int, hidden_size: int) -> tuple[int, ...]:
         return (num_rows,)
 
-    def moments(self, state: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        return state["exp_avg"], state["exp_avg_sq"]
-
-    def update(
-        self,
-        weights: Tensor,
-        grads: Tensor,
-        norms: Tensor,
-        state: dict[str, Tensor],
-        group: dict[str, Any],
-    ) -> None:
+    def update(self, touched: TouchedRows, group: dict[str, Any]) -> None:
+        weights, grads, norms, state = touched
         first, second = group["betas"]
         is_rowwise = state["exp_avg_sq"].ndim == 1
         squares = norms.square() / grads.shape[1] if is_rowwise else grads.square()
@@ -118,6 +110,8 @@ class RowwiseAdagrad(TableOptimizer):
         params, lr, eps, weight_decay, max_row_norm, stochastic_rounding, seed: see `RowwiseAdam`.
     """
 
+    second_moment = "sum"
+
     def __init__(
         self,
         params: Iterable[Any],
@@ -140,17 +134,8 @@ class RowwiseAdagrad(TableOptimizer):
     def state_of(self, num_rows: int, hidden_size: int) -> dict[str, StateTensor]:
         return {"sum": StateTensor((num_rows,), torch.float32)}
 
-    def moments(self, state: dict[str, Tensor]) -> tuple[None, Tensor]:
-        return None, state["sum"]
-
-    def update(
-        self,
-        weights: Tensor,
-        grads: Tensor,
-        norms: Tensor,
-        state: dict[str, Tensor],
-        group: dict[str, Any],
-    ) -> None:
+    def update(self, touched: TouchedRows, group: dict[str, Any]) -> None:
+        weights, grads, norms, state = touched
         total = state["sum"].to(grads.dtype) + norms.square() / grads.shape[1]
         state["sum"] = total
         rate = group["lr"] / (total.sqrt() + group["eps"])
@@ -180,18 +165,8 @@ class SGD(TableOptimizer):
     def state_of(self, num_rows: int, hidden_size: int) -> dict[str, StateTensor]:
         return {}
 
-    def moments(self, state: dict[str, Tensor]) -> tuple[None, None]:
-        return None, None
-
-    def update(
-        self,
-        weights: Tensor,
-        grads: Tensor,
-        norms: Tensor,
-        state: dict[str, Tensor],
-        group: dict[str, Any],
-    ) -> None:
-        _decay(weights, group).sub_(grads.mul_(group["lr"]))
+    def update(self, touched: TouchedRows, group: dict[str, Any]) -> None:
+        _decay(touched.weights, group).sub_(touched.grads.mul_(group["lr"]))
 
 
 def _decay(weights: Tensor, group: dict[str, Any]) -> Tensor:
@@ -202,6 +177,6 @@ def _decay(weights: Tensor, group: dict[str, Any]) -> Tensor:
 
 
 def _bias_correction(beta: float, touches: Tensor, like: Tensor) -> Tensor:
-    """1 - beta^t as a column, computed in float64, as it cancels."""
+    """Compute 1 - beta^t as a column, in float64, as it cancels."""
     log_beta = math.log(beta) if beta > 0 else -math.inf
     return -torch.expm1(touches.double() * log_beta).to(like.dtype).unsqueeze(1)
